@@ -1,0 +1,46 @@
+# make study                          the quickstart: synthetic radiographs, two cores, about ten minutes
+# make study STUDY=nih DATA=/path     the same graph on real radiographs (or GLORIA_DATA=/path)
+# make study FORCE=07_zero_shot       repeat the runs whose ids begin so, and what depends on them (FORCE=all: all)
+# make study SNAKEMAKE_ARGS="--executor slurm --jobs 40"    one cluster job for each notebook
+# make study SNAKEMAKE_ARGS="--resources gpu=1" CORES=8    at most one notebook at a time that asks for a GPU
+# make test | lint | lab              tests | style check | JupyterLab on the notebooks
+#
+# The first call makes .venv from requirements.txt; later calls do so only when requirements.txt or pyproject.toml changed.
+
+PYTHON ?= python3
+STUDY ?= quickstart
+CORES ?= 2
+DATA ?=
+FORCE ?=
+SET ?=
+PROFILE ?=
+SNAKEMAKE_ARGS ?=
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: study test lint lab install
+.DEFAULT_GOAL := study
+
+install: $(INSTALLED)
+
+$(INSTALLED): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements.txt
+	touch $@
+
+study: $(INSTALLED)
+	@$(BIN)/python -m gloria_core.study run $(STUDY) --cores $(CORES) $(if $(DATA),--data '$(DATA)') \
+		$(if $(FORCE),--force '$(FORCE)') $(foreach pair,$(SET),--set '$(pair)') \
+		--snakemake='$(if $(PROFILE),--profile $(PROFILE)) $(SNAKEMAKE_ARGS)'
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+lab: $(INSTALLED)
+	$(BIN)/jupyter lab notebooks

@@ -1,0 +1,217 @@
+"""One pretrained model: two encoders, an objective, a tokenizer, and the plain record that rebuilds them."""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, PreTrainedTokenizerBase
+
+from gloria_core import objectives
+from gloria_core.models.image_encoder import ImageEncoder
+from gloria_core.models.text_encoder import PRESETS, TextEncoder, preset_config
+from gloria_core.types import Batch, Behavior, ImageFeatures, ObjectiveOutput, TextBatch, TextFeatures
+
+
+class ConfigError(ValueError):
+    """A model configuration has an unknown, missing or ill-typed field; the message names it."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that rebuilds a model, in JSON's types. The defaults are the phantom study on two CPU cores.
+
+    `objective`, `objective_options`: a name of `gloria_core.objectives.available()` and its options.
+    `image_encoder`, `image_weights`, `region_stage`, `resize_to`: see `ImageEncoder`.
+    `text_encoder`: a preset ("phantom"), a Hugging Face id, a folder, or "package:<name>".
+    `text_weights`: "auto" (random for a preset, pretrained for all others), "random", "pretrained", or a file.
+    `last_layers`, `text_layers`, `text_pieces`, `text_norm`, `text_dropout`: see `TextEncoder`.
+    `frozen_image`; `frozen_text_layers`: n first layers, -1 for all.
+    `image_size`: side in pixels of the padded square in the image cache; `crop`: side of what the encoder is given.
+    `channels`, `norm`, `max_tokens`, `text_section`: how the loader makes a batch.
+    """
+
+    objective: str = "gloria"
+    objective_options: dict[str, Any] = field(default_factory=dict)
+    behavior: Behavior = "corrected"
+    image_encoder: str = "resnet18"
+    image_weights: str = "random"
+    region_stage: str = "layer3"
+    resize_to: int | None = None
+    frozen_image: bool = False
+    text_encoder: str = "phantom"
+    text_weights: str = "auto"
+    last_layers: int = 4
+    text_layers: str = "sum"
+    text_pieces: str = "sum"
+    text_norm: bool = False
+    text_dropout: float = 0.1
+    frozen_text_layers: int = 0
+    image_size: int = 128
+    crop: int = 128
+    channels: int = 3
+    norm: str = "half"
+    max_tokens: int = 97
+    text_section: str = "impression"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_choice("behavior", self.behavior, ("published", "corrected"))
+        _check_choice("objective", self.objective, objectives.available())
+        _check_choice("norm", self.norm, ("half", "imagenet"))
+        _check_choice("channels", self.channels, (1, 3))
+        _check_choice("text_section", self.text_section, ("impression", "findings", "both"))
+        if "behavior" in self.objective_options:
+            raise ConfigError('objective_options must not hold "behavior": it is a field of its own')
+        if not 0 < self.crop <= self.image_size:
+            raise ConfigError(f"crop must be 1 to image_size = {self.image_size}, got {self.crop}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
+        """Inverse of `to_dict`; absent fields keep their defaults.
+
+        Raises ConfigError for an unknown name (with the nearest valid one) and for a value of the wrong type.
+        """
+        hints = get_type_hints(cls)
+        for name, value in values.items():
+            if name not in hints:
+                near = difflib.get_close_matches(name, hints, n=1, cutoff=0.0)[0]
+                raise ConfigError(f"unknown field {name!r}; nearest: {near!r}")
+            if not _is_a(value, hints[name]):
+                raise ConfigError(f"field {name!r} must be {_type_name(hints[name])}, got {value!r}")
+        return cls(**values)
+
+
+class VisionLanguageModel(nn.Module):
+    """Encoders and objective, called as one: `model(batch).total.backward()`.
+
+    `tokenizer` may be None (published weights without their vocabulary): texts must then come as token ids.
+    """
+
+    def __init__(
+        self,
+        image_encoder: ImageEncoder,
+        text_encoder: TextEncoder,
+        objective: objectives.Objective,
+        *,
+        config: ModelConfig,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        super().__init__()
+        self.image_encoder, self.text_encoder, self.objective = image_encoder, text_encoder, objective
+        self.config, self.tokenizer = config, tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def encode_images(self, pixels: Tensor) -> ImageFeatures:
+        """Features of B images; views are flattened, study by study.
+
+        Shape: pixels (B, C, H, W) or (B, V, C, H, W), the latter gives B * V images
+        """
+        return self.image_encoder(pixels.flatten(0, 1) if pixels.ndim == 5 else pixels)
+
+    def encode_texts(self, texts: TextBatch) -> TextFeatures:
+        """Features of N texts."""
+        return self.text_encoder(texts)
+
+    def forward(self, batch: Batch) -> ObjectiveOutput:
+        """Loss of a batch."""
+        return self.objective(self.encode_images(batch.pixels), self.encode_texts(batch.text), batch)
+
+
+def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None) -> VisionLanguageModel:
+    """A new model, with pretrained encoders where the configuration asks for them.
+
+    Initial values depend on `config.seed` alone; the global random state is left as it was.
+    Raises ConfigError, WeightsError, or TypeError for an unknown option of the objective.
+    """
+    source: BertConfig | str = config.text_encoder
+    weights = config.text_weights
+    if source in PRESETS:
+        if tokenizer is None:
+            raise ConfigError(f"text encoder {source!r} takes its vocabulary from a tokenizer, and got none")
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        source = preset_config(source, vocab_size=len(tokenizer), pad_token_id=pad)
+        weights = "random" if weights == "auto" else weights
+    elif weights == "auto":
+        weights = "pretrained"
+    return assemble(config, source, tokenizer, image_weights=config.image_weights, text_weights=weights)
+
+
+def assemble(
+    config: ModelConfig,
+    text_source: BertConfig | str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    image_weights: str = "random",
+    text_weights: str = "random",
+) -> VisionLanguageModel:
+    """The model of `config` on a given text architecture; loading a checkpoint starts from here, with random values."""
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(config.seed)
+        image_encoder = ImageEncoder(
+            config.image_encoder,
+            weights=image_weights,
+            region_stage=config.region_stage,
+            resize_to=config.resize_to,
+            in_channels=config.channels,
+            frozen=config.frozen_image,
+            channels_last=config.behavior != "published",  # published numbers before speed
+        )
+        text_encoder = TextEncoder(
+            text_source,
+            weights=text_weights,
+            last_layers=config.last_layers,
+            layers=config.text_layers,
+            pieces=config.text_pieces,
+            normalize=config.text_norm,
+            frozen=True if config.frozen_text_layers < 0 else config.frozen_text_layers,
+            dropout=config.text_dropout,
+            behavior=config.behavior,
+        )
+        objective = objectives.build(
+            config.objective,
+            pooled_dim=image_encoder.pooled_dim,
+            region_dim=image_encoder.region_dim,
+            text_dim=text_encoder.dim,
+            behavior=config.behavior,
+            **config.objective_options,
+        )
+    if tokenizer is not None and len(tokenizer) > text_encoder.config.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {len(tokenizer)} entries, the text encoder {text_encoder.config.vocab_size}: "
+            "they do not belong together"
+        )
+    return VisionLanguageModel(image_encoder, text_encoder, objective, config=config, tokenizer=tokenizer)
+
+
+def _check_choice(name: str, value: object, valid: Any) -> None:
+    if value not in valid:
+        raise ConfigError(f"{name} must be one of {', '.join(map(str, valid))}; got {value!r}")
+
+
+def _is_a(value: object, hint: Any) -> bool:
+    """Whether a JSON value has the annotated type; a bool is no int, an int is a float."""
+    if isinstance(hint, types.UnionType):
+        return any(_is_a(value, part) for part in get_args(hint))
+    if get_origin(hint) is not None and get_origin(hint) is not dict:
+        return value in get_args(hint)  # Literal
+    kind = get_origin(hint) or hint
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, int | float if kind is float else kind)
+
+
+def _type_name(hint: Any) -> str:
+    return getattr(hint, "__name__", str(hint)) if get_origin(hint) is None else str(hint)

@@ -1,0 +1,152 @@
+"""Our own checkpoint file: written atomically, read without running code, complete without any other file."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import BertConfig
+
+import gloria_core
+from gloria_core.checkpoints.model import ConfigError, ModelConfig, VisionLanguageModel, assemble
+from gloria_core.models.weights import WeightsError, fill
+
+FORMAT = "gloria_core checkpoint"
+VERSION = 1
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be read, or does not hold what it should; the message names file and remedy."""
+
+
+def save(
+    path: str | Path,
+    model: VisionLanguageModel,
+    *,
+    training_state: Mapping[str, Any] | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write model, configuration, tokenizer and package version, all or nothing.
+
+    The file is written beside `path`, flushed to disk and renamed: a reader sees the old file or the new one.
+    `training_state` (optimizer, schedule, random states) and `extra` (notes) may hold tensors, numbers, strings,
+    None, and lists, tuples and dicts of them; anything else raises TypeError that names where it is.
+    """
+    path = Path(path)
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "package_version": gloria_core.__version__,
+        "config": model.config.to_dict(),
+        "text_architecture": _plain_architecture(model.text_encoder.config),
+        "tokenizer": _tokenizer_json(model),
+        "model": model.state_dict(),
+        "training_state": None if training_state is None else dict(training_state),
+        "extra": dict(extra or {}),
+    }
+    for name in ("text_architecture", "training_state", "extra"):
+        _check_plain(content[name], name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)  # mkstemp gives 0600, which other users of a shared folder cannot read
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+    return path
+
+
+def load(path: str | Path, *, map_location: str | torch.device = "cpu") -> VisionLanguageModel:
+    """The model of a file written by `save`, in evaluation mode; nothing is fetched from anywhere.
+
+    Raises CheckpointError for a missing, truncated or foreign file, and for tensors that do not fit.
+    """
+    content = read(path)
+    tokenizer = None
+    if content["tokenizer"]:
+        from gloria_core.data.tokenizer import tokenizer_from_json
+
+        tokenizer = tokenizer_from_json(content["tokenizer"])
+    try:
+        config = ModelConfig.from_dict(content["config"])
+        architecture = BertConfig.from_dict(content["text_architecture"])
+        model = assemble(config, architecture, tokenizer)
+        fill(model, content["model"], source=str(path))
+    except (ConfigError, WeightsError) as error:
+        raise CheckpointError(f"{path} (package version {content['package_version']}): {error}") from error
+    return model.to(map_location).eval()
+
+
+def load_training_state(path: str | Path) -> dict[str, Any] | None:
+    """What was given to `save` as `training_state`, on the CPU; None where there was none."""
+    return read(path)["training_state"]
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """The content of a checkpoint file as plain values and CPU tensors. Raises CheckpointError."""
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint {path} does not exist")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read, it is truncated or no checkpoint: {error}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise CheckpointError(f"{path} was not written by gloria_core; published weights: checkpoints.published")
+    if content["version"] > VERSION:
+        raise CheckpointError(
+            f"{path} has format version {content['version']}, this package reads {VERSION}: update it"
+        )
+    return content
+
+
+def _tokenizer_json(model: VisionLanguageModel) -> str | None:
+    if model.tokenizer is None:
+        return None
+    from gloria_core.data.tokenizer import tokenizer_to_json
+
+    return tokenizer_to_json(model.tokenizer)
+
+
+def _plain_architecture(config: BertConfig) -> dict[str, Any]:
+    """`BertConfig` as plain values, without what describes a file or a machine rather than the architecture."""
+    skipped = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures")
+    return {name: value for name, value in config.to_dict().items() if name not in skipped}
+
+
+def _check_plain(value: object, where: str) -> None:
+    """Only what `torch.load(weights_only=True)` gives back."""
+    if value is None or type(value) in (bool, int, float, str, bytes) or isinstance(value, Tensor):
+        return
+    if isinstance(value, list | tuple):
+        for number, item in enumerate(value):
+            _check_plain(item, f"{where}[{number}]")
+    elif isinstance(value, Mapping) and type(value) is dict:
+        for key, item in value.items():
+            _check_plain(key, f"a key of {where}")
+            _check_plain(item, f"{where}[{key!r}]")
+    else:
+        raise TypeError(f"{where} is a {type(value).__name__}; a checkpoint holds tensors and plain values only")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself durable; folders cannot be opened on every system."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

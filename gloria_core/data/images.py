@@ -1,0 +1,153 @@
+"""Image files to 8-bit gray arrays, and gray arrays to the tensor an encoder takes.
+
+A radiograph comes as PNG or JPEG of 8 bits, as PNG of 16 bits, or as DICOM. The file's content decides, not its name.
+Whatever cannot be read whole raises `ImageError` with the file's name: a half-decoded image must not reach training.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from io import BytesIO
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from gloria_core.data.geometry import Geometry, center_crop, crop_box
+
+__all__ = ["Geometry", "ImageError", "center_crop", "crop_box", "decode_gray", "read_gray", "to_tensor"]
+
+Norm = Literal["half", "imagenet"]
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+_PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
+_OTHER = {b"BM": "BMP", b"II*\0": "TIFF", b"MM\0*": "TIFF"}
+_COPY_AGAIN = "copy or download it again, or leave its study out"
+
+
+class ImageError(ValueError):
+    """An image file that cannot be used; the message names the file, what is wrong and the remedy."""
+
+
+def read_gray(path: str | Path) -> NDArray[np.uint8]:
+    """One radiograph as 8-bit gray, black is air.
+
+    PNG, JPEG (also BMP, TIFF): colour and palette become luminance (ITU-R 601), transparency is ignored, an EXIF
+    rotation is applied. More than 8 bits are stretched from the image's minimum to its maximum: no window is given.
+    DICOM: see `gloria_core.data.dicom`.
+
+    Shape: (H, W) uint8.
+    Raises: ImageError if the file is missing, empty, truncated, damaged, no image, or holds several frames.
+    """
+    return decode_gray(read_bytes(path), path)
+
+
+def read_bytes(path: str | Path, *, name: str | Path | None = None) -> bytes:
+    """The file's content. Raises: ImageError, naming `name` or the path, if it is missing, unreadable or empty."""
+    file, path = Path(path), path if name is None else name
+    try:
+        data = file.read_bytes()
+    except FileNotFoundError:
+        raise ImageError(f"{path}: no such file. Check the root folder and the path in the column 'images'") from None
+    except OSError as error:
+        raise ImageError(f"{path}: cannot be opened ({error.strerror}). Check that it is a file you may read") from None
+    if not data:
+        raise ImageError(f"{path}: the file is empty (0 bytes): {_COPY_AGAIN}")
+    return data
+
+
+def decode_gray(data: bytes, name: str | Path) -> NDArray[np.uint8]:
+    """`read_gray` for bytes that were already read; `name` is for messages and, without a signature, for its suffix."""
+    from gloria_core.data import dicom  # here, because that module builds on this one
+
+    if data.startswith((_PNG, _JPEG, *_OTHER)):
+        return _decode_picture(data, name)
+    if dicom.looks_like_dicom(data, name):
+        return dicom.decode_dicom(data, name)
+    start = data[:16].decode("ascii", "replace")
+    raise ImageError(f"{name}: not a PNG, JPEG or DICOM file (it begins with {start!r}): export or {_COPY_AGAIN}")
+
+
+def stretch_to_byte(values: NDArray, low: float, high: float) -> NDArray[np.uint8]:
+    """Linear map of [low, high] to [0, 255], rounded, clipped; all zero if the range is empty. Shape kept."""
+    if high <= low:
+        return np.zeros(values.shape, np.uint8)
+    return np.clip(np.rint((values.astype(np.float64) - low) * (255.0 / (high - low))), 0, 255).astype(np.uint8)
+
+
+def to_tensor(images: NDArray[np.uint8] | Tensor, *, channels: int = 3, norm: Norm = "half") -> Tensor:
+    """Gray bytes to what an encoder takes: scaled to [0, 1], repeated over channels, normalised.
+
+    "half" is (v - 0.5) / 0.5, GLoRIA's default; "imagenet" the three channels' mean and deviation.
+
+    Shape: (..., H, W) uint8 -> (..., channels, H, W) float32.
+    Raises: ValueError for another dtype, an unknown norm, or "imagenet" without three channels.
+    """
+    pixels = torch.tensor(images) if isinstance(images, np.ndarray) else images
+    if pixels.dtype != torch.uint8 or pixels.ndim < 2:
+        raise ValueError(f"to_tensor takes uint8 images (..., H, W), got {pixels.dtype} {tuple(pixels.shape)}")
+    if channels not in (1, 3):
+        raise ValueError(f"channels={channels}: a gray image becomes 1 or 3 channels")
+    scaled = pixels.to(torch.float32).div_(255).unsqueeze(-3)
+    if norm == "half":
+        return scaled.sub_(0.5).div_(0.5).repeat_interleave(channels, dim=-3)
+    if norm == "imagenet":
+        if channels != 3:
+            raise ValueError("norm='imagenet' has three means: use channels=3, or norm='half' for one channel")
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+        return (scaled - mean) / std
+    raise ValueError(f"norm={norm!r} is unknown: use 'half' or 'imagenet'")
+
+
+def _decode_picture(data: bytes, name: str | Path) -> NDArray[np.uint8]:
+    if data.startswith(_PNG):
+        _check_png(data, name)
+    try:
+        with Image.open(BytesIO(data), formats=("PNG", "JPEG", "BMP", "TIFF")) as picture:
+            frames = getattr(picture, "n_frames", 1)
+            if frames != 1:
+                raise ImageError(f"{name}: {frames} frames in one file: export the one that is the radiograph")
+            picture.load()
+            # Pillow may not miss the end marker if all pixels came out; a thumbnail's lies before the last scan
+            if picture.format == "JPEG" and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
+                raise OSError("the end marker is missing")
+            return _luminance(picture)
+    except ImageError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{name}: {error}. Shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it") from None
+    # a damaged file can fail anywhere in the decoder, and Pillow promises no common class
+    except Exception as error:
+        raise ImageError(f"{name}: truncated or damaged ({error}): {_COPY_AGAIN}") from error
+
+
+def _luminance(picture: Image.Image) -> NDArray[np.uint8]:
+    if picture.format == "JPEG":
+        picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith(("I", "F")):
+        wide = np.asarray(picture)
+        return stretch_to_byte(wide, float(wide.min()), float(wide.max()))
+    return np.array(picture.convert("L"))
+
+
+def _check_png(data: bytes, name: str | Path) -> None:
+    """Walk the chunks: Pillow stops at the last pixel and would not notice a flipped bit or a lost end."""
+    place = len(_PNG)
+    while place + 12 <= len(data):
+        (length,) = struct.unpack_from(">I", data, place)
+        end = place + 12 + length
+        if end > len(data):
+            break
+        (expected,) = struct.unpack_from(">I", data, end - 4)
+        if zlib.crc32(memoryview(data)[place + 4 : end - 4]) != expected:
+            raise ImageError(f"{name}: damaged (checksum of the PNG part at byte {place} differs): {_COPY_AGAIN}")
+        if data[place + 4 : place + 8] == b"IEND":
+            return
+        place = end
+    raise ImageError(f"{name}: truncated (the PNG ends after {len(data)} bytes without its last part): {_COPY_AGAIN}")

@@ -1,0 +1,158 @@
+"""The drawing plane: coordinates, soft edges, blobs and lines, all analytic and at the target resolution.
+
+Anatomy coordinates have their origin in the middle of the chest, x to the image's right (the patient's left on a
+frontal view), y down, and one unit is half the image's width before the patient's pose is applied. Every shape is a
+function of these coordinates, so the same patient can be drawn at any size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from scipy.ndimage import correlate1d
+
+Array = np.ndarray
+_TABLE_MIN, _TABLE_MAX, _TABLE_SIZE = -2.0, 2.0, 1024
+
+
+@lru_cache(maxsize=8)
+def grid(size: int) -> tuple[Array, Array]:
+    """Pixel centres in image coordinates [-1, 1]: u (size,), v (size,), read-only."""
+    axis = ((np.arange(size, dtype=np.float32) + 0.5) * (2.0 / size) - 1.0).astype(np.float32)
+    axis.flags.writeable = False
+    return axis, axis
+
+
+@lru_cache(maxsize=256)
+def _kernel(sigma_milli: int) -> Array:
+    sigma = sigma_milli / 1000.0
+    reach = max(1, int(2.6 * sigma + 0.5))
+    taps = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
+    return (taps / taps.sum()).astype(np.float32)
+
+
+def blur(layer: Array, sigma: float) -> Array:
+    """Gaussian blur with `sigma` in pixels; edges repeat."""
+    if sigma < 0.15:
+        return layer
+    taps = _kernel(round(sigma * 1000))
+    return correlate1d(correlate1d(layer, taps, axis=0, mode="nearest"), taps, axis=1, mode="nearest")
+
+
+@dataclass(frozen=True)
+class Pose:
+    """Where the patient stands: rotation in radians, shift in image units, magnification."""
+
+    angle: float = 0.0
+    dx: float = 0.0
+    dy: float = 0.0
+    scale: float = 1.0
+
+
+class Canvas:
+    """Coordinates of one picture and the primitives drawn on it.
+
+    Shape: `x`, `y` (size, size) float32, anatomy coordinates of the pixel centres. `unit` is pixels per anatomy unit.
+    """
+
+    def __init__(self, size: int, pose: Pose) -> None:
+        self.size, self.pose = size, pose
+        u, v = grid(size)
+        cos, sin = np.float32(np.cos(pose.angle) / pose.scale), np.float32(np.sin(pose.angle) / pose.scale)
+        du, dv = (u - np.float32(pose.dx))[None, :], (v - np.float32(pose.dy))[:, None]
+        self.x = cos * du + sin * dv
+        self.y = -sin * du + cos * dv
+        self.unit = size / 2 * pose.scale
+        self._row = np.clip((self.y - _TABLE_MIN) * (_TABLE_SIZE / (_TABLE_MAX - _TABLE_MIN)), 0, _TABLE_SIZE - 1)
+        self._row = self._row.astype(np.intp)
+
+    def profile(self, ys: Array | tuple, values: Array | tuple) -> Array:
+        """A curve value(y), given by its knots, looked up at every pixel: (size, size)."""
+        steps = np.linspace(_TABLE_MIN, _TABLE_MAX, _TABLE_SIZE)
+        return np.interp(steps, ys, values).astype(np.float32)[self._row]
+
+    def curve(self, values: Array) -> Array:
+        """Like `profile` for values already on `table_rows()`."""
+        return values.astype(np.float32)[self._row]
+
+    def edge(self, distance: Array, softness: float = 0.0) -> Array:
+        """1 inside (distance > 0), 0 outside, linear over about one pixel plus `softness` units."""
+        return np.clip(distance * (1.0 / (1.2 / self.unit + softness)) + 0.5, 0.0, 1.0)
+
+    def disc(self, x: float, y: float, a: float, b: float | None = None, angle: float = 0.0) -> Array:
+        """1 - r^2 of an ellipse with half-axes a, b turned by `angle` (radians): positive inside, 1 in the middle."""
+        b = a if b is None else b
+        dx, dy = self.x - np.float32(x), self.y - np.float32(y)
+        if angle:
+            cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
+            dx, dy = cos * dx + sin * dy, cos * dy - sin * dx
+        return 1.0 - (dx * np.float32(1 / a)) ** 2 - (dy * np.float32(1 / b)) ** 2
+
+    def to_image(self, points: Array) -> Array:
+        """Anatomy coordinates (n, 2) to pixel coordinates (n, 2), column first."""
+        p, (x, y) = self.pose, np.asarray(points, dtype=np.float64).T
+        cos, sin = np.cos(p.angle) * p.scale, np.sin(p.angle) * p.scale
+        u, v = cos * x - sin * y + p.dx, sin * x + cos * y + p.dy
+        return np.stack([(u + 1) * self.size / 2 - 0.5, (v + 1) * self.size / 2 - 0.5], axis=1)
+
+    def blobs(self, points: Array, sigma: Array | float, weight: Array | float) -> Array:
+        """Sum of round Gaussian bumps: centres (n, 2), widths and heights (n,), in anatomy units."""
+        centre = self.to_image(points)
+        sigma = np.broadcast_to(np.asarray(sigma, dtype=np.float64) * self.unit, len(centre))[:, None]
+        axis = np.arange(self.size)[None, :]
+        across = np.exp(-0.5 * ((axis - centre[:, :1]) / sigma) ** 2).astype(np.float32)
+        down = np.exp(-0.5 * ((axis - centre[:, 1:]) / sigma) ** 2)
+        down *= np.broadcast_to(np.asarray(weight, dtype=np.float64), len(centre))[:, None]
+        return down.astype(np.float32).T @ across
+
+    def strokes(self, points: Array, weight: Array, sigma: float) -> Array:
+        """Lines with a Gaussian cross-section: points (n, 2), `weight` (n,) = peak height * length each stands for.
+
+        A line thinner than a pixel keeps its total density and so fades, as it does on a detector.
+        """
+        size, sigma_px = self.size, sigma * self.unit
+        at = self.to_image(points)
+        low = np.floor(at).astype(np.intp)
+        frac = at - low
+        weight = weight * (self.unit * np.sqrt(2 * np.pi) * sigma_px)
+        layer = np.zeros((size + 2) * (size + 2))
+        low = np.clip(low + 1, 0, size)
+        base = low[:, 1] * (size + 2) + low[:, 0]
+        for dy in (0, 1):
+            for dx in (0, 1):
+                part = weight * np.abs(1 - dx - frac[:, 0]) * np.abs(1 - dy - frac[:, 1])
+                layer += np.bincount(base + dy * (size + 2) + dx, weights=part, minlength=layer.size)
+        layer = layer.reshape(size + 2, size + 2)
+        layer[0] = layer[-1] = layer[:, 0] = layer[:, -1] = 0.0
+        layer = layer[1:-1, 1:-1].astype(np.float32)
+        return blur(layer, max(sigma_px, 0.45))
+
+
+def table_rows() -> Array:
+    """The y values behind `Canvas.curve`."""
+    return np.linspace(_TABLE_MIN, _TABLE_MAX, _TABLE_SIZE)
+
+
+def polyline(knots: Array | list, step: float = 0.004) -> tuple[Array, Array]:
+    """Points every `step` units along straight pieces between knots (k, 2), and the length each stands for."""
+    knots = np.asarray(knots, dtype=np.float64)
+    lengths = np.hypot(*np.diff(knots, axis=0).T)
+    along = np.concatenate([[0.0], np.cumsum(lengths)])
+    n = max(2, int(along[-1] / step))
+    at = (np.arange(n) + 0.5) * (along[-1] / n)
+    points = np.stack([np.interp(at, along, knots[:, 0]), np.interp(at, along, knots[:, 1])], axis=1)
+    return points, np.full(n, along[-1] / n)
+
+
+def smooth_line(knots: Array | list, step: float = 0.004) -> tuple[Array, Array]:
+    """Like `polyline`, with the corners rounded (Catmull-Rom spline through the knots)."""
+    k = np.asarray(knots, dtype=np.float64)
+    k = np.concatenate([[2 * k[0] - k[1]], k, [2 * k[-1] - k[-2]]])
+    t = np.linspace(0, 1, 9)[:-1, None]
+    pieces = []
+    for p0, p1, p2, p3 in zip(k[:-3], k[1:-2], k[2:-1], k[3:], strict=True):
+        pieces.append(0.5 * (2 * p1 + (p2 - p0) * t + (2 * p0 - 5 * p1 + 4 * p2 - p3) * t**2
+                             + (3 * p1 - p0 - 3 * p2 + p3) * t**3))
+    return polyline(np.concatenate([*pieces, k[-2:-1]]), step)

@@ -1,0 +1,38 @@
+"""One small file per public dataset; each offers `prepare(root, *, ...) -> manifest frame`.
+
+`prepare("nih", root, options)` calls `gloria_core.data.sources.nih.prepare(root, **options)`. A new dataset is one new
+module here and one card in `data_manifests/`; nothing else is edited.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import pandas as pd
+
+
+def available() -> list[str]:
+    """Names that `prepare` takes: the modules of this folder."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def prepare(dataset: str, root: str | Path, options: Mapping[str, object] | None = None) -> pd.DataFrame:
+    """Turn the raw folder `root` of `dataset` into one checked manifest frame.
+
+    Raises ValueError for a dataset without a module here, TypeError for an option that the source does not have.
+    """
+    if dataset not in available():
+        near = difflib.get_close_matches(dataset, available(), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown dataset {dataset!r}{hint} available: {', '.join(available())}")
+    function = importlib.import_module(f"{__name__}.{dataset}").prepare
+    known = list(inspect.signature(function).parameters)[1:]
+    for option in options or {}:
+        if option not in known:
+            raise TypeError(f"dataset {dataset!r} has no option {option!r}; it has: {', '.join(known)}")
+    return function(Path(root), **(options or {}))

@@ -1,0 +1,174 @@
+"""Who is in which subset: patient-disjoint splits, nested label subsets, and the exclusive test set.
+
+Everything here depends on (seed, patient or study id, labels) and never on the order of the rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+
+from gloria_core.data.manifest import COMPETITION_LABELS, SPLITS, finding_columns, label_columns
+
+DEFAULT_FRACTIONS = {"train": 0.7, "valid": 0.1, "test": 0.2}
+
+RANK_EDGES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
+"""Label fractions at which the prevalences are balanced; between two edges the order is pseudo-random."""
+
+SURE_EDGE = 0.01
+"""The subset of this fraction holds every label at least once where it has room for it."""
+
+
+def assign_splits(
+    frame: pd.DataFrame, *, fractions: Mapping[str, float] = DEFAULT_FRACTIONS, seed: int
+) -> pd.DataFrame:
+    """A copy of `frame` with a `split` column: no patient in two splits, label counts near `fractions` in each.
+
+    The smallest split is picked from all patients, the next from those left, and so on.
+    Raises ValueError for unknown split names or fractions that do not sum to 1.
+    """
+    if not set(fractions) <= set(SPLITS) or not fractions:
+        raise ValueError(f"fractions name {', '.join(fractions)}; splits are {', '.join(SPLITS)}")
+    if any(value < 0 for value in fractions.values()) or abs(sum(fractions.values()) - 1) > 1e-6:
+        raise ValueError(f"fractions must be positive and sum to 1, they are {dict(fractions)}")
+    patients, table = _patients(frame, seed=seed, purpose="split")
+    *small, largest = sorted((name for name in SPLITS if fractions.get(name, 0) > 0), key=fractions.get)
+    split_of = dict.fromkeys(patients, largest)
+    left = np.arange(len(patients))
+    for name in small:
+        taken = _pick(table[left], fractions[name] * table.sum(0))
+        split_of |= dict.fromkeys(patients[left[taken]], name)
+        left = left[~taken]
+    result = frame.copy()
+    result["split"] = frame["patient_id"].map(split_of).astype(str)
+    return result
+
+
+def assign_label_ranks(frame: pd.DataFrame, *, seed: int) -> pd.DataFrame:
+    """A copy of `frame` with `label_rank` in [0, 1), the same for all studies of a patient.
+
+    `label_rank < p` keeps about the share p of each split's studies, with label prevalences near the whole split's;
+    a smaller p is a subset of a larger one. The patients are stratified into the slices between `RANK_EDGES`.
+    Raises ValueError where the splits are not assigned yet.
+    """
+    if "split" not in frame:
+        raise ValueError("label ranks are spread within each split; call assign_splits first")
+    ranks: dict[str, float] = {}
+    for name in sorted(frame["split"].unique()):
+        patients, table = _patients(frame[frame["split"] == name], seed=seed, purpose="rank")
+        order = _nested_order(table)
+        sizes = table[order, -1]
+        before = (np.cumsum(sizes) - sizes) / sizes.sum()
+        ranks |= dict(zip(patients[order], np.floor(before * 1e6) / 1e6, strict=True))
+    result = frame.copy()
+    result["label_rank"] = frame["patient_id"].map(ranks).astype(float)
+    return result
+
+
+def label_subset(frame: pd.DataFrame, fraction: float) -> pd.DataFrame:
+    """Training rows with `label_rank < fraction`; the index is kept. Raises ValueError unless 0 < fraction <= 1."""
+    if not 0 < fraction <= 1:
+        raise ValueError(f"the label fraction is {fraction}; it must be in (0, 1], 0.01 for one per cent")
+    return frame[(frame["split"] == "train") & (frame["label_rank"] < fraction)]
+
+
+def exclusive_test_set(
+    frame: pd.DataFrame,
+    *,
+    labels: Sequence[str] = COMPETITION_LABELS,
+    per_class: int | None = 200,
+    seed: int,
+    at_most: bool = False,
+) -> pd.DataFrame:
+    """`per_class` studies of each label that have this finding alone; index and row order are kept.
+
+    The rule of CheXpert 5x200 (GLoRIA, Huang et al. 2021, section 4.1): the label is 1, every other finding 0 or
+    blank, never -1; "No Finding" and `is_...` columns are not asked. per_class=None takes all there are,
+    at_most=True accepts fewer. Give only rows that no training sees. Raises ValueError naming a class that has
+    too few, or a label that the frame does not have.
+    """
+    findings = [name for name in finding_columns(frame) if name != "No Finding"]
+    unknown = [name for name in labels if name not in findings]
+    if unknown:
+        raise ValueError(f"no label column {unknown[0]!r}; the frame has: {', '.join(findings)}")
+    values = frame[findings].to_numpy(float)
+    negative = (values == 0) | np.isnan(values)
+    keep = np.zeros(len(frame), bool)
+    for name in labels:
+        column = findings.index(name)
+        others = np.delete(negative, column, axis=1).all(1)
+        found = np.flatnonzero((values[:, column] == 1) & others)
+        if per_class is not None and len(found) < per_class and not at_most:
+            raise ValueError(
+                f"{name}: {len(found)} studies have this finding alone, {per_class} are asked for; "
+                "lower per_class, or pass at_most=True"
+            )
+        keys = _keys(frame["study_id"].iloc[found], seed=seed, purpose=f"exclusive {name}")
+        keep[found[np.argsort(keys, kind="stable")][:per_class]] = True
+    return frame[keep]
+
+
+def _keys(names: Sequence[str], *, seed: int, purpose: str) -> np.ndarray:
+    """A pseudo-random 64-bit number for each name, the same on every machine and in every process."""
+    salt = f"{seed}|{purpose}|".encode()
+    digests = [hashlib.blake2b(salt + str(name).encode(), digest_size=8).digest() for name in names]
+    return np.array([int.from_bytes(digest) for digest in digests], np.uint64)
+
+
+def _patients(frame: pd.DataFrame, *, seed: int, purpose: str) -> tuple[np.ndarray, np.ndarray]:
+    """Patient ids in pseudo-random order, and for each (P, C) its studies with each label, in the last column all.
+
+    Present (1) and uncertain (-1) count as labels of their own.
+    """
+    values = frame[label_columns(frame)].to_numpy(float)
+    marks = np.concatenate([values == 1, values == -1, np.ones((len(frame), 1), bool)], axis=1)
+    marks = marks[:, marks.any(0)]
+    codes, ids = pd.factorize(frame["patient_id"].to_numpy(object))
+    table = np.column_stack([np.bincount(codes, weights=mark, minlength=len(ids)) for mark in marks.T])
+    order = np.lexsort([ids.astype(str), _keys(ids, seed=seed, purpose=purpose)])
+    return ids[order], table[order]
+
+
+def _nested_order(table: np.ndarray) -> np.ndarray:
+    """Patients (P,) in an order whose beginnings at `RANK_EDGES` have each label's share.
+
+    From the largest edge down, each subset is picked from the one before.
+    """
+    total = table.sum(0)
+    depth = np.zeros(len(table), int)
+    # for each label, its holder with the fewest studies
+    sizes = table[:, -1]
+    first = np.unique([np.where(column > 0, sizes, np.inf).argmin() for column in table.T])
+    sure = np.isin(np.arange(len(table)), first) & (SURE_EDGE * total[-1] >= sizes[first].sum())
+    inside = np.arange(len(table))
+    for edge in RANK_EDGES[::-1]:
+        keep = sure[inside] & (edge >= SURE_EDGE)
+        inside = inside[_pick(table[inside], edge * total, keep=keep)]
+        depth[inside] += 1
+    return np.lexsort([~sure, -depth])
+
+
+def _pick(table: np.ndarray, target: np.ndarray, *, keep: np.ndarray | None = None) -> np.ndarray:
+    """Which patients (P,) bool to take so that the sums of `table` (P, C) over them come near `target` (C,).
+
+    One pass. `due` is what the taken patients lack of their share of all seen so far; a patient is taken if that
+    brings it nearer to zero. A column counts by how rare it is, as in a chi-squared distance. Those in `keep` are
+    taken in any case, and first; then patients with many studies, so that those with few can even out what they left.
+    """
+    keep = np.zeros(len(table), bool) if keep is None else keep
+    total = np.maximum(table.sum(0), 1)
+    share = np.minimum(target / total, 1)
+    weighted = table / total
+    # a little more than half, so that ties fall the same way whatever order a processor sums in
+    half = (table * weighted).sum(1) / 2 + 1e-9
+    due = np.zeros(table.shape[1])
+    taken = keep.copy()
+    for patient in np.lexsort([-table[:, -1], ~keep]).tolist():
+        due += share * table[patient]
+        if keep[patient] or due @ weighted[patient] > half[patient]:
+            taken[patient] = True
+            due -= table[patient]
+    return taken

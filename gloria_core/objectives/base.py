@@ -1,0 +1,47 @@
+"""The contract that every objective keeps, and nothing else."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from gloria_core.types import AttentionRows, Batch, Behavior, ImageFeatures, Needs, ObjectiveOutput, TextFeatures
+
+
+class Objective(nn.Module, ABC):
+    """One paper's loss with the heads, temperatures and memories that belong to it.
+
+    A subclass is called with the widths of the encoders it sits on, then its own options by keyword:
+    `__init__(self, *, pooled_dim: int, region_dim: int, text_dim: int, behavior="corrected", ...)`.
+    """
+
+    needs: ClassVar[Needs] = Needs()
+    rows: ClassVar[AttentionRows | None] = None
+    behavior: Behavior
+
+    @abstractmethod
+    def forward(self, images: ImageFeatures, texts: TextFeatures, batch: Batch | None = None) -> ObjectiveOutput:
+        """Loss of B images paired with N = B texts."""
+
+    @abstractmethod
+    def similarity(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
+        """(B, N) scores, higher is more alike; zero-shot, retrieval and figures all call this one."""
+
+    def attention(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
+        """(N, W, h, w): the maps that the loss uses, image n with text n; rows of unused words are zero."""
+        raise NotImplementedError(f"{type(self).__name__} has no word-region attention")
+
+    def local_embeddings(self, images: ImageFeatures, texts: TextFeatures) -> tuple[Tensor, Tensor, Tensor]:
+        """Projected regions (B, h, w, D), words (N, W, D) and the mask (N, W) of the words that count."""
+        raise NotImplementedError(f"{type(self).__name__} has no local embeddings")
+
+    @abstractmethod
+    def global_embeddings(self, images: ImageFeatures, texts: TextFeatures) -> tuple[Tensor, Tensor]:
+        """Projected, unnormalised image (B, D) and text (N, D) vectors."""
+
+    @torch.no_grad()
+    def on_epoch(self, epoch: int) -> None:
+        """Told the number of the epoch about to start, from 0: stages, frozen prototypes, decays."""

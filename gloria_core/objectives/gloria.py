@@ -1,0 +1,176 @@
+"""GLoRIA: global and word-region contrastive learning of radiographs and reports.
+
+Huang, Shen, Lungren, Yeung: "GLoRIA: A Multimodal Global-Local Representation Learning Framework for Label-efficient
+Medical Image Recognition", ICCV 2021. Released code: github.com/marshuang80/gloria (`gloria_loss.py`,
+`gloria_model.py`). With region vectors v_r, word vectors w_t and the sum over the words t of one text:
+
+    s_rt = v_r . w_t                                        scores, unscaled                    (eq. 3)
+    a_rt = softmax_r( temp_attention * softmax_t(s_rt) )    words compete, then regions         (released code)
+    c_t  = sum_r a_rt v_r                                   the text's word seen in the image   (eq. 4)
+    Z    = log sum_t exp( temp_similarity * cos(w_t, c_t) ) similarity of image and text        (eq. 5)
+    loss = InfoNCE(temp_loss * Z) + InfoNCE(temp_loss * cos(global image, sentence)), both directions  (eqs. 1, 2, 6, 7)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gloria_core.models.heads import contrastive_terms, cosine_matrix, widened
+from gloria_core.models.word_region import Aggregation, attend, word_region_similarity
+from gloria_core.objectives.base import Objective
+from gloria_core.types import AttentionRows, Batch, Behavior, ImageFeatures, ObjectiveOutput, TextFeatures
+
+PUBLISHED_COLUMNS = 97  # word columns of the released code, padding included
+PUBLISHED_INFERENCE = {
+    "temp_attention": 4.0,
+    "temp_similarity": 5.0,
+    "aggregation": "max",
+}  # fixed in `gloria_model.py`
+
+
+class GLoRIA(Objective):
+    """Global plus word-region contrast, on projections of the image to the text encoder's width.
+
+    `temp_attention`, `temp_similarity`, `temp_loss`: the temperatures above (4, 5, 10 in the released configuration).
+    `local_weight`, `global_weight`: of the two losses; each is the sum of its two directions.
+    `aggregation`: over words; "sum" is eq. 5, "mean" subtracts log(number of words), "max" keeps the best word.
+    `chunk_size`: texts handled at a time in the word-region term; 0 chooses by memory. Chunks that would not fit
+    together are recomputed in the backward pass, so that memory does not grow with the number of texts.
+    `behavior`:
+    - "corrected": the words of a text are its words: no `[CLS]`, no `[SEP]`, unknown words included. `similarity` puts
+      both parts on the cosine scale: the local one is log-mean-exp over words divided by `temp_similarity` (the best
+      word's cosine with "max"), and both are averaged by their loss weights. It does not grow with text length.
+    - "published": training uses columns 0..L-1, `[CLS]` first, where L = 1 + words that do not begin with "[": every
+      unknown word cuts one word off the end. `similarity` is (local + global) / 2 with
+      local = 5 * max over words 1..n, so its range is -3 to 3, whatever the options.
+
+    Shape: images B, texts N; projections have the text encoder's width D
+    """
+
+    rows = AttentionRows(unit="word", normalisation="softmax")
+
+    def __init__(
+        self,
+        *,
+        pooled_dim: int,
+        region_dim: int,
+        text_dim: int,
+        behavior: Behavior = "corrected",
+        temp_attention: float = 4.0,
+        temp_similarity: float = 5.0,
+        temp_loss: float = 10.0,
+        local_weight: float = 1.0,
+        global_weight: float = 1.0,
+        aggregation: Aggregation = "sum",
+        chunk_size: int = 0,
+    ) -> None:
+        super().__init__()
+        if behavior not in ("published", "corrected"):
+            raise ValueError(f'behavior must be "published" or "corrected", got {behavior!r}')
+        if aggregation not in ("sum", "mean", "max"):
+            raise ValueError(f'aggregation must be "sum", "mean" or "max", got {aggregation!r}')
+        if min(temp_attention, temp_similarity, temp_loss) <= 0:
+            raise ValueError("temperatures must be positive")
+        if min(local_weight, global_weight) < 0 or local_weight + global_weight == 0:
+            raise ValueError("loss weights must not be negative, nor both zero")
+        self.behavior, self.aggregation, self.chunk_size = behavior, aggregation, chunk_size
+        self.temp_attention, self.temp_similarity, self.temp_loss = temp_attention, temp_similarity, temp_loss
+        self.local_weight, self.global_weight = local_weight, global_weight
+        self.global_embedder = nn.Linear(pooled_dim, text_dim)
+        self.local_embedder = nn.Linear(region_dim, text_dim, bias=False)  # a 1x1 convolution, channels last
+
+    def forward(self, images: ImageFeatures, texts: TextFeatures, batch: Batch | None = None) -> ObjectiveOutput:
+        """Loss of B pairs. Raises ValueError where images and texts differ in number or a text has no words."""
+        if len(images.pooled) != len(texts.sentence):
+            raise ValueError(f"GLoRIA pairs images with texts: got {len(images.pooled)} and {len(texts.sentence)}")
+        regions, words, mask = self.local_embeddings(images, texts)
+        local = word_region_similarity(
+            regions,
+            words,
+            mask,
+            temp_attention=self.temp_attention,
+            temp_similarity=self.temp_similarity,
+            aggregation=self.aggregation,
+            chunk_size=self.chunk_size,
+        )
+        names = ("image_to_text", "text_to_image")
+        local_terms = contrastive_terms(self.temp_loss * local)
+        global_terms = contrastive_terms(self.temp_loss * cosine_matrix(*self.global_embeddings(images, texts)))
+        total = self.local_weight * sum(local_terms) + self.global_weight * sum(global_terms)
+        terms = {f"local_{name}": term for name, term in zip(names, local_terms, strict=True)}
+        terms |= {f"global_{name}": term for name, term in zip(names, global_terms, strict=True)}
+        with torch.no_grad():
+            attention = self._paired_attention(regions, words, mask)
+        return ObjectiveOutput(total=total, terms=terms, attention=attention)
+
+    def similarity(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
+        """(B, N), in [-1, 1] for "corrected" and [-3, 3] for "published"; see the class."""
+        local, whole = self.local_similarity(images, texts), self.global_similarity(images, texts)
+        if self.behavior == "published":
+            return (local + whole) / 2
+        return (self.local_weight * local + self.global_weight * whole) / (self.local_weight + self.global_weight)
+
+    def global_similarity(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
+        """(B, N) cosine of pooled image and sentence."""
+        return cosine_matrix(*self.global_embeddings(images, texts))
+
+    def local_similarity(
+        self, images: ImageFeatures, texts: TextFeatures, *, window: Sequence[int] | Tensor | None = None
+    ) -> Tensor:
+        """(B, N) word-region similarity as at inference.
+
+        `window` (N,): take the word columns 1..window of every text, at most 96, as if the words were zero-padded to 97
+        columns. The released code passes the number of *characters* of a text, so that `[SEP]` and zero columns
+        take part. None takes the words 1..n.
+        """
+        regions, words, mask = self.local_embeddings(images, texts)
+        mask = texts.word_mask & ~texts.special_mask
+        if window is not None:
+            words = F.pad(words, (0, 0, 0, max(0, PUBLISHED_COLUMNS - words.shape[1])))
+            last = torch.as_tensor(window, device=words.device).clamp(max=PUBLISHED_COLUMNS - 1)
+            column = torch.arange(words.shape[1], device=words.device)
+            mask = (column >= 1) & (column <= last[:, None])
+        settings: dict[str, Any] = PUBLISHED_INFERENCE
+        if self.behavior == "corrected":
+            settings = {
+                "temp_attention": self.temp_attention,
+                "temp_similarity": self.temp_similarity,
+                "aggregation": "max" if self.aggregation == "max" else "mean",
+            }
+        scores = word_region_similarity(regions, words, mask, chunk_size=self.chunk_size, **settings)
+        return scores if self.behavior == "published" else scores / self.temp_similarity
+
+    def attention(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
+        """(N, W, h, w): a_rt of image n and text n, or of one image and N texts; rows outside the window are zero."""
+        regions, words, mask = self.local_embeddings(images, texts)
+        if len(regions) == 1:
+            regions = regions.expand(len(words), -1, -1, -1)
+        if len(regions) != len(words):
+            raise ValueError(f"attention pairs images with texts: got {len(regions)} images and {len(words)} texts")
+        return self._paired_attention(regions, words, mask)
+
+    def local_embeddings(self, images: ImageFeatures, texts: TextFeatures) -> tuple[Tensor, Tensor, Tensor]:
+        """Projected regions (B, h, w, D), words (N, W, D), and the mask (N, W) of the words in the training window."""
+        return self.local_embedder(images.regions), texts.words, self._training_window(texts)
+
+    def global_embeddings(self, images: ImageFeatures, texts: TextFeatures) -> tuple[Tensor, Tensor]:
+        """Projected image (B, D) and sentence (N, D), unnormalised."""
+        return self.global_embedder(images.pooled), texts.sentence
+
+    def _training_window(self, texts: TextFeatures) -> Tensor:
+        words = texts.word_mask & ~texts.special_mask
+        if self.behavior == "corrected":
+            return words
+        length = 1 + (words & ~texts.unknown_mask).sum(dim=1, keepdim=True)
+        return torch.arange(words.shape[1], device=words.device) < length
+
+    def _paired_attention(self, regions: Tensor, words: Tensor, mask: Tensor) -> Tensor:
+        n, height, width, dim = regions.shape
+        scores = regions.reshape(n, height * width, dim) @ words.to(regions.dtype).transpose(1, 2)
+        weights = attend(widened(scores), mask[:, None], self.temp_attention) * mask[:, None]
+        return weights.transpose(1, 2).reshape(n, -1, height, width)

@@ -1,0 +1,120 @@
+"""The command line of the study layer.
+
+    python -m gloria_core.study quickstart                   check everything, run what is missing or stale, report
+    python -m gloria_core.study nih --data /data/nih         the same on a folder of radiographs
+    python -m gloria_core.study plan quickstart              only print the runs, and which of them are done
+    python -m gloria_core.study one quickstart <run_id>      run one notebook (what Snakemake calls)
+
+Exit codes: 0 everything is done; 1 a run failed; 2 the study file or its parameters are wrong; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gloria_core.study.driver import Options, run_study
+from gloria_core.study.parameters import ParameterError
+from gloria_core.study.plan import Plan, load_study, study_file
+from gloria_core.study.report import duration
+from gloria_core.study.run import EXECUTED, run_one, status_of
+from gloria_core.study.yaml_strict import StudyError, parse
+
+COMMANDS = ("run", "plan", "one")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments and arguments[0] not in (*COMMANDS, "-h", "--help"):
+        arguments.insert(0, "run")
+    given = _parser().parse_args(arguments)
+    try:
+        file = study_file(given.study)
+        overrides = dict(_assignment(text) for text in given.set)
+        if given.data:
+            overrides["data_root"] = _from_root(given.data, file)
+        data_root = given.data_root or _from_root(os.environ.get("GLORIA_DATA", ""), file)
+        plan = load_study(file, overrides=overrides, data_root=data_root)
+        if given.command == "plan":
+            return _print_plan(plan)
+        if given.command == "one":
+            return _one(plan, given.run_id, given.threads)
+        options = Options(overrides, data_root, given.cores, given.force, tuple(shlex.split(given.snakemake)))
+        return run_study(plan, options)
+    except (StudyError, ParameterError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m gloria_core.study", description="Run a study of notebooks.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="[run] | plan | one")
+    for name in COMMANDS:
+        command = commands.add_parser(name)
+        command.add_argument("study", help="name of a file in notebooks/studies, or a path to one")
+        command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="in every notebook")
+        command.add_argument("--data", default="", help="folder of the real radiographs (default: $GLORIA_DATA)")
+        command.add_argument("--data-root", default="", help=argparse.SUPPRESS)  # $GLORIA_DATA, handed to a cluster job
+        if name == "run":
+            command.add_argument("--cores", type=int, default=2, help="processor cores to use at most")
+            command.add_argument("--force", default="", help="'all', or how the run ids begin that are to be repeated")
+            command.add_argument("--snakemake", default="", help="more arguments for Snakemake, in one string")
+        if name == "one":
+            command.add_argument("run_id")
+            command.add_argument("--threads", type=int, default=None)
+    return parser
+
+
+def _one(plan: Plan, run_id: str, threads: int | None) -> int:
+    # a job that is cancelled gets SIGTERM: end as after Ctrl-C, which shuts the kernel down
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    # jsonschema, which reads notebooks, would build a grammar for international addresses at every start: a second
+    sys.modules.setdefault("rfc3987_syntax", None)
+    place = f"[{[run.run_id for run in plan].index(plan[run_id].run_id) + 1:>{len(str(len(plan)))}}/{len(plan)}]"
+    print(f"{place} {run_id} starts", flush=True)
+    record = run_one(plan, run_id, threads=threads)
+    took = f"{duration(record['wall_seconds'])}, {record['peak_memory_mb'] / 1024:.1f} GiB"
+    print(f"{place} {run_id} {record['status']} ({took})", flush=True)
+    if record["status"] == "ok":
+        return 0
+    error, where = record["error"], plan.folder / run_id / EXECUTED
+    cell = f" in cell In [{error['cell']}]" if error["cell"] else ""
+    print(f"{place} {error['name']}{cell}: {error['value']}\n      see {where}", file=sys.stderr, flush=True)
+    return 1
+
+
+def _print_plan(plan: Plan) -> int:
+    for run in plan:
+        print(f"{status_of(plan, run):8} {run.run_id}  after {len(run.needs)}")
+    return 0
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise StudyError(f"--set {text!r}: write NAME=VALUE, e.g. --set epochs=1")
+    return name, parse(value)
+
+
+def _from_root(path: str, study: Path) -> str:
+    """A relative path was typed where the user is; in a plan it hangs from the repository root."""
+    if not path or Path(path).expanduser().is_absolute():
+        return path
+    from gloria_core.study.paths import repository_root
+
+    return os.path.relpath(Path(path).resolve(), repository_root(study.parent))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

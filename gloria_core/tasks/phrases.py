@@ -1,0 +1,165 @@
+"""Phrases with a known place: which words of which text name which pixels.
+
+A manifest row's `masks` say it exactly (spans of the report and the mask they name), its `boxes` say it by label, and
+then a prompt is the phrase. Either way a phrase belongs to the frontal image that the model sees; masks of other views
+are no truth for it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from gloria_core.data.geometry import Geometry
+from gloria_core.data.images import read_gray
+from gloria_core.data.manifest import boxes_of, masks_of
+from gloria_core.tasks.embedding import frontal_image
+
+Span = tuple[int, int]
+_SIDES = {"left": "right", "right": "left"}
+_SIDE = re.compile(r"\b(left|right)\b", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Phrase:
+    """Words of one text that name one region of one image.
+
+    `row` is the position in the frame, `text` the whole text that is encoded, `spans` the characters of it that are the
+    phrase. The region is the union of `masks` (files under the root) and `boxes` (x, y, width, height), both in pixels
+    of the original image `image`.
+    """
+
+    row: int
+    label: str
+    section: str
+    text: str
+    spans: tuple[Span, ...]
+    image: str
+    masks: tuple[str, ...] = ()
+    boxes: tuple[tuple[float, float, float, float], ...] = ()
+
+    @property
+    def words(self) -> str:
+        """The phrase as it stands in the text."""
+        return " … ".join(self.text[start:end] for start, end in self.spans)
+
+
+def phrases_from_masks(frame: pd.DataFrame, *, sections: Sequence[str] = ("impression",)) -> list[Phrase]:
+    """Every phrase that the `masks` of the frame ground in one of the report sections.
+
+    Masks of one label that share their spans ("bilateral effusions") are one phrase, with their union as region.
+    Masks without spans in these sections name no words and give no phrase. Raises ValueError for a span that does not
+    lie in its text.
+    """
+    found = []
+    for position, row in enumerate(frame.to_dict("records")):
+        number, image = frontal_image(row)
+        grouped: dict[tuple, list[str]] = {}
+        for mask in masks_of(row):
+            for section in sections if mask.get("image", 0) == number else ():
+                spans = tuple(sorted((int(s), int(e)) for name, s, e in mask.get("spans", ()) if name == section))
+                if spans:
+                    grouped.setdefault((mask["label"], section, spans), []).append(mask["path"])
+        for (label, section, spans), paths in grouped.items():
+            text = row[section]
+            if any(not 0 <= start < end <= len(text) for start, end in spans):
+                raise ValueError(
+                    f"study {row['study_id']}: spans {spans} do not lie in its {section} ({len(text)} long)"
+                )
+            found.append(Phrase(position, label, section, text, spans, image, masks=tuple(paths)))
+    return found
+
+
+def phrases_from_boxes(frame: pd.DataFrame, prompts: Mapping[str, str]) -> list[Phrase]:
+    """One phrase per study and label with boxes: the label's prompt, all of it, on the union of the label's boxes.
+
+    Labels that are not in `prompts` are left out: naming the labels is how one chooses them.
+    """
+    found = []
+    for position, row in enumerate(frame.to_dict("records")):
+        number, image = frontal_image(row)
+        grouped: dict[str, list[tuple]] = {}
+        for box in boxes_of(row):
+            if box["image"] == number and box["label"] in prompts:
+                grouped.setdefault(box["label"], []).append(tuple(box["xywh"]))
+        for label, boxes in grouped.items():
+            text = prompts[label]
+            found.append(Phrase(position, label, "prompt", text, ((0, len(text)),), image, boxes=tuple(boxes)))
+    return found
+
+
+def region(phrase: Phrase, geometry: Geometry, root: Path | str, crop: int) -> np.ndarray:
+    """(crop, crop) bool: where the phrase's finding lies in the pixels that the model saw; empty if outside them."""
+    found = np.zeros((crop, crop), dtype=bool)
+    for path in phrase.masks:
+        found |= geometry.mask_from_original(read_gray(Path(root) / path) > 0, crop=crop)
+    for box in phrase.boxes:
+        x, y, width, height = geometry.box_from_original(box, crop=crop)
+        # a pixel belongs to the box if its centre does; a box thinner than a pixel keeps the pixel it starts in
+        columns, rows = (_covered(start, length, crop) for start, length in ((x, width), (y, height)))
+        found |= rows[:, None] & columns[None, :]
+    return found
+
+
+def original_region(phrase: Phrase, geometry: Geometry, root: Path | str) -> np.ndarray:
+    """(height, width) bool: the same region on the pixels of the original image, for figures."""
+    found = np.zeros((geometry.height, geometry.width), dtype=bool)
+    for path in phrase.masks:
+        found |= read_gray(Path(root) / path) > 0
+    for x, y, width, height in phrase.boxes:
+        columns, rows = _covered(x, width, geometry.width), _covered(y, height, geometry.height)
+        found |= rows[:, None] & columns[None, :]
+    return found
+
+
+def seen(geometry: Geometry, crop: int) -> np.ndarray:
+    """(crop, crop) bool: True on the radiograph, False on the padding around it."""
+    return geometry.mask_from_original(np.ones((geometry.height, geometry.width), dtype=bool), crop=crop)
+
+
+def swap_sides(phrase: Phrase) -> Phrase | None:
+    """The same phrase with left and right exchanged in it, and nowhere else; None if it names no side.
+
+    The spans move with the text, because the two words differ in length. Case of the first letter is kept.
+    """
+    if not any(_SIDE.search(phrase.text, start, end) for start, end in phrase.spans):
+        return None
+    pieces, spans, done, length = [], [], 0, 0
+    for start, end in sorted(phrase.spans):
+        changed = _SIDE.sub(_other_side, phrase.text[start:end])
+        pieces += [phrase.text[done:start], changed]
+        begin = length + start - done
+        spans.append((begin, begin + len(changed)))
+        done, length = end, begin + len(changed)
+    return replace(phrase, text="".join([*pieces, phrase.text[done:]]), spans=tuple(spans))
+
+
+def another_text(phrases: Sequence[Phrase], *, seed: int = 0) -> list[Phrase | None]:
+    """For each phrase one of another label and another study, drawn at random; None where there is none.
+
+    The image keeps its place: what changes is the words that the map is drawn for.
+    """
+    rng, partners = np.random.default_rng(seed), []
+    labels, rows = np.array([p.label for p in phrases], dtype=object), np.array([p.row for p in phrases])
+    for phrase in phrases:
+        others = np.flatnonzero((labels != phrase.label) & (rows != phrase.row))
+        chosen = phrases[others[rng.integers(len(others))]] if len(others) else None
+        partners.append(None if chosen is None else replace(phrase, text=chosen.text, spans=chosen.spans))
+    return partners
+
+
+def _other_side(match: re.Match[str]) -> str:
+    word = match.group()
+    other = _SIDES[word.lower()]
+    return other.upper() if word.isupper() else other.capitalize() if word[0].isupper() else other
+
+
+def _covered(start: float, length: float, crop: int) -> np.ndarray:
+    centres = np.arange(crop) + 0.5
+    inside = (centres >= start) & (centres < start + length)
+    return inside if inside.any() else np.floor(start) == np.arange(crop)

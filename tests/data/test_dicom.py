@@ -1,0 +1,198 @@
+"""DICOM radiographs: the order of transforms of PS3.3, and damage that must be named."""
+
+import numpy as np
+import pydicom
+import pytest
+from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.sequence import Sequence
+from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
+
+from gloria_core.data.images import ImageError, decode_gray, read_gray
+
+GRAY = (np.arange(20 * 30).reshape(20, 30) * 255 // 599).astype(np.uint8)
+
+
+def write_dicom(path, pixels, *, bits, syntax=ExplicitVRLittleEndian, **tags):
+    """A minimal digital radiograph; `bits` are stored in the next whole number of bytes."""
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID = syntax
+    meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.1.1"
+    meta.MediaStorageSOPInstanceUID = "1.2.3"
+    dataset = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
+    dataset.SOPClassUID, dataset.SOPInstanceUID = meta.MediaStorageSOPClassUID, "1.2.3"
+    dataset.Rows, dataset.Columns = pixels.shape[-2:]
+    dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
+    dataset.BitsAllocated = 8 if bits <= 8 else 16
+    dataset.BitsStored, dataset.HighBit, dataset.PixelRepresentation = bits, bits - 1, 0
+    for name, value in tags.items():
+        setattr(dataset, name, value)
+    dataset.PixelData = pixels.astype(np.uint8 if bits <= 8 else "<u2").tobytes()
+    dataset["PixelData"].VR = "OB" if bits <= 8 else "OW"
+    dataset.save_as(path, enforce_file_format=True)
+    return dataset
+
+
+TWELVE = (np.arange(600).reshape(20, 30) * 7 % 4096).astype(np.uint16)
+
+
+def linear_window(values, center, width):
+    """DICOM PS3.3 C.11.2.1.2.1, with an output range of 0..255."""
+    inside = ((values - (center - 0.5)) / (width - 1) + 0.5) * 255
+    inside = np.where(values <= center - 0.5 - (width - 1) / 2, 0, inside)
+    return np.where(values > center - 0.5 + (width - 1) / 2, 255, inside)
+
+
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, ImplicitVRLittleEndian])
+def test_dicom_without_a_window_is_stretched(tmp_path, syntax):
+    half = TWELVE // 2
+    write_dicom(tmp_path / "a.dcm", half + 50, bits=12, syntax=syntax)
+    expected = np.rint(half * 255.0 / half.max())
+    assert (read_gray(tmp_path / "a.dcm") == expected).all()
+
+
+def test_dicom_window(tmp_path):
+    write_dicom(tmp_path / "a.dcm", TWELVE, bits=12, WindowCenter=1000, WindowWidth=801)
+    expected = linear_window(TWELVE.astype(float), 1000, 801)
+    assert np.abs(read_gray(tmp_path / "a.dcm") - expected).max() <= 0.5 + 1e-6
+
+
+def test_first_of_several_windows_is_taken(tmp_path):
+    write_dicom(tmp_path / "a.dcm", TWELVE, bits=12, WindowCenter=[1000, 30], WindowWidth=[801, 10])
+    expected = linear_window(TWELVE.astype(float), 1000, 801)
+    assert np.abs(read_gray(tmp_path / "a.dcm") - expected).max() <= 0.5 + 1e-6
+
+
+def test_rescale_comes_before_the_window(tmp_path):
+    tags = {"RescaleSlope": 2, "RescaleIntercept": -1000, "WindowCenter": 600, "WindowWidth": 2001}
+    write_dicom(tmp_path / "a.dcm", TWELVE, bits=12, **tags)
+    expected = linear_window(TWELVE * 2.0 - 1000, 600, 2001)
+    assert np.abs(read_gray(tmp_path / "a.dcm") - expected).max() <= 0.5 + 1e-6
+
+
+def test_a_negative_slope_turns_the_values_not_the_window(tmp_path):
+    tags = {"RescaleSlope": -1, "RescaleIntercept": 4095}
+    write_dicom(tmp_path / "a.dcm", TWELVE, bits=12, **tags)
+    shown = read_gray(tmp_path / "a.dcm")
+    assert shown[np.unravel_index(TWELVE.argmin(), TWELVE.shape)] == 255
+    assert shown[np.unravel_index(TWELVE.argmax(), TWELVE.shape)] == 0
+
+
+def test_sigmoid_window(tmp_path):
+    write_dicom(tmp_path / "a.dcm", TWELVE, bits=12, WindowCenter=2000, WindowWidth=900, VOILUTFunction="SIGMOID")
+    expected = 255 / (1 + np.exp(-4 * (TWELVE - 2000.0) / 900))
+    assert np.abs(read_gray(tmp_path / "a.dcm") - expected).max() <= 0.5 + 1e-6
+
+
+def test_monochrome1_is_turned_around(tmp_path):
+    tags = {"WindowCenter": 1000, "WindowWidth": 801}
+    write_dicom(tmp_path / "a.dcm", TWELVE, bits=12, **tags)
+    write_dicom(tmp_path / "b.dcm", TWELVE, bits=12, PhotometricInterpretation="MONOCHROME1", **tags)
+    assert (read_gray(tmp_path / "b.dcm") == 255 - read_gray(tmp_path / "a.dcm")).all()
+
+
+def voi_table(entries, first, bits, data):
+    item = Dataset()
+    item.add_new("LUTDescriptor", "US", [entries, first, bits])
+    item.add_new("LUTData", "US", [int(value) for value in data])
+    return Sequence([item])
+
+
+@pytest.mark.parametrize("bits", [8, 12, 16])
+def test_voi_table_is_preferred_to_the_window(tmp_path, bits):
+    ramp = np.rint(np.sqrt(np.arange(3000) / 2999) * (2**bits - 1))  # starts at 100, ends at 3099
+    table = voi_table(3000, 100, bits, ramp)
+    write_dicom(tmp_path / "a.dcm", TWELVE, bits=12, VOILUTSequence=table, WindowCenter=7, WindowWidth=2)
+    index = np.clip(TWELVE.astype(int) - 100, 0, 2999)
+    expected = ramp[index] / (2**bits - 1) * 255
+    assert np.abs(read_gray(tmp_path / "a.dcm") - expected).max() <= 0.5 + 1e-6
+
+
+def test_modality_table(tmp_path):
+    item = Dataset()
+    item.add_new("LUTDescriptor", "US", [4096, 0, 16])
+    item.add_new("LUTData", "US", list(range(4095, -1, -1)))
+    item.ModalityLUTType = "US"
+    write_dicom(tmp_path / "a.dcm", TWELVE, bits=12, ModalityLUTSequence=Sequence([item]))
+    spread = TWELVE.max() - TWELVE.min()
+    assert np.abs(read_gray(tmp_path / "a.dcm") - (TWELVE.max() - TWELVE) * 255.0 / spread).max() <= 0.5 + 1e-6
+
+
+def test_signed_pixels(tmp_path):
+    values = TWELVE.astype(np.int32) - 2000
+    tags = {"PixelRepresentation": 1, "WindowCenter": 0, "WindowWidth": 1001}
+    write_dicom(tmp_path / "a.dcm", values.astype(np.int16).view(np.uint16), bits=16, **tags)
+    assert np.abs(read_gray(tmp_path / "a.dcm") - linear_window(values.astype(float), 0, 1001)).max() <= 0.5 + 1e-6
+
+
+def test_pixel_padding_takes_no_part_in_the_stretch(tmp_path):
+    pixels = TWELVE // 2 + 200
+    pixels[:, :4] = 65535
+    write_dicom(tmp_path / "a.dcm", pixels, bits=16, PixelPaddingValue=65535)
+    shown = read_gray(tmp_path / "a.dcm")
+    assert (shown[:, :4] == 0).all()
+    assert shown[:, 4:].max() == 255
+
+
+def test_old_dicom_without_preamble(tmp_path):
+    dataset = write_dicom(tmp_path / "a.dcm", GRAY, bits=8)
+    bare = tmp_path / "old.dcm"
+    dataset.preamble = None
+    pydicom.dcmwrite(bare, dataset, enforce_file_format=False)
+    assert bare.read_bytes()[128:132] != b"DICM"
+    assert (read_gray(bare) == GRAY).all()
+
+
+def test_damaged_dicom_is_refused(tmp_path):
+    write_dicom(tmp_path / "a.dcm", TWELVE, bits=12)
+    whole = (tmp_path / "a.dcm").read_bytes()
+    for length in (140, 200, len(whole) // 2, len(whole) - 3):
+        (tmp_path / "cut.dcm").write_bytes(whole[:length])
+        with pytest.raises(ImageError, match=r"cut\.dcm: (truncated|a DICOM file without an image)"):
+            read_gray(tmp_path / "cut.dcm")
+
+
+def test_an_impossible_window_is_named(tmp_path):
+    write_dicom(tmp_path / "a.dcm", TWELVE, bits=12, WindowCenter=10, WindowWidth=0)
+    with pytest.raises(ImageError, match=r"a\.dcm.*Window Width"):
+        read_gray(tmp_path / "a.dcm")
+
+
+def test_a_missing_decoder_is_named(tmp_path):
+    dataset = write_dicom(tmp_path / "a.dcm", TWELVE, bits=12)
+    dataset.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.4.57"  # lossless JPEG, needs a plug-in
+    dataset.PixelData = pydicom.encaps.encapsulate([b"\xff\xd8\xff\xd9"])
+    dataset["PixelData"].VR = "OB"
+    dataset["PixelData"].is_undefined_length = True
+    dataset.save_as(tmp_path / "b.dcm", enforce_file_format=True)
+    with pytest.raises(ImageError, match=r"JPEG Lossless.*pylibjpeg"):
+        read_gray(tmp_path / "b.dcm")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_random_damage_to_a_dicom_header_never_escapes_as_another_error(tmp_path):
+    write_dicom(tmp_path / "a.dcm", TWELVE, bits=12)
+    whole = (tmp_path / "a.dcm").read_bytes()
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(300):
+        spoilt = bytearray(whole)
+        for place in rng.integers(132, 500, 3):
+            spoilt[place] = rng.integers(256)
+        try:
+            assert decode_gray(bytes(spoilt), "a.dcm").dtype == np.uint8
+        except ImageError as error:
+            refused += 1
+            assert str(error).startswith("a.dcm: ")
+    assert 10 < refused < 300
+
+
+def test_the_mark_decides_not_the_suffix(tmp_path):
+    for name in ("a.png", "noname", "a.dcm"):
+        write_dicom(tmp_path / name, GRAY, bits=8)
+        assert (read_gray(tmp_path / name) == GRAY).all()
+
+
+def test_several_frames_are_refused_in_dicom(tmp_path):
+    write_dicom(tmp_path / "a.dcm", np.stack([GRAY, GRAY]), bits=8, NumberOfFrames=2)
+    with pytest.raises(ImageError, match="2 frames in one file"):
+        read_gray(tmp_path / "a.dcm")

@@ -1,0 +1,320 @@
+"""NIH ChestX-ray14: trees made here in both layouts, the owners' full tables, and the real sample where it is."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from gloria_core.data.manifest import ManifestError, boxes_of, read_manifest, write_manifest
+from gloria_core.data.prompts import load_prompts
+from gloria_core.data.sources.nih import prepare
+from gloria_core.data.sources.nih_tables import NIH_LABELS, read_boxes, read_entries
+from gloria_core.data.splits import label_subset
+
+HEADER = (
+    "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
+    "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]"
+)
+BOX_HEADER = "Image Index,Finding Label,Bbox [x,y,w,h],,,"
+
+SAMPLE = Path(os.environ.get("GLORIA_DATA", "../shared/data/nih_sample"))
+if (SAMPLE / "nih_sample").is_dir():
+    SAMPLE = SAMPLE / "nih_sample"
+needs_sample = pytest.mark.skipif(
+    not (SAMPLE / "Data_Entry_2017_v2020.csv").is_file(), reason=f"no NIH sample in {SAMPLE}; set GLORIA_DATA"
+)
+
+
+def entry(patient: int, number: int, labels: str = "No Finding", age: str = "57", sex: str = "M", view: str = "PA"):
+    return f"{patient:08d}_{number:03d}.png,{labels},{number},{patient},{age},{sex},{view},2500,2048,0.168,0.168"
+
+
+def make_tree(root: Path, *, layout: str = "official", n_patients: int = 20, size: int = 64) -> list[str]:
+    """A small dataset: `official` has images_001/images/*.png, `flat` has images/*.jpg; two images a patient."""
+    rows, kinds = [], ["No Finding", "Effusion", "Mass|Hernia", "Infiltration", "Pleural_Thickening|Edema"]
+    for patient in range(1, n_patients + 1):
+        for number in range(2):
+            labels = kinds[(patient + number) % len(kinds)]
+            rows.append(entry(patient, number, labels, sex="MF"[patient % 2], view=("PA", "AP")[patient % 3 == 0]))
+    for i, row in enumerate(rows):
+        stem = row.partition(".png")[0]
+        folder = root / (f"images_{1 + i % 3:03d}/images" if layout == "official" else "images")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (size, size * 2)).save(folder / f"{stem}{'.png' if layout == 'official' else '.jpg'}")
+    write_table(root, rows)
+    (root / "BBox_List_2017.csv").write_text(f"{BOX_HEADER}\n00000001_000.png,Infiltrate,512.0,256.0,128.0,64.0\n")
+    return rows
+
+
+def write_table(root: Path, rows: list[str], header: str = HEADER, name: str = "Data_Entry_2017_v2020.csv") -> None:
+    (root / name).write_text("\n".join([header, *rows]) + "\n")
+
+
+def message(root: Path, **options: object) -> str:
+    with pytest.raises(ManifestError) as caught:
+        prepare(root, **options)
+    return str(caught.value)
+
+
+# --- both layouts ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["official", "flat"])
+def test_both_layouts_give_a_good_manifest(tmp_path, layout):
+    make_tree(tmp_path / "root", layout=layout)
+    frame = prepare(tmp_path / "root", seed=1)
+    write_manifest(frame, tmp_path / "m.csv")
+    back = read_manifest(tmp_path / "m.csv", root=tmp_path / "root")
+    pd.testing.assert_frame_equal(back, frame)
+    assert len(frame) == 40 and frame["patient_id"].nunique() == 20
+    assert (frame.groupby("patient_id")["split"].nunique() == 1).all() and set(frame["split"]) == {
+        "train",
+        "valid",
+        "test",
+    }
+    row = frame.set_index("study_id").loc["00000003_001"]
+    assert row["images"] == (
+        "images_003/images/00000003_001.png" if layout == "official" else "images/00000003_001.jpg"
+    )
+    assert row["views"] == "AP" and row["is_ap_view"] == 1 and row["is_male"] == 0
+    assert row["meta_age"] == "57" and row["meta_sex"] == "F" and row["meta_view"] == "AP"
+    assert row["meta_follow_up"] == "1" and row["patient_id"] == "3" and "meta_source" not in frame
+    assert [name for name in NIH_LABELS if row[name] == 1] == ["Edema", "Pleural_Thickening"] and row["No Finding"] == 0
+    assert set(np.unique(frame[list(NIH_LABELS)])) == {0.0, 1.0}
+
+
+def test_boxes_are_in_pixels_of_the_file(tmp_path):
+    """The original is 1024 x 1024, this file 64 wide and 128 high."""
+    make_tree(tmp_path)
+    row = prepare(tmp_path).set_index("study_id").loc["00000001_000"]
+    assert boxes_of(row) == [{"label": "Infiltration", "image": 0, "xywh": [32.0, 32.0, 8.0, 8.0]}]
+
+
+def test_older_header_and_ages(tmp_path):
+    """The first release ended every line with a comma and wrote ages as 058Y."""
+    rows = [entry(1, 0, age="058Y"), entry(2, 0, age="018M"), entry(3, 0, age="020D"), entry(4, 0, age="7")]
+    make_tree(tmp_path, n_patients=4)
+    (tmp_path / "Data_Entry_2017_v2020.csv").unlink()
+    write_table(tmp_path, [f"{row}," for row in rows], header=f"{HEADER},", name="Data_Entry_2017.csv")
+    assert list(prepare(tmp_path)["meta_age"]) == ["58", "1", "0", "7"]
+
+
+def test_extras(tmp_path):
+    make_tree(tmp_path)
+    (tmp_path / "image_source.csv").write_text("image_index,source\n00000001_000.png,C\n")
+    (tmp_path / "rsna_to_nih.csv").write_text("patientId,image_index,rsna_class\nx,00000001_001.png,Normal\n")
+    frame = prepare(tmp_path).set_index("study_id")
+    assert frame.loc["00000001_000", "meta_source"] == "C" and frame.loc["00000001_001", "meta_source"] == ""
+    assert frame.loc["00000001_001", "meta_rsna_class"] == "Normal"
+
+
+# --- splits and texts ------------------------------------------------------------------------------------------------
+
+
+def test_published_split(tmp_path):
+    rows = make_tree(tmp_path)
+    images = [row.partition(",")[0] for row in rows]
+    (tmp_path / "train_val_list.txt").write_text("\n".join(images[:30]))
+    assert "test_list.txt is missing" in message(tmp_path, split_rule="published")
+    (tmp_path / "test_list.txt").write_text("\n".join(images[30:-2]))
+    assert "2 images are in neither" in message(tmp_path, split_rule="published")
+    (tmp_path / "test_list.txt").write_text("\n".join(images[30:]))
+    frame = prepare(tmp_path, split_rule="published")
+    assert list(frame.loc[frame["split"] == "test", "study_id"]) == [name[:-4] for name in images[30:]]
+    assert (frame["split"] == "valid").sum() == 4
+    assert (frame.groupby("patient_id")["split"].nunique() == 1).all()
+
+
+def test_published_split_with_a_patient_in_both_lists(tmp_path):
+    images = [row.partition(",")[0] for row in make_tree(tmp_path)]
+    (tmp_path / "train_val_list.txt").write_text("\n".join(images[:31]))
+    (tmp_path / "test_list.txt").write_text("\n".join(images[31:]))
+    assert "patient in two splits" in message(tmp_path, split_rule="published")
+
+
+def test_texts_say_the_labels_and_only_the_view(tmp_path):
+    make_tree(tmp_path)
+    prompts = load_prompts("nih").classes
+    frame = prepare(tmp_path, n_negative=2)
+    views = {1.0: prompts["is_ap_view"]["pos"], 0.0: prompts["is_ap_view"]["neg"]}
+    for _, row in frame.iterrows():
+        train = row["split"] == "train"
+        assert row["findings"] in views[row["is_ap_view"]] if train else row["findings"] == views[row["is_ap_view"]][0]
+        rest = row["impression"]
+        for label in (*NIH_LABELS, "No Finding"):
+            said = [s for s in prompts[label]["pos"] if s in rest]
+            assert bool(said) == (row[label] == 1), (row["study_id"], label, rest)
+        negatives = sum(s in rest for label in NIH_LABELS if row[label] == 0 for s in prompts[label]["neg"])
+        assert negatives == 2 if train else negatives == 0
+
+
+def test_training_texts_depend_on_seed_and_study_alone(tmp_path):
+    rows = make_tree(tmp_path)
+    first = prepare(tmp_path).set_index("study_id")
+    write_table(tmp_path, rows[::-1])
+    again = prepare(tmp_path).set_index("study_id").loc[first.index]
+    pd.testing.assert_frame_equal(first, again)
+    other = prepare(tmp_path, text_seed=1).set_index("study_id").loc[first.index]
+    differs = first["impression"] != other["impression"]
+    assert differs[first["split"] == "train"].mean() > 0.5 and not differs[first["split"] != "train"].any()
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+def test_missing_images_are_counted_named_or_excluded(tmp_path):
+    make_tree(tmp_path)
+    for name in ("images_001/images/00000001_000.png", "images_002/images/00000001_001.png"):
+        (tmp_path / name).unlink()
+    text = message(tmp_path)
+    assert "2 problems" in text and "row 2" in text and "00000001_001" in text and "on_error='exclude'" in text
+    frame = prepare(tmp_path, on_error="exclude")
+    assert len(frame) == 38
+    assert [item["study_id"] for item in frame.attrs["excluded"]] == ["00000001_000", "00000001_001"]
+    shutil.rmtree(tmp_path / "images_001")
+    shutil.rmtree(tmp_path / "images_002")
+    shutil.rmtree(tmp_path / "images_003")
+    assert "no listed image" in message(tmp_path, on_error="exclude")
+
+
+@pytest.mark.parametrize("old", ["Image Index", "Finding Labels", "Patient ID", "View Position", "Patient Gender"])
+def test_changed_column_name(tmp_path, old):
+    rows = make_tree(tmp_path)
+    write_table(tmp_path, rows, header=HEADER.replace(old, f"{old}s"))
+    text = message(tmp_path)
+    assert "Data_Entry_2017_v2020.csv" in text and repr(old) in text and f"is it '{old}s' now" in text
+
+
+BAD_ROWS = {
+    "unknown_label": (entry(1, 0, labels="Effusion|Oedema"), "Finding Labels", "row 2: 'Effusion|Oedema'"),
+    "no_finding_and_more": (entry(1, 0, labels="No Finding|Mass"), "Finding Labels", "must stand alone"),
+    "view": (entry(1, 0, view="LL"), "View Position", "row 2: 'LL'"),
+    "sex": (entry(1, 0, sex="X"), "Patient Gender", "row 2: 'X'"),
+    "age": (entry(1, 0, age="old"), "Patient Age", "row 2: 'old'"),
+    "twice": (entry(1, 1), "Image Index", "listed twice"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_bad_entries(tmp_path, case):
+    rows = make_tree(tmp_path)
+    write_table(tmp_path, [BAD_ROWS[case][0], *rows[1:]])
+    text = message(tmp_path)
+    assert all(word in text for word in ("Data_Entry_2017_v2020.csv", *BAD_ROWS[case][1:]))
+
+
+BAD_BOXES = {
+    "unknown_image": ("00000099_000.png,Mass,1,2,3,4", "row 2", "not in the table of entries"),
+    "flat": ("00000001_000.png,Mass,1,2,0,4", "row 2: '0'", "w, h > 0"),
+    "text": ("00000001_000.png,Mass,1,two,3,4", "row 2: 'two'", "Bbox y"),
+    "label": ("00000001_000.png,Lump,1,2,3,4", "row 2: 'Lump'", "Finding Label"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_BOXES)
+def test_bad_boxes(tmp_path, case):
+    make_tree(tmp_path)
+    (tmp_path / "BBox_List_2017.csv").write_text(f"{BOX_HEADER}\n{BAD_BOXES[case][0]}\n")
+    text = message(tmp_path)
+    assert "BBox_List_2017.csv" in text and all(word in text for word in BAD_BOXES[case][1:])
+
+
+def test_box_on_an_unreadable_image(tmp_path):
+    make_tree(tmp_path)
+    (tmp_path / "images_001/images/00000001_000.png").write_bytes(b"broken")
+    assert "cannot be read" in message(tmp_path)
+    frame = prepare(tmp_path, on_error="exclude")
+    assert len(frame) == 40 and "cannot be read" in frame.attrs["excluded"][0]["reason"]
+
+
+def test_image_twice_table_twice_or_absent(tmp_path):
+    rows = make_tree(tmp_path)
+    shutil.copy(tmp_path / "images_001/images/00000001_000.png", tmp_path / "images_002/images/")
+    assert "is there twice" in message(tmp_path)
+    write_table(tmp_path, rows, name="Data_Entry_2017.csv")
+    assert "several files" in message(tmp_path)
+    assert "not a folder" in message(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "no file Data_Entry_2017*.csv" in message(tmp_path / "empty")
+
+
+def test_unknown_options(tmp_path):
+    with pytest.raises(ValueError, match="'patient' or 'published'"):
+        prepare(tmp_path, split_rule="random")
+    with pytest.raises(ValueError, match="'raise' or 'exclude'"):
+        prepare(tmp_path, on_error="skip")
+
+
+# --- the owners' full tables -----------------------------------------------------------------------------------------
+
+COUNTS = {
+    "No Finding": 60361,
+    "Infiltration": 19894,
+    "Effusion": 13317,
+    "Atelectasis": 11559,
+    "Nodule": 6331,
+    "Mass": 5782,
+    "Pneumothorax": 5302,
+    "Consolidation": 4667,
+    "Pleural_Thickening": 3385,
+    "Cardiomegaly": 2776,
+    "Emphysema": 2516,
+    "Edema": 2303,
+    "Fibrosis": 1686,
+    "Pneumonia": 1431,
+    "Hernia": 227,
+}
+
+
+@pytest.fixture(scope="module")
+def full_tables(tmp_path_factory) -> Path:
+    xrv = importlib.util.find_spec("torchxrayvision")
+    if xrv is None:
+        pytest.skip("torchxrayvision, whose wheel holds NIH's full tables, is not installed")
+    source, target = Path(xrv.origin).parent / "data", tmp_path_factory.mktemp("full")
+    for name in ("Data_Entry_2017_v2020.csv", "BBox_List_2017.csv"):
+        (target / name).write_bytes(gzip.decompress((source / f"{name}.gz").read_bytes()))
+    return target
+
+
+def test_full_tables_have_the_published_counts(full_tables):
+    entries = read_entries(full_tables / "Data_Entry_2017_v2020.csv")
+    assert len(entries) == 112_120 and entries["patient"].nunique() == 30_805
+    found = {label: int(entries["labels"].map(lambda names, label=label: label in names).sum()) for label in COUNTS}
+    assert found == COUNTS
+    assert (entries["view"] == "AP").sum() == 44_810 and (entries["sex"] == "M").sum() == 63_340
+    boxes = read_boxes(full_tables / "BBox_List_2017.csv")
+    assert len(boxes) == 984 and boxes["image"].nunique() == 880 and set(boxes["image"]) <= set(entries["image"])
+    assert (boxes["x"] + boxes["w"]).max() <= 1024 and (boxes["y"] + boxes["h"]).max() <= 1024
+    assert (boxes["label"] == "Infiltration").sum() == 123
+
+
+# --- the real sample -------------------------------------------------------------------------------------------------
+
+
+@needs_sample
+def test_real_sample(tmp_path):
+    frame = prepare(SAMPLE)
+    assert len(frame) == 9168 and frame["patient_id"].nunique() == 6826
+    assert frame.attrs["excluded"] == []
+    assert (frame.groupby("patient_id")["split"].nunique() == 1).all()
+    write_manifest(frame, tmp_path / "m.csv")
+    pd.testing.assert_frame_equal(read_manifest(tmp_path / "m.csv", root=SAMPLE), frame)
+    assert frame["Infiltration"].sum() == 2950 and frame["No Finding"].sum() == 4171 and frame["Hernia"].sum() == 35
+    assert frame["meta_source"].value_counts()["A"] == 7448 and (frame["meta_rsna_class"] != "").sum() == 8153
+    boxes = [box for _, row in frame[frame["boxes"] != ""].iterrows() for box in boxes_of(row)]
+    assert len(boxes) == 74 and all(b["xywh"][0] + b["xywh"][2] <= 224.01 for b in boxes)
+    train = frame[frame["split"] == "train"]
+    for label in NIH_LABELS:
+        test_share = frame.loc[frame["split"] == "test", label].mean()
+        assert abs(test_share - frame[label].mean()) < 0.003
+        assert (label_subset(frame, 0.01)[label] == 1).any()
+        assert abs(label_subset(frame, 0.1)[label].mean() - train[label].mean()) < 0.005

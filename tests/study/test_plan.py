@@ -1,0 +1,148 @@
+"""A study file becomes runs: names that stay, files that are wired, mistakes that are named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from gloria_core.study.parameters import ParameterError
+from gloria_core.study.plan import load_study, study_file
+from gloria_core.study.yaml_strict import StudyError, parse
+
+HEAD = "study: tiny\ncommon: {dataset: phantom}\nstages:\n  - notebook: 01_data_preparation\n"
+
+
+def test_wiring(make_study):
+    plan = load_study(make_study())
+    data, gloria, baseline, *zero_shot, tables = plan
+    assert [run.notebook[:2] for run in plan] == ["01", "02", "02", "07", "07", "09"]
+    assert gloria.parameters["manifest"] == f"results/runs/tiny/{data.run_id}/manifest.csv"
+    assert gloria.needs == (data.run_id,)
+    for run, maker in zip(zero_shot, (gloria, baseline), strict=True):
+        assert run.parameters["objective"] == maker.parameters["objective"]
+        assert run.parameters["checkpoint"] == f"results/runs/tiny/{maker.run_id}/checkpoints/best.pt"
+        assert set(run.needs) == {data.run_id, maker.run_id}
+        assert run.parameters["out"] == f"results/runs/tiny/{run.run_id}"
+    assert set(tables.needs) == {run.run_id for run in plan if run is not tables}
+    assert tables.parameters["study"] == "tiny"
+    assert gloria.run_id.startswith("02_pretraining-gloria-s0-")
+    assert len(gloria.run_id.rsplit("-", 1)[1]) == 8
+
+
+def test_a_run_id_is_the_same_on_every_machine(make_study, tmp_path):
+    here = load_study(make_study())
+    elsewhere = tmp_path / "another machine"
+    shutil.copytree(tmp_path / "notebooks", elsewhere / "notebooks")
+    there = load_study(elsewhere / "notebooks" / "studies" / "tiny.yaml")
+    assert [(run.run_id, run.fingerprint) for run in here] == [(run.run_id, run.fingerprint) for run in there]
+
+
+def test_a_parameter_changes_its_run_and_those_after_it(make_study):
+    file = make_study()
+    before = load_study(file)
+    stage = "grid: {objective: [gloria, random]}\n  - notebook: 07"
+    file.write_text(file.read_text().replace(stage, "parameters: {epochs: 3}\n    " + stage))
+    after = load_study(file)
+    same = {run.run_id for run in before} & {run.run_id for run in after}
+    assert same == {before.runs[0].run_id}
+    file.write_text(file.read_text().replace("epochs: 3", "epochs: 2"))  # the default, spelled out
+    assert [run.run_id for run in load_study(file)] == [run.run_id for run in before]
+
+
+def test_fingerprint_follows_code_not_prose(make_study):
+    file = make_study()
+    before = load_study(file)
+    notebook = file.parents[1] / "02_pretraining.ipynb"
+    content = json.loads(notebook.read_text())
+    content["cells"][0]["source"] = "# A better question?"
+    notebook.write_text(json.dumps(content))
+    assert [run.fingerprint for run in load_study(file)] == [run.fingerprint for run in before]
+    content["cells"][-1]["source"] += "\n1 + 1"
+    notebook.write_text(json.dumps(content))
+    after = load_study(file)
+    assert [run.run_id for run in after] == [run.run_id for run in before]
+    changed = [old.fingerprint != new.fingerprint for old, new in zip(before, after, strict=True)]
+    assert changed == [False, True, True, True, True, True]
+
+
+def test_overrides_and_data_root(make_study, tmp_path):
+    file = make_study()
+    plan = load_study(file, overrides={"epochs": 1})
+    assert {run.parameters.get("epochs") for run in plan} == {1, None}
+    with pytest.raises(ParameterError, match=r"override parameter 'epoch'.*nearest: 'epochs'"):
+        load_study(file, overrides={"epoch": 1})
+    assert load_study(file, data_root="/radiographs").runs[0].parameters["data_root"] == ""  # the phantom is drawn
+    with pytest.raises(StudyError, match="draws its images itself"):
+        load_study(file, overrides={"data_root": "/radiographs"})
+    file.write_text(file.read_text().replace("dataset: phantom", "dataset: nih"))
+    filled = load_study(file, data_root=str(tmp_path))
+    assert filled.runs[0].parameters["data_root"] == str(tmp_path)
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    assert load_study(file, data_root=str(copy)).runs[0].run_id == filled.runs[0].run_id  # a place is no identity
+    fingerprint = load_study(file, data_root=str(copy)).runs[0].fingerprint
+    (copy / "Data_Entry_2017.csv").write_text("Image Index\n")
+    assert load_study(file, data_root=str(copy)).runs[0].fingerprint != fingerprint  # what lies there is
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("study: tiny\nstage: []\n", "unknown key 'stage' for tiny.yaml; nearest: 'stages'"),
+        ("study: tiny\nstages: []\n", "must be a list"),
+        ("study: other\nstages: [{notebook: 01_data_preparation}]\n", "must be the file's name, 'tiny'"),
+        ("study: tiny\nstudy: tiny\n", "line 2: key 'study' is there twice"),
+        ("study: [tiny\n", "tiny.yaml, line"),
+        ("- a\n", "key: value"),
+        (HEAD + "  - {notebook: 02_pretrainin}\n", "unknown notebook '02_pretrainin'.*nearest: '02_pretraining'"),
+        (
+            HEAD + "  - {notebook: 02_pretraining, params: {}}\n",
+            "unknown key 'params' for stage 2; nearest: 'parameters'",
+        ),
+        (HEAD + "  - {parameters: {}}\n", "stage 2 has no `notebook:`"),
+        (
+            HEAD + "  - {notebook: 02_pretraining, parameters: {epoch: 3}}\n",
+            "unknown parameter 'epoch'.*nearest: 'epochs'",
+        ),
+        (HEAD + "  - {notebook: 02_pretraining, parameters: {epochs: yes}}\n", "is int, but True is bool"),
+        (HEAD + "  - {notebook: 02_pretraining, parameters: {out: here}}\n", "filled by the runner"),
+        (HEAD + "  - {notebook: 02_pretraining, grid: {seed: 3}}\n", "must be a list of different values"),
+        (HEAD + "  - {notebook: 02_pretraining, grid: {seed: [3, 3]}}\n", "must be a list of different values"),
+        (HEAD + "  - {notebook: 02_pretraining, grid: {seed: [1]}, parameters: {seed: 1}}\n", "one of them"),
+        (HEAD + "  - {notebook: 02_pretraining, threads: 0}\n", "whole number"),
+        (HEAD + "  - {notebook: 01_data_preparation}\n", "twice with the same parameters"),
+        (HEAD.replace("dataset", "datset"), "common parameter 'datset'.*nearest: 'dataset'"),
+        (HEAD + "  - {notebook: 07_zero_shot}\n", "reads a checkpoint, but no stage runs 02_pretraining"),
+        (
+            HEAD + "  - {notebook: 02_pretraining}\n  - {notebook: 07_zero_shot, grid: {objective: [convirt]}}\n",
+            "objective 'convirt', but 02_pretraining is run for objective 'gloria'",
+        ),
+        (
+            HEAD + "  - {notebook: 02_pretraining}\n  - {notebook: 07_zero_shot, grid: {seed: [0, 1]}}\n",
+            "seed 1 and objective 'gloria', but 02_pretraining is run for seed 0",
+        ),
+        (
+            HEAD + "  - {notebook: 02_pretraining, grid: {epochs: [1, 2]}}\n  - {notebook: 07_zero_shot}\n",
+            "2 runs of 02_pretraining, which differ in epochs",
+        ),
+    ],
+)
+def test_mistakes_are_named(make_study, text, message):
+    with pytest.raises((StudyError, ParameterError), match=message) as caught:
+        load_study(make_study(text))
+    assert "tiny.yaml" in str(caught.value)
+
+
+def test_study_by_name(make_study):
+    file = make_study()
+    root = file.parents[2]
+    assert study_file("tiny", root) == file
+    with pytest.raises(StudyError, match=r"unknown study 'tyni'.*nearest: 'tiny'"):
+        study_file("tyni", root)
+
+
+def test_numbers_in_yaml_are_numbers():
+    assert parse("[5e-5, 1E3, -2.5e-2, 1e-3x, 12]") == [5e-5, 1e3, -2.5e-2, "1e-3x", 12]
+    assert isinstance(parse("1e3"), float)

@@ -1,0 +1,148 @@
+"""What a notebook records: the exact columns, only numbers that mean something, files that are whole."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from gloria_core.study import record
+from gloria_core.study.paths import write_atomically
+from gloria_core.study.record import COLUMNS, RecordError, start_run
+
+PARAMETERS = {"objective": "gloria", "dataset": "phantom", "seed": 3, "epochs": 2}
+
+
+@pytest.fixture
+def run(tmp_path):
+    return start_run(tmp_path / "07_zero_shot-gloria-s3-abc", notebook="07_zero_shot", parameters=PARAMETERS)
+
+
+def read(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_metrics_csv(run):
+    run.metric(
+        task="zero_shot", target="macro", metric="auroc", value=np.float32(0.5), ci_low=0.25, ci_high=1, n=np.int64(8)
+    )
+    run.metric(task="zero_shot", target="Edema, left", metric="auroc", value=float("nan"), n=0, split="valid", seed=4)
+    path = run.finish()
+    assert path.read_text().splitlines()[0] == (
+        "run_id,notebook,objective,dataset,task,label_fraction,seed,split,target,metric,value,ci_low,ci_high,n"
+    )
+    first, second = read(path)
+    assert first == dict(
+        zip(COLUMNS, [
+            "07_zero_shot-gloria-s3-abc", "07_zero_shot", "gloria", "phantom", "zero_shot", "", "3", "test", "macro",
+            "auroc", "0.5", "0.25", "1.0", "8",
+        ], strict=True)
+    )  # fmt: skip
+    assert (second["target"], second["value"], second["n"], second["seed"]) == ("Edema, left", "nan", "0", "4")
+    notes = json.loads((run.folder / "notes.json").read_text())
+    assert notes["device"] == record.device_in_use()
+    assert notes["peak_memory_mb"] > 10
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"task": "zeroshot"}, "unknown task 'zeroshot'"),
+        ({"split": "dev"}, "unknown split"),
+        ({"metric": "AUROC"}, "small letters"),
+        ({"target": " "}, "one line of text"),
+        ({"value": None}, "value is None"),
+        ({"value": float("inf")}, "finite"),
+        ({"value": "0.5"}, "finite"),
+        ({"value": True}, "finite"),
+        ({"value": float("nan")}, "n must say"),
+        ({"n": 2.5}, "whole number"),
+        ({"ci_low": 0.1}, "both"),
+        ({"ci_low": 0.9, "ci_high": 0.1}, "upside down"),
+        ({"label_fraction": 10}, "lies in"),
+    ],
+)
+def test_refuses_what_means_nothing(run, changed, message):
+    good = {"task": "zero_shot", "target": "macro", "metric": "auroc", "value": 0.5}
+    with pytest.raises(RecordError, match=message):
+        run.metric(**(good | changed))
+    assert run.rows == []
+    run.metric(**good)
+
+
+def test_a_number_is_recorded_once(run, monkeypatch, tmp_path):
+    number = {"task": "classification", "target": "macro", "metric": "auroc"}
+    run.metric(**number, value=0.5, label_fraction=0.01)
+    run.metric(**number, value=0.6, label_fraction=0.1)
+    with pytest.raises(RecordError, match=r"recorded twice: 0.5 and 0.7"):
+        run.metric(**number, value=0.7, label_fraction=0.01)
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    playing = start_run("", notebook="04_finetune_classification", parameters={})
+    assert playing.folder == tmp_path / "results" / "runs" / "interactive" / "04_finetune_classification"
+    playing.metric(**number, value=0.5)
+    playing.metric(**number, value=0.7)  # the cell was run again
+    assert [row["value"] for row in playing.rows] == [0.7]
+
+
+def test_a_whole_table(run):
+    rows = pd.DataFrame(
+        {
+            "task": "classification",
+            "target": ["macro", "Edema"],
+            "metric": "auroc",
+            "value": [0.5, float("nan")],
+            "n": [8, 0],
+            "objective": ["imagenet", None],
+            "ci_low": [0.1, None],
+            "ci_high": [0.9, None],
+        }
+    )
+    assert run.metrics(rows) is rows
+    first, second = read(run.finish())
+    assert (first["objective"], first["ci_low"], first["n"]) == ("imagenet", "0.1", "8")
+    assert (second["objective"], second["ci_low"], second["value"]) == ("gloria", "", "nan")
+    with pytest.raises(RecordError, match="no column 'score'"):
+        run.metrics(pd.DataFrame({"score": [1]}))
+
+
+def test_figures_and_tables(run):
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(2, 1))
+    axes.plot([0, 1])
+    assert run.figure(figure, "loss") is figure
+    content = (run.folder / "figures" / "loss.png").read_bytes()
+    assert content.startswith(b"\x89PNG")
+    assert not plt.fignum_exists(figure.number)  # a notebook shows it once
+    run.figure(figure, "again")
+    assert (run.folder / "figures" / "again.png").read_bytes() == content
+    table = pd.DataFrame({"a": [1]}, index=pd.Index(["x"], name="finding"))
+    assert run.table(table, "scores") is table
+    assert (run.folder / "tables" / "scores.csv").read_text() == "finding,a\nx,1\n"
+    for bad in ("../out", "a/b", "", ".hidden"):
+        with pytest.raises(RecordError, match="plain file name"):
+            run.figure(figure, bad)
+
+
+def test_parameters_must_be_single_values(tmp_path):
+    with pytest.raises(RecordError, match="'seed'"):
+        start_run(tmp_path, notebook="04", parameters={"seed": [0, 1]})
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "run.json"
+    write_atomically(path, "old")
+
+    def full(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,248 @@
+"""Studies that are really run: what is redone, what is kept, and what a failure or a kill leaves behind.
+
+Each kernel costs a second or two, so a few long stories are told in place of many short ones.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from gloria_core.study import kernel
+from gloria_core.study.kernel import TimeLimitError, _time_limit
+from gloria_core.study.plan import load_study
+from gloria_core.study.run import _complete, for_kernel, is_done, run_one, status_of
+
+COMMAND = [sys.executable, "-m", "gloria_core.study"]
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
+ONE_STAGE = "study: tiny\nstages:\n  - notebook: 01_data_preparation\n"
+
+
+def start(*arguments):
+    return subprocess.Popen([*COMMAND, *map(str, arguments)], env=ENVIRONMENT, stdout=-1, stderr=-1, text=True)
+
+
+def study(*arguments):
+    process = start(*arguments)
+    out, err = process.communicate(timeout=240)
+    return process.returncode, out, err
+
+
+def marks(plan):
+    """Identity of each run.json: a rewritten file is another file."""
+    files = {run.run_id: plan.folder / run.run_id / "run.json" for run in plan}
+    return {name: (file.stat().st_ino, file.stat().st_mtime_ns) for name, file in files.items() if file.exists()}
+
+
+def wait_for(path: Path, seconds: float = 60) -> str:
+    end = time.monotonic() + seconds
+    while not (path.exists() and path.read_text()):
+        assert time.monotonic() < end, f"{path.name} did not appear"
+        time.sleep(0.05)
+    return path.read_text()
+
+
+def wait_for_end(pid: int, seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while Path(f"/proc/{pid}").exists() and "(zombie)" not in Path(f"/proc/{pid}/status").read_text():
+        assert time.monotonic() < end, f"process {pid} is still there"
+        time.sleep(0.05)
+
+
+def test_a_misspelt_parameter_fails_fast(make_study):
+    file = make_study()
+    file.write_text(file.read_text().replace("grid:", "parameters: {epoch: 3}\n    grid:", 1))
+    clock = time.monotonic()
+    code, _, err = study(file)
+    assert time.monotonic() - clock < 5
+    assert code == 2
+    assert "tiny.yaml: unknown parameter 'epoch' for 02_pretraining; nearest: 'epochs'" in err
+    assert not (file.parents[2] / "results").exists()
+
+
+def test_failure_fix_and_deletion(make_study):
+    """A failed notebook stops only what depends on it; after the fix, only what is missing is done."""
+    file = make_study()
+    plan = load_study(file)
+    data, gloria, broken, zero_gloria, zero_broken, tables = [run.run_id for run in plan]
+    (file.parents[1] / "broken").touch()
+
+    code, out, _ = study(file, "--cores", 4)
+    assert code == 1
+    assert [status_of(plan, run) for run in plan] == ["ok", "ok", "failed", "ok", "missing", "missing"]
+    record = json.loads((plan.folder / broken / "run.json").read_text())
+    assert (record["status"], record["error"]["name"]) == ("failed", "AssertionError")
+    assert "the coil is open" in record["error"]["value"]
+    executed = (plan.folder / broken / "executed.ipynb").read_text()
+    assert f"In [{record['error']['cell']}]" in executed
+    assert "Traceback" in executed
+    assert f"{broken}/executed.ipynb" in out
+    assert f"not run  {zero_broken}, waits for {broken}" in out
+    good = plan.folder / gloria
+    record = json.loads((good / "run.json").read_text())
+    assert {"commit", "dirty", "packages", "python", "platform", "manifest_hash", "seed", "device"} <= record.keys()
+    assert record["parameters"]["manifest"] == f"results/runs/tiny/{data}/manifest.csv"
+    assert str(plan.root) not in (good / "executed.ipynb").read_text() + json.dumps(record["parameters"])
+    written = {item.name: item.stat().st_mtime_ns for item in good.iterdir() if not item.name.startswith(".")}
+    assert max(written, key=written.get) == "run.json"
+
+    before = marks(plan)
+    (file.parents[1] / "broken").unlink()
+    for item in sorted((plan.folder / zero_gloria).iterdir()):
+        item.unlink()
+    (plan.folder / zero_gloria).rmdir()
+    code, out, err = study(file, "--cores", 4)
+    assert code == 0, out + err
+    assert all(is_done(plan, run) for run in plan)
+    kept = {name for name, mark in marks(plan).items() if before.get(name) == mark}
+    assert kept == {data, gloria}
+    summary = json.loads((plan.folder / "summary.json").read_text())
+    assert {run["run_id"] for run in summary["runs"] if run["done_now"]} == {broken, zero_gloria, zero_broken, tables}
+    assert summary["status"] == "ok"
+    assert summary["wall_seconds"] > 1
+    assert summary["peak_memory_mb"] > 50
+
+    before = marks(plan)
+    clock = time.monotonic()
+    code, out, _ = study(file)
+    assert (code, marks(plan)) == (0, before)
+    assert "0 to do" in out
+    assert time.monotonic() - clock < 5
+
+
+def sleeping(write_notebook, file):
+    """Makes 01 write the pid of its kernel and wait; the second time it finds `half` and ends."""
+    write_notebook(
+        file.parents[1],
+        "01_data_preparation",
+        'out: str = ""  # by the runner',
+        'import os, time\nhalf = run.folder / "half"\nwas_there = half.exists()\nhalf.write_text(str(os.getpid()))',
+        "time.sleep(0 if was_there else 600)",
+        "run.finish()",
+    )
+
+
+def test_killed_and_interrupted(make_study, write_notebook):
+    """Neither SIGKILL nor Ctrl-C leaves a run.json, a kernel or a lock; the next call goes on from what is there."""
+    file = make_study(ONE_STAGE)
+    sleeping(write_notebook, file)
+    plan = load_study(file)
+    folder = plan.folder / plan.runs[0].run_id
+
+    runner = start("one", file, plan.runs[0].run_id)
+    process = int(wait_for(folder / "half"))
+    runner.kill()
+    runner.communicate()
+    wait_for_end(process)
+    assert not (folder / "run.json").exists()
+    assert status_of(plan, plan.runs[0]) == "missing"
+
+    (folder / "half").unlink()
+    whole = start(file)
+    process = int(wait_for(folder / "half"))
+    code, _, err = study(file)  # a second one is told to wait
+    assert code == 2
+    assert "already being run" in err
+    whole.send_signal(signal.SIGINT)
+    _, err = whole.communicate(timeout=60)
+    assert whole.returncode == 130
+    assert "goes on from here" in err
+    wait_for_end(process)
+    assert not (folder / "run.json").exists()
+
+    code, out, err = study(file)
+    assert code == 0, out + err  # `half` was still there, so it did not sleep
+    assert status_of(plan, plan.runs[0]) == "ok"
+
+
+def test_a_repeated_run_starts_in_an_empty_folder(make_study, write_notebook):
+    """What an older attempt left is for the same code and data only; a dead kernel is told from a failed cell."""
+    file = make_study(ONE_STAGE)
+    parameters = 'out: str = ""  # by the runner'
+    left = 'print((run.folder / "left").exists())\n(run.folder / "left").touch()'
+    path = write_notebook(
+        file.parents[1], "01_data_preparation", parameters, left, "import os\nos.kill(os.getpid(), 9)"
+    )
+    plan = load_study(file)
+    record = run_one(plan, plan.runs[0].run_id)
+    assert (record["status"], record["error"]["name"]) == ("died", "DeadKernelError")
+    folder = plan.folder / plan.runs[0].run_id
+    assert (folder / "left").exists()
+
+    write_notebook(path.parent, path.stem, parameters, left, "run.finish()")
+    plan = load_study(file)
+    assert status_of(plan, plan.runs[0]) == "stale"
+    assert run_one(plan, plan.runs[0].run_id)["status"] == "ok"
+    cells = json.loads((folder / "executed.ipynb").read_text())["cells"]
+    printed = [output["text"] for cell in cells for output in cell.get("outputs", []) if "text" in output]
+    assert "".join(printed[0]).strip() == "False"
+
+
+def test_only_a_kernel_that_did_not_start_is_tried_again(monkeypatch, tmp_path):
+    calls = []
+
+    def attempt(*_):
+        calls.append(outcomes[len(calls)])
+        return calls[-1], None
+
+    monkeypatch.setattr(kernel, "_attempt", attempt)
+    monkeypatch.setattr(kernel.time, "sleep", lambda seconds: None)
+    for outcomes, tried in (
+        (["no_kernel", "ok"], 2),
+        (["failed", "ok"], 1),
+        (["died", "ok"], 1),
+        (["no_kernel"] * 4, 3),
+    ):
+        calls.clear()
+        status, _ = kernel.execute(tmp_path, "02_pretraining", tmp_path / "executed.ipynb", {}, threads=1)
+        assert (status, len(calls)) == (outcomes[tried - 1], tried)
+
+
+def test_a_kernel_gets_its_share_and_no_more(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "16")
+    monkeypatch.delenv("IPYTHONDIR", raising=False)
+    with kernel._environment(2) as private:
+        assert os.environ["OMP_NUM_THREADS"] == "2"
+        assert os.environ["IPYTHONDIR"] == private
+        assert len(f"{private}/kernel-1") < 100  # the path of a socket
+    assert os.environ["OMP_NUM_THREADS"] == "16"
+    assert "IPYTHONDIR" not in os.environ
+    assert not Path(private).exists()
+
+
+def test_ok_needs_more_than_an_end(tmp_path):
+    """A notebook that ended without run.finish(), or that shows an error, is incomplete."""
+    cell = {"cell_type": "code", "execution_count": 3, "metadata": {}, "outputs": [], "source": ""}
+    (tmp_path / "executed.ipynb").write_text(json.dumps({"cells": [cell]}))
+    status, error = _complete(tmp_path, "a")
+    assert (status, "run.finish()" in error["value"]) == ("incomplete", True)
+    header = "run_id,notebook,objective,dataset,task,label_fraction,seed,split,target,metric,value,ci_low,ci_high,n\n"
+    (tmp_path / "metrics.csv").write_text(header + "b" + "," * 13 + "\n")
+    assert _complete(tmp_path, "a")[0] == "incomplete"
+    assert _complete(tmp_path, "b") == ("ok", None)
+    cell["outputs"] = [{"output_type": "error", "ename": "KeyError", "evalue": "x"}]
+    (tmp_path / "executed.ipynb").write_text(json.dumps({"cells": [cell]}))
+    assert _complete(tmp_path, "b") == ("incomplete", {"name": "KeyError", "value": "x", "cell": 3})
+
+
+def test_time_limit():
+    with pytest.raises(TimeLimitError), _time_limit(1):
+        time.sleep(30)
+    with _time_limit(0):
+        pass
+    assert signal.alarm(0) == 0
+
+
+def test_paths_for_the_kernel():
+    """The kernel works in notebooks/; absolute paths and blanks stay."""
+    given = {"out": "results/x", "manifest": "", "checkpoint": "/a/b.pt", "data_root": "../images", "objective": "x"}
+    changed = {"out": "../results/x", "data_root": "../../images"}
+    assert for_kernel(given) == given | changed

@@ -1,0 +1,122 @@
+"""Tables are made of finished, fresh runs only, and say what is missing."""
+
+from __future__ import annotations
+
+import json
+
+import pandas as pd
+import pytest
+
+from gloria_core.study.plan import load_study
+from gloria_core.study.record import COLUMNS, start_run
+from gloria_core.study.tables import TableError, collect, paper_table, published, summary, to_markdown, wide
+
+
+@pytest.fixture
+def finished(make_study):
+    """A study whose runs all ended well, by hand and without a kernel; returns its plan."""
+    plan = load_study(make_study())
+    plan.write()
+    for number, run in enumerate(plan):
+        folder = plan.folder / run.run_id
+        here = start_run(folder, notebook=run.notebook, parameters=run.parameters)
+        here.metric(task="data", target="None", metric="count", value=number, n=8)
+        here.finish()
+        (folder / "run.json").write_text(json.dumps({"status": "ok", "fingerprint": run.fingerprint}))
+    return plan
+
+
+def test_collect(finished):
+    rows = collect("tiny", results_root=finished.folder.parent)
+    assert tuple(rows.columns) == COLUMNS
+    assert rows["value"].tolist() == [0, 1, 2, 3, 4, 5]
+    assert rows["run_id"].tolist() == [run.run_id for run in finished]
+    assert set(rows["target"]) == {"None"}  # a name, not a missing value
+    assert rows.attrs["skipped"] == []
+
+
+def test_what_is_no_success_does_not_count(finished):
+    folders = [finished.folder / run.run_id for run in finished]
+    (folders[0] / "run.json").unlink()
+    (folders[1] / "run.json").write_text(json.dumps({"status": "failed", "fingerprint": finished.runs[1].fingerprint}))
+    (folders[2] / "run.json").write_text(json.dumps({"status": "ok", "fingerprint": "older"}))
+    (folders[3] / "run.json").write_text('{"status": "o')
+    (folders[4] / "metrics.csv").write_text("run_id,value\nx,1\n")
+    (finished.folder / "02_pretraining-of-an-older-plan").mkdir()
+    rows = collect("tiny", results_root=finished.folder.parent)
+    assert rows["value"].tolist() == [5]
+    reasons = [item["reason"] for item in rows.attrs["skipped"]]
+    assert [item["run_id"] for item in rows.attrs["skipped"]] == [run.run_id for run in finished.runs[:5]]
+    assert ["no run.json" in reasons[0], "failed" in reasons[1], "stale" in reasons[2]] == [True] * 3
+    assert "no run.json" in reasons[3]
+    assert "columns" in reasons[4]
+
+
+def test_no_study(tmp_path):
+    with pytest.raises(TableError, match="make study STUDY=quickstart"):
+        collect("quickstart", results_root=tmp_path)
+
+
+def rows_of(values, **columns):
+    base = {"dataset": "chexpert", "task": "classification", "split": "test", "target": "macro", "metric": "auroc"}
+    base |= {"objective": "gloria", "label_fraction": 0.01, "n": 100, "ci_low": float("nan"), "ci_high": float("nan")}
+    return pd.DataFrame([base | columns | {"seed": seed, "value": value} for seed, value in enumerate(values)])
+
+
+def test_summary_over_seeds():
+    rows = pd.concat([rows_of([0.8, 0.9]), rows_of([0.7], objective="random", ci_low=0.6, ci_high=0.8)])
+    gloria, baseline = summary(rows).to_dict("records")
+    assert gloria["mean"] == pytest.approx(0.85)
+    assert gloria["sd"] == pytest.approx(0.0707, abs=1e-4)
+    assert (gloria["seeds"], pd.isna(gloria["ci_low"])) == (2, True)
+    assert (baseline["seeds"], baseline["ci_low"], pd.isna(baseline["sd"])) == (1, 0.6, True)
+    with pytest.raises(TableError, match="share a case and a seed"):
+        summary(pd.concat([rows_of([0.8]), rows_of([0.9])]))
+    with pytest.raises(TableError, match="no column 'value'"):
+        summary(rows.drop(columns="value"))
+
+
+def test_an_undefined_number_is_not_a_seed():
+    (row,) = summary(rows_of([0.8, float("nan")])).to_dict("records")
+    assert (row["mean"], row["seeds"]) == (0.8, 1)
+
+
+def test_wide():
+    rows = pd.concat(
+        [
+            rows_of([0.8, 0.9]),
+            rows_of([0.7], objective="random", ci_low=0.6, ci_high=0.8),
+            rows_of([0.5], target="Edema"),
+        ]
+    )
+    grid = wide(summary(rows), index=["objective"], columns=["target"], digits=2)
+    assert grid.loc["gloria", "macro"] == "0.85 ± 0.07"
+    assert grid.loc["random", "macro"] == "0.70 (0.60-0.80)"
+    assert grid.loc["random", "Edema"] == "-"
+    with pytest.raises(TableError, match=r"several numbers in one cell.*target"):
+        wide(summary(rows), index=["objective"], columns=["metric"])
+
+
+def test_paper_table_keeps_the_marks():
+    theirs = published()
+    assert set(theirs["status"]) == {"read", "recalled"}
+    rows = pd.concat([rows_of([0.8, 0.9]), rows_of([0.1], target="Edema"), rows_of([0.3], task="zero_shot")])
+    table = paper_table(rows, theirs, "GLoRIA ICCV 2021 linear probe")
+    ours = table[table["who"] == "ours"]
+    assert ours[["method", "mark", "seeds"]].to_numpy().tolist() == [["gloria", "measured", 2]]
+    assert ours["value"].item() == pytest.approx(85)  # the paper prints percent
+    published_rows = table[table["who"] == "published"]
+    assert len(published_rows) == (theirs["source_table"] == "GLoRIA ICCV 2021 linear probe").sum() > 0
+    assert set(published_rows["mark"]) <= {"read", "recalled"}
+    assert published_rows["source"].str.contains("quoted by").all()
+    with pytest.raises(TableError, match="nearest: 'GLoRIA ICCV 2021 linear probe'"):
+        paper_table(rows, theirs, "GLoRIA linear probe")
+
+
+def test_markdown():
+    table = pd.DataFrame(
+        {"value": [0.12345, float("nan")], "note": ["a|b", "two\nlines"]}, index=pd.Index(["x", "y"], name="finding")
+    )
+    assert to_markdown(table) == (
+        "| finding | value | note |\n| --- | --- | --- |\n| x | 0.123 | a\\|b |\n| y |  | two lines |\n"
+    )

@@ -1,0 +1,156 @@
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from gloria_core.tasks.metrics import (
+    auprc,
+    auprc_with_interval,
+    auroc,
+    auroc_with_interval,
+    metric_rows,
+    record_rows,
+    resamples,
+)
+
+
+def test_limits_by_hand():
+    assert auroc([0, 0, 1, 1], [1, 2, 3, 4]) == 1.0
+    assert auroc([1, 1, 0, 0], [1, 2, 3, 4]) == 0.0
+    assert auroc([0, 1, 0, 1], [5, 5, 5, 5]) == 0.5
+    assert auroc([0, 1, 1], [1, 1, 2]) == 0.75  # one tie counts half, one pair is won
+    assert auprc([0, 0, 1, 1], [1, 2, 3, 4]) == 1.0
+    assert auprc([1, 0, 0, 0], [0, 0, 0, 0]) == 0.25  # a constant score has the prevalence
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_equals_scikit_learn(ties, seed):
+    rng = np.random.default_rng(seed)
+    y, score = rng.integers(0, 2, 200), rng.normal(size=200)
+    score = (score + 0.5 * y).round(0 if ties else 12)
+    assert auroc(y, score) == pytest.approx(roc_auc_score(y, score), abs=1e-12)
+    assert auprc(y, score) == pytest.approx(average_precision_score(y, score), abs=1e-12)
+
+
+def test_every_resample_equals_scikit_learn_on_the_drawn_rows():
+    rng = np.random.default_rng(1)
+    y, score = rng.integers(0, 2, 30), rng.integers(0, 6, 30).astype(float)
+    counts = next(resamples(30, n_bootstrap=20, seed=3)).astype(int)
+    drawn = [np.repeat(np.arange(30), c) for c in counts]
+    for metric, interval, reference in (
+        ("auroc", auroc_with_interval, roc_auc_score),
+        ("auprc", auprc_with_interval, average_precision_score),
+    ):
+        expected = np.percentile([reference(y[rows], score[rows]) for rows in drawn], [2.5, 97.5])
+        found = interval(y, score, n_bootstrap=20, seed=3)
+        assert (found.ci_low, found.ci_high) == pytest.approx(tuple(expected), abs=1e-9), metric
+
+
+@pytest.mark.parametrize("y", [[], [1, 1, 1], [0, 0], [np.nan, np.nan]])
+def test_empty_and_one_class_are_nan(y):
+    found = auroc_with_interval(y, np.arange(len(y)), n_bootstrap=10)
+    assert np.isnan([found.value, found.ci_low, found.ci_high]).all()
+    assert found.n == np.isfinite(np.asarray(y, dtype=float)).sum()
+    assert np.isnan(auprc(y, np.arange(len(y))))
+
+
+def test_unknown_targets_are_left_out():
+    found = auroc_with_interval([0, np.nan, 1, 1], [0.1, 9.0, 0.2, 0.05], n_bootstrap=10)
+    assert (found.value, found.n) == (0.5, 3)
+
+
+@pytest.mark.parametrize(
+    ("y", "score", "message"),
+    [([0, 1, 2], [0, 1, 2], "1, 0 or NaN"), ([0, 1, 1], [0, np.nan, 1], "NaN"), ([0, 1], [0, 1, 2], "one length")],
+)
+def test_bad_input_is_refused(y, score, message):
+    with pytest.raises(ValueError, match=message):
+        auroc(y, score)
+
+
+def test_resamples_keep_patients_together_and_size():
+    groups = np.repeat(list("abcde"), [1, 2, 3, 4, 5])
+    counts = np.concatenate(list(resamples(15, groups=groups, n_bootstrap=50, seed=0)))
+    for name in "abcde":
+        assert (counts[:, groups == name] == counts[:, groups == name][:, :1]).all()
+    # five groups are drawn each time
+    first = [np.flatnonzero(groups == name)[0] for name in "abcde"]
+    assert (counts[:, first].sum(axis=1) == 5).all()
+    with pytest.raises(ValueError, match="group ids"):
+        next(resamples(3, groups=["a"]))
+
+
+def test_grouping_widens_the_interval_of_repeated_studies():
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 2, 60)
+    score = y + rng.normal(size=60) * 1.5
+    y10, score10, groups = np.repeat(y, 10), np.repeat(score, 10), np.repeat(np.arange(60), 10)
+    alone, grouped = auroc_with_interval(y10, score10), auroc_with_interval(y10, score10, groups=groups)
+    assert grouped.ci_high - grouped.ci_low > 2.5 * (alone.ci_high - alone.ci_low)
+
+
+def test_interval_covers_the_truth_about_as_often_as_it_says():
+    rng, hits = np.random.default_rng(0), 0
+    for trial in range(100):
+        y = rng.integers(0, 2, 150)
+        found = auroc_with_interval(y, rng.normal(size=150), n_bootstrap=200, seed=trial)
+        hits += found.ci_low <= 0.5 <= found.ci_high
+    assert 88 <= hits <= 100
+
+
+def _table(n=80, labels="abc", seed=0):
+    rng = np.random.default_rng(seed)
+    y = pd.DataFrame(rng.integers(0, 2, (n, len(labels))).astype(float), columns=list(labels))
+    return y, y * 0.7 + rng.normal(size=(n, len(labels)))
+
+
+def test_metric_rows_hold_labels_and_the_named_macro():
+    y, scores = _table()
+    rows = metric_rows(y, scores, macro=["a", "b"], metrics=("auroc", "auprc"), n_bootstrap=100)
+    assert list(rows["target"]) == ["a", "a", "b", "b", "c", "c", "macro", "macro"]
+    table = rows.set_index(["target", "metric"])
+    assert table.loc[("macro", "auroc"), "value"] == pytest.approx(
+        np.mean([roc_auc_score(y[k], scores[k]) for k in "ab"])
+    )
+    assert table.loc[("b", "auroc"), "ci_low"] == pytest.approx(
+        auroc_with_interval(y["b"], scores["b"], n_bootstrap=100).ci_low
+    )
+    assert table.loc[("a", "auroc"), "prevalence"] == pytest.approx(y["a"].mean())
+    assert ((rows["ci_low"] < rows["value"]) & (rows["value"] < rows["ci_high"])).all()
+
+
+def test_macro_interval_is_joint():
+    """Two copies of one label: their mean varies as one of them does, not sqrt(2) less."""
+    y, scores = _table(labels="a")
+    rows = metric_rows(y.assign(b=y["a"]), scores.assign(b=scores["a"]), macro=["a", "b"]).set_index("target")
+    assert rows.loc["macro", ["ci_low", "ci_high"]].tolist() == pytest.approx(
+        rows.loc["a", ["ci_low", "ci_high"]].tolist()
+    )
+
+
+def test_macro_leaves_out_and_counts_undefined_labels():
+    y, scores = _table()
+    y["b"], scores["c"] = 0.0, np.nan
+    rows = metric_rows(y, scores, macro=["a", "b", "c"], n_bootstrap=50).set_index("target")
+    assert np.isnan(rows.loc["b", "value"]) and rows.loc["b", "note"] == "only negative studies"
+    assert np.isnan(rows.loc["c", "value"]) and rows.loc["c", "note"] == "not scored"
+    assert rows.loc["macro", "value"] == rows.loc["a", "value"]
+    assert rows.loc["macro", "note"] == "mean over 1 of 3 labels"
+    with pytest.raises(KeyError, match="'z'"):
+        metric_rows(y, scores, macro=["z"])
+
+
+def test_record_rows_keep_what_a_record_takes():
+    y, scores = _table()
+    rows = record_rows(metric_rows(y, scores, n_bootstrap=10), task="zero_shot")
+    assert list(rows.columns) == ["task", "target", "metric", "value", "ci_low", "ci_high", "n"]
+
+
+def test_a_thousand_resamples_are_fast():
+    y, scores = _table(n=2000, labels="abcdefghijklmn")
+    start = time.perf_counter()
+    metric_rows(y, scores, macro=list("abcde"))
+    assert time.perf_counter() - start < 10  # about one second on a free core

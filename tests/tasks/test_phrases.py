@@ -1,0 +1,117 @@
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from gloria_core.data.geometry import Geometry
+from gloria_core.tasks.phrases import (
+    Phrase,
+    another_text,
+    original_region,
+    phrases_from_boxes,
+    phrases_from_masks,
+    region,
+    seen,
+    swap_sides,
+)
+
+TEXT = "Bilateral effusions. Left lower zone opacity."
+
+
+def _mask(label, path, start, end, image=0, section="impression"):
+    return {"label": label, "image": image, "path": path, "spans": [[section, start, end]]}
+
+
+def _frame(masks, boxes=(), views="PA;LATERAL"):
+    row = {
+        "study_id": "s",
+        "images": "a.png;b.png",
+        "views": views,
+        "findings": TEXT,
+        "impression": TEXT,
+        "masks": json.dumps(masks) if masks else "",
+        "boxes": json.dumps(list(boxes)) if boxes else "",
+    }
+    return pd.DataFrame([row])
+
+
+def test_masks_that_share_words_are_one_phrase():
+    masks = [
+        _mask("Pleural Effusion", "left.png", 0, 19),
+        _mask("Pleural Effusion", "right.png", 0, 19),
+        _mask("Lung Opacity", "zone.png", 21, 44),
+        _mask("Lung Opacity", "other.png", 0, 5, section="findings"),
+        _mask("Edema", "lateral.png", 0, 5, image=1),
+        {"label": "Fracture", "image": 0, "path": "silent.png"},
+    ]
+    found = phrases_from_masks(_frame(masks))
+    assert [(p.label, p.words, p.masks, p.image) for p in found] == [
+        ("Pleural Effusion", "Bilateral effusions", ("left.png", "right.png"), "a.png"),
+        ("Lung Opacity", "Left lower zone opacity", ("zone.png",), "a.png"),
+    ]
+    assert [p.words for p in phrases_from_masks(_frame(masks), sections=("findings",))] == ["Bilat"]
+    # the lateral comes first in the file, the frontal is still the image
+    assert phrases_from_masks(_frame(masks, views="LATERAL;AP"))[0].label == "Edema"
+    assert phrases_from_masks(_frame([])) == []
+    with pytest.raises(ValueError, match="study s: spans"):
+        phrases_from_masks(_frame([_mask("Edema", "x.png", 40, 400)]))
+
+
+def test_boxes_are_grounded_by_their_labels_prompt():
+    boxes = [
+        {"label": "Mass", "image": 0, "xywh": [1, 2, 3, 4]},
+        {"label": "Mass", "image": 0, "xywh": [9, 9, 2, 2]},
+        {"label": "Nodule", "image": 0, "xywh": [0, 0, 1, 1]},
+    ]
+    (found,) = phrases_from_boxes(_frame([], boxes), {"Mass": "lung mass"})
+    assert (found.words, found.boxes, found.section) == ("lung mass", ((1, 2, 3, 4), (9, 9, 2, 2)), "prompt")
+
+
+def test_region_of_masks_and_boxes(tmp_path):
+    mask = np.zeros((20, 10), dtype=np.uint8)
+    mask[0:4, 0:5] = 255
+    Image.fromarray(mask).save(tmp_path / "m.png")
+    geometry = Geometry.fit(20, 10, 20)  # five columns of padding on either side
+    phrase = Phrase(0, "A", "impression", "x", ((0, 1),), "a.png", masks=("m.png",), boxes=((8.0, 18.0, 2.0, 2.0),))
+    found = region(phrase, geometry, tmp_path, 20)
+    expected = np.zeros((20, 20), dtype=bool)
+    expected[0:4, 5:10] = True
+    expected[18:20, 13:15] = True
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(region(phrase, geometry, tmp_path, 16), expected[2:18, 2:18])
+    original = original_region(phrase, geometry, tmp_path)
+    np.testing.assert_array_equal(original, expected[:, 5:15])
+    np.testing.assert_array_equal(seen(geometry, 20)[0], [False] * 5 + [True] * 10 + [False] * 5)
+
+
+def test_a_box_thinner_than_a_pixel_keeps_one(tmp_path):
+    phrase = Phrase(0, "A", "prompt", "x", ((0, 1),), "a.png", boxes=((40.0, 80.0, 3.0, 3.0),))
+    found = region(phrase, Geometry.fit(200, 200, 20), tmp_path, 20)
+    assert found.sum() == 1 and found[8, 4]
+    outside = Phrase(0, "A", "prompt", "x", ((0, 1),), "a.png", boxes=((0.0, 0.0, 3.0, 3.0),))
+    assert not region(outside, Geometry.fit(200, 200, 20), tmp_path, 10).any()
+
+
+def test_sides_are_swapped_in_the_phrase_only_and_spans_follow():
+    text = "Right effusion, large on the right side. Left opacity on the right."
+    spans = ((0, 14), (41, 53))
+    swapped = swap_sides(Phrase(0, "A", "impression", text, spans, "a.png"))
+    assert swapped.text == "Left effusion, large on the right side. Right opacity on the right."
+    assert swapped.words == "Left effusion … Right opacity"
+    assert swap_sides(swapped).text == text and swap_sides(swapped).spans == spans
+    assert swap_sides(Phrase(0, "A", "impression", text, ((6, 14),), "a.png")) is None
+    assert swap_sides(Phrase(0, "A", "impression", "bright LEFTover", ((0, 15),), "a.png")) is None
+
+
+def test_another_text_is_of_another_label_and_study():
+    phrases = [
+        Phrase(i, "AB"[i % 2], "impression", f"text {i}", ((0, 4),), f"{i}.png", masks=(f"m{i}",)) for i in range(6)
+    ]
+    others = another_text(phrases, seed=3)
+    for own, other in zip(phrases, others, strict=True):
+        assert (other.row, other.image, other.masks, other.label) == (own.row, own.image, own.masks, own.label)
+        assert int(other.text[-1]) % 2 != own.row % 2
+    assert others == another_text(phrases, seed=3) != another_text(phrases, seed=4)
+    assert another_text(phrases[:1]) == [None]

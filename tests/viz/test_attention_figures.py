@@ -1,0 +1,117 @@
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
+
+from gloria_core.viz.attention import TRUTH, MapPanel, attention_row, control_bars
+
+IMAGE = np.zeros((40, 30), dtype=np.uint8)
+
+
+def _panels():
+    values = np.linspace(0.0, 1.0, 40 * 30).reshape(40, 30)
+    outside = values.copy()
+    outside[:5] = np.nan
+    return [MapPanel(outside, "attention\nCNR 0.35"), MapPanel(values - 0.25, "cosine", signed=True, unit="cosine")]
+
+
+def _map_axes(figure):
+    return [axis for axis in figure.axes if len(axis.images) == 2]
+
+
+def test_image_alone_then_every_map_with_its_bar():
+    before = plt.get_fignums()
+    figure = attention_row(IMAGE, _panels(), title="small effusion")
+    assert plt.get_fignums() == before
+    assert len(figure.axes) == 3 + 3  # images and their bars
+    assert [axis.get_title().strip() for axis in figure.axes[:3]] == ["image", "attention\nCNR 0.35", "cosine"]
+    assert figure.get_suptitle() == "small effusion (n = 1 image, 2 maps)"
+    labels = [axis.get_xlabel() for axis in figure.axes[3:]]
+    assert "lowest to highest" in labels[1] and "cosine\n(0 in the middle" in labels[2]
+
+
+def test_signed_maps_are_centred_and_unseen_pixels_are_transparent():
+    attention, cosine = _map_axes(attention_row(IMAGE, _panels(), title="x"))
+    assert cosine.images[1].get_clim() == pytest.approx((-0.75, 0.75))
+    low, high = attention.images[1].get_clim()
+    assert low == pytest.approx(np.nanmin(_panels()[0].values)) and high == 1.0
+    overlay = attention.images[1]
+    assert overlay.get_array().mask[:5].all() and not overlay.get_array().mask[5:].any()
+    rgba = overlay.cmap(overlay.norm(overlay.get_array()))
+    assert (rgba[:5, :, 3] == 0).all() and (rgba[5:, :, 3] > 0).all()
+
+
+def test_outline_is_drawn_around_the_right_pixels():
+    mask = np.zeros(IMAGE.shape, dtype=bool)
+    mask[10:20, 0:8] = True
+    figure = attention_row(IMAGE, _panels(), title="x", outlines=[mask])
+    for axis in figure.axes[:3]:
+        (contour,) = [c for c in axis.collections if c.get_paths()]
+        vertices = np.concatenate([path.vertices for path in contour.get_paths()])
+        np.testing.assert_allclose(vertices.min(axis=0), [-0.5, 9.5])  # closed at the border of the image
+        np.testing.assert_allclose(vertices.max(axis=0), [7.5, 19.5])
+        assert axis.get_xlim() == (-0.5, 29.5) and axis.get_ylim() == (39.5, -0.5)
+
+
+def test_outline_appears_on_the_rendered_picture():
+    mask = np.zeros(IMAGE.shape, dtype=bool)
+    mask[10:20, 10:20] = True
+    figure = attention_row(IMAGE, [], title="x", outlines=[mask])
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    picture = np.asarray(canvas.buffer_rgba())[..., :3] / 255
+    x, y = figure.axes[0].transData.transform((15, 9.5))
+    column, row = round(x), round(picture.shape[0] - y)
+    near = picture[row - 3 : row + 4, column]
+    assert np.abs(near - to_rgb(TRUTH)).sum(axis=1).min() < 0.15
+    inside = picture[round(picture.shape[0] - figure.axes[0].transData.transform((15, 15))[1]), column]
+    assert inside.max() < 0.1
+
+
+def test_boxes_use_the_pixel_corners():
+    figure = attention_row(IMAGE, _panels(), title="x", boxes=[(3, 4, 10, 20)])
+    (box,) = figure.axes[1].patches
+    assert (box.get_x(), box.get_y(), box.get_width(), box.get_height()) == (2.5, 3.5, 10, 20)
+
+
+def test_a_map_that_saw_nothing_says_so():
+    figure = attention_row(IMAGE, [MapPanel(np.full(IMAGE.shape, np.nan), "cosine")], title="x")
+    assert figure.axes[1].texts[0].get_text().startswith("outside")
+
+
+def test_other_pixels_are_refused():
+    with pytest.raises(ValueError, match=r"map 'cosine' has \(4, 4\) pixels"):
+        attention_row(IMAGE, [MapPanel(np.zeros((4, 4)), "cosine")], title="x")
+    with pytest.raises(ValueError, match="outline"):
+        attention_row(IMAGE, [], title="x", outlines=[np.zeros((4, 4), dtype=bool)])
+
+
+def test_control_bars_show_values_in_order():
+    rows = pd.DataFrame(
+        [
+            {
+                "kind": kind,
+                "control": control,
+                "target": "macro",
+                "metric": "_".join(filter(None, (metric, kind, control))),
+            }
+            | {"value": value, "ci_low": value - 0.1, "ci_high": value + 0.1, "n": 50, "chance": 0.08}
+            for kind, control, value in (("cosine", "", 1.2), ("cosine", "inverted", -1.2), ("prior", "uniform", 0.0))
+            for metric in ("cnr", "pointing_game")
+        ]
+    )
+    figure = control_bars(rows)
+    cnr, pointing = figure.axes
+    assert [bar.get_width() for bar in cnr.patches] == [1.2, -1.2, 0.0]
+    assert [t.get_text() for t in cnr.get_yticklabels()] == ["cosine", "cosine: inverted", "prior: uniform"]
+    assert [0.0, 0.0] in [list(line.get_xdata()) for line in cnr.lines]
+    assert [0.08, 0.08] in [list(line.get_xdata()) for line in pointing.lines]
+    assert "n = 50 phrases" in figure.get_suptitle()
+    with pytest.raises(ValueError, match="one target"):
+        control_bars(pd.concat([rows, rows.assign(target="Edema")]))
