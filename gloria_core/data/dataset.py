@@ -41,6 +41,21 @@ class PreparedDataset:
         named = {*COMPETITION_LABELS, *COMPETITION_SYNONYMS}
         return [name for name in label_columns(self.frame) if name in named]
 
+    def without(self, rule: str) -> pd.DataFrame:
+        """The frame less the test studies that a rule "column=value" names; training and validation stay whole.
+
+        For judging outside a confound: `without("meta_source=A")`. Raises ManifestError for a rule that names no test
+        study, since a comparison with itself would look like a result.
+        """
+        column, _, value = rule.partition("=")
+        if column not in self.frame:
+            raise ManifestError(f"rule {rule!r}: the manifest has no column {column!r}")
+        named = (self.frame["split"] == "test") & (self.frame[column].astype(str) == value)
+        if not named.any():
+            there = ", ".join(sorted(set(self.frame[column].astype(str)))[:8])
+            raise ManifestError(f"rule {rule!r} names no test study; {column} is one of {there}")
+        return self.frame[~named]
+
     def split(self, name: str) -> pd.DataFrame:
         """Rows of split `name` (train, valid or test); an empty split raises ManifestError."""
         rows = self.frame[self.frame["split"] == name]

@@ -90,7 +90,7 @@ def _one(plan: Plan, run_id: str, threads: int | None) -> int:
         return 0
     error, where = record["error"], plan.folder / run_id / EXECUTED
     cell = f" in cell In [{error['cell']}]" if error["cell"] else ""
-    print(f"{place} {error['name']}{cell}: {error['value']}\n      see {where}", file=sys.stderr, flush=True)
+    print(f"{place} {error['name']}{cell}: {error['value']}\n      see {where}", flush=True)
     return 1
 
 

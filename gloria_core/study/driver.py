@@ -19,7 +19,7 @@ from gloria_core.study.parameters import unknown
 from gloria_core.study.paths import PACKAGE_PARENT
 from gloria_core.study.plan import Plan, Run
 from gloria_core.study.report import measured_study, report, summarise
-from gloria_core.study.run import is_done
+from gloria_core.study.run import is_done, status_of
 from gloria_core.study.yaml_strict import StudyError
 
 
@@ -86,20 +86,24 @@ def _snakemake(plan: Plan, options: Options, lock: int) -> None:
     """
     config = [
         f"study={plan.file}",
-        f"overrides={json.dumps(dict(options.overrides))}",
+        # in hexadecimal: Snakemake reads whatever looks like YAML, nested too, and makes a text of every number in it
+        f"overrides={json.dumps(dict(options.overrides)).encode().hex()}",
         f"data_root={options.data_root}",
     ]
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(PACKAGE_PARENT / "notebooks" / "Snakefile")]
     command += ["--directory", str(plan.folder), "--cores", str(options.cores), "--config", *config]
     # --nolock: a killed Snakemake leaves its lock behind; ours (`_only_one`) goes with the process
-    command += ["--keep-going", "--nolock", "--rerun-incomplete", "--rerun-triggers", "input", "--quiet", "all"]
+    command += ["--keep-going", "--nolock", "--rerun-incomplete", "--rerun-triggers", "input"]
     path = os.pathsep.join([str(PACKAGE_PARENT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    process = subprocess.Popen(
-        [*command, *options.snakemake],
-        env=os.environ | {"PYTHONPATH": path},
-        start_new_session=True,
-        pass_fds=[lock],
-    )
+    # what Snakemake says of itself goes into a file; the runs speak for themselves on standard output
+    with (plan.folder / "snakemake.log").open("w", encoding="utf-8") as log:
+        process = subprocess.Popen(
+            [*command, *options.snakemake],
+            env=os.environ | {"PYTHONPATH": path},
+            start_new_session=True,
+            pass_fds=[lock],
+            stderr=log,
+        )
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         process.wait()
@@ -108,6 +112,9 @@ def _snakemake(plan: Plan, options: Options, lock: int) -> None:
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
+    if process.returncode and not any(status_of(plan, run) not in ("ok", "missing") for run in plan):
+        # no run failed, so Snakemake itself did
+        print((plan.folder / "snakemake.log").read_text(encoding="utf-8")[-4000:], flush=True)
 
 
 def _end(process: subprocess.Popen[bytes], patience: float = 15) -> None:

@@ -14,6 +14,7 @@ import ast
 import difflib
 import io
 import json
+import re
 import tokenize
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -106,6 +107,9 @@ def _parameter(statement: ast.stmt, reason: str) -> Parameter:
         raise ParameterError(f"{name!r} is computed: {ast.unparse(statement.value)}; write the value itself") from None
     if not reason:
         raise ParameterError(f"{name!r} has no reason; end the line with `# why this value`")
+    if re.search(r"[=|]", reason):
+        # papermill reads the line with a pattern of its own, loses it at these signs, and warns of an unknown parameter
+        raise ParameterError(f"the reason of {name!r} has a `=` or `|` in it, which papermill cannot read; say it in words")
     return Parameter(name, kind, fit(name, kind, default), reason)
 
 

@@ -11,6 +11,7 @@ Means are computed here, when they are looked at, and stored nowhere else.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -86,6 +87,21 @@ def costs(study: str, *, results_root: str | Path | None = None) -> pd.DataFrame
     records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*/run.json"))]
     table = pd.DataFrame([{"run_id": record["run_id"], **record} for record in records if record["status"] == "ok"])
     return table.reindex(columns=["run_id", *names]).set_index("run_id")
+
+
+def confounds(dataset: str, *, folder: str | Path | None = None) -> str:
+    """Every paragraph of the dataset's card (data_manifests/<dataset>.md) that begins with **Confounds, as Markdown.
+
+    Raises `TableError` where there is no card, or none of its paragraphs does.
+    """
+    path = (Path(folder) if folder else repository_root() / "data_manifests") / f"{dataset}.md"
+    if not path.is_file():
+        raise TableError(f"{path} is missing: write a card for the dataset, with its confounds")
+    parts = re.split(r"\n\s*\n", path.read_text(encoding="utf-8"))
+    found = [part.strip() for part in parts if part.lstrip().startswith("**Confounds")]
+    if not found:
+        raise TableError(f"{path} says nothing of confounds: begin a paragraph with **Confounds.**")
+    return "\n\n".join(found)
 
 
 def summary(rows: pd.DataFrame, *, by: Sequence[str] = CASE) -> pd.DataFrame:

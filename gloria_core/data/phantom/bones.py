@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gloria_core.data.phantom.canvas import Canvas, polyline, smooth_line
+from gloria_core.data.phantom.canvas import Canvas, smooth_line
 from gloria_core.data.phantom.frontal import wall_curve
 from gloria_core.data.phantom.scene import Scene
 
@@ -52,12 +52,12 @@ def ribs(scene: Scene, steps: tuple[Step, ...] = ()) -> Array:
     half = 0.0265 + 0.004 * np.clip(-y, 0, 1)
     distance = np.abs(phase - np.round(phase)) * spacing
     keep = canvas.edge(lateral + 0.012 - ax, 0.02) * canvas.edge(ax - 0.075, 0.02) * (phase > -0.4)
-    depth = 1.0 - 0.55 * np.clip((y - 0.45) * 2.5, 0, 1)
-    layer = 0.105 * _band(distance, half, canvas) * keep * depth
+    depth = 1.0 - 0.7 * np.clip((y - 0.40) * 3, 0, 1)
+    layer = 0.125 * _band(distance, half, canvas) * keep * depth
     front = (y + 0.42 * t**1.3 - sit - 0.55 * spacing - 0.16) / spacing
     distance = np.abs(front - np.round(front)) * spacing
     costal = np.clip((t - 0.42) * 4.0, 0, 1) * (front > 0.4) * canvas.edge(0.55 - y, 0.25)
-    layer += 0.060 * _band(distance, 0.032, canvas) * keep * costal
+    layer += 0.065 * _band(distance, 0.032, canvas) * keep * costal
     rim = np.exp(-(((ax - lateral - 0.004) / 0.016) ** 2)) * (y > patient.apex + 0.1)
     return (layer + 0.065 * rim * depth) * patient.rib_density
 
@@ -73,7 +73,7 @@ def spine(scene: Scene) -> Array:
     waist = half * (1 - 0.10 * np.cos(2 * np.pi * f))
     column = canvas.edge(waist - np.abs(x), 0.012)
     disc = np.exp(-(((np.abs(f) - 0.5) / 0.11) ** 2))
-    layer = column * (0.105 - 0.06 * disc)
+    layer = column * (0.085 - 0.06 * disc)
     pedicle = np.exp(-(((np.abs(x) - 0.72 * half) / 0.013) ** 2) - ((f + 0.12) / 0.16) ** 2)
     process = np.exp(-((x / 0.013) ** 2) - ((f - 0.22) / 0.17) ** 2)
     transverse = np.exp(-(((f + 0.1) * height / 0.020) ** 2)) * np.clip(1 - np.abs(np.abs(x) - half) / 0.055, 0, 1)
@@ -88,14 +88,19 @@ def girdle(scene: Scene) -> Array:
     line = canvas_clavicle(ax, rise)
     thick = 0.025 + 0.014 * np.exp(-((ax - 0.06) ** 2) / 0.006)
     keep = canvas.edge(ax - 0.05, 0.01) * canvas.edge(0.80 - ax, 0.02)
-    layer = 0.13 * _band(np.abs(y - line) / thick, 1.0, canvas) * 0
-    layer = 0.125 * canvas.edge(thick - np.abs(y - line), 0.008) * keep
+    layer = 0.155 * canvas.edge(thick - np.abs(y - line), 0.008) * keep
     layer *= 0.68 + 0.32 * np.minimum((np.abs(y - line) / thick) ** 2, 1)
     inset = 0.10 if bedside else 0.0
     for side in (-1.0, 1.0):
-        edge, lengths = smooth_line([[side * (0.70 - inset), -0.60], [side * (0.715 - inset), -0.35],
-                                     [side * (0.76 - inset), -0.02], [side * (0.83 - inset), -0.20],
-                                     [side * (0.90 - inset), -0.52]])
+        edge, lengths = smooth_line(
+            [
+                [side * (0.70 - inset), -0.60],
+                [side * (0.715 - inset), -0.35],
+                [side * (0.76 - inset), -0.02],
+                [side * (0.83 - inset), -0.20],
+                [side * (0.90 - inset), -0.52],
+            ]
+        )
         layer = layer + scene.lines(edge, lengths, 0.009, 0.05)
     blade = canvas.edge(ax - 0.70 + inset - 0.08 * np.clip(y + 0.6, 0, 1), 0.02) * canvas.edge(-0.05 - y, 0.05)
     blade *= canvas.edge(0.90 - inset - ax - 0.18 * np.clip(y + 0.5, 0, 1), 0.02) * canvas.edge(y + 0.66, 0.03)
@@ -111,6 +116,6 @@ def canvas_clavicle(ax: Array, rise: float) -> Array:
     return -0.585 - rise - (0.13 + rise) * s - 0.030 * np.sin(2 * np.pi * s)
 
 
-def straight(points: list[tuple[float, float]]) -> tuple[Array, Array]:
-    """Points along straight pieces (wires, sutures)."""
-    return polyline(points)
+def skeleton(scene: Scene, steps: tuple[Step, ...] = ()) -> Array:
+    """All bone of the frontal view."""
+    return ribs(scene, steps) + spine(scene) + girdle(scene)

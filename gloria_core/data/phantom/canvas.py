@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from scipy.ndimage import correlate1d
+from scipy.ndimage import correlate1d, gaussian_filter1d
 
 Array = np.ndarray
 _TABLE_MIN, _TABLE_MAX, _TABLE_SIZE = -2.0, 2.0, 1024
@@ -68,10 +68,12 @@ class Canvas:
         self._row = np.clip((self.y - _TABLE_MIN) * (_TABLE_SIZE / (_TABLE_MAX - _TABLE_MIN)), 0, _TABLE_SIZE - 1)
         self._row = self._row.astype(np.intp)
 
-    def profile(self, ys: Array | tuple, values: Array | tuple) -> Array:
-        """A curve value(y), given by its knots, looked up at every pixel: (size, size)."""
-        steps = np.linspace(_TABLE_MIN, _TABLE_MAX, _TABLE_SIZE)
-        return np.interp(steps, ys, values).astype(np.float32)[self._row]
+    def profile(self, ys: Array | tuple, values: Array | tuple, *, round_off: float = 0.0) -> Array:
+        """A curve value(y), given by its knots, looked up at every pixel: (size, size); `round_off` units blur it."""
+        table = np.interp(table_rows(), ys, values)
+        if round_off:
+            table = gaussian_filter1d(table, round_off * _TABLE_SIZE / (_TABLE_MAX - _TABLE_MIN), mode="nearest")
+        return self.curve(table)
 
     def curve(self, values: Array) -> Array:
         """Like `profile` for values already on `table_rows()`."""
@@ -130,9 +132,12 @@ class Canvas:
         return blur(layer, max(sigma_px, 0.45))
 
 
+@lru_cache(maxsize=1)
 def table_rows() -> Array:
-    """The y values behind `Canvas.curve`."""
-    return np.linspace(_TABLE_MIN, _TABLE_MAX, _TABLE_SIZE)
+    """The y values behind `Canvas.curve`, read-only."""
+    rows = np.linspace(_TABLE_MIN, _TABLE_MAX, _TABLE_SIZE)
+    rows.flags.writeable = False
+    return rows
 
 
 def polyline(knots: Array | list, step: float = 0.004) -> tuple[Array, Array]:
@@ -153,6 +158,7 @@ def smooth_line(knots: Array | list, step: float = 0.004) -> tuple[Array, Array]
     t = np.linspace(0, 1, 9)[:-1, None]
     pieces = []
     for p0, p1, p2, p3 in zip(k[:-3], k[1:-2], k[2:-1], k[3:], strict=True):
-        pieces.append(0.5 * (2 * p1 + (p2 - p0) * t + (2 * p0 - 5 * p1 + 4 * p2 - p3) * t**2
-                             + (3 * p1 - p0 - 3 * p2 + p3) * t**3))
+        pieces.append(
+            0.5 * (2 * p1 + (p2 - p0) * t + (2 * p0 - 5 * p1 + 4 * p2 - p3) * t**2 + (3 * p1 - p0 - 3 * p2 + p3) * t**3)
+        )
     return polyline(np.concatenate([*pieces, k[-2:-1]]), step)

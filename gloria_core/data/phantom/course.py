@@ -17,6 +17,8 @@ LABELS = (
 _OTHERS = (
     "Pneumonia", "Pneumothorax", "Lung Lesion", "Lung Opacity", "Fracture", "Enlarged Cardiomediastinum", "Pleural Other",
 )  # fmt: skip
+_SINGLE = (0.24, 0.14, 0.25, 0.19, 0.18)
+"""How often each competition finding comes alone; the combinations below make up for the differences."""
 _CHRONIC = {"Cardiomegaly", "Enlarged Cardiomediastinum", "Lung Lesion", "Pleural Other", "Fracture", "Support Devices"}
 _CLUSTERS = (
     ("Cardiomegaly", "Edema"),
@@ -133,18 +135,20 @@ def _devices(name: str, rng: np.random.Generator) -> list[Finding]:
     elif name == "pacemaker":
         kinds = ["pacer"]
     else:
-        kinds = [k for k, p in (("tracheal", 0.45), ("gastric", 0.4), ("venous", 0.7), ("leads", 0.5)) if rng.random() < p]
+        kinds = [
+            k for k, p in (("tracheal", 0.45), ("gastric", 0.4), ("venous", 0.7), ("leads", 0.5)) if rng.random() < p
+        ]
         kinds = kinds or ["venous"]
     return [_device(kind, rng) for kind in kinds]
 
 
 def _scenario(rng: np.random.Generator) -> list[Finding]:
     """One clinical situation: normal, a single finding, or several that go together."""
-    plot = rng.choice(5, p=[0.20, 0.345, 0.115, 0.25, 0.09])
+    plot = rng.choice(5, p=[0.225, 0.365, 0.085, 0.255, 0.07])
     if plot == 0:
         names: list[str] = []
     elif plot == 1:
-        names = [str(rng.choice(COMPETITION))]
+        names = [str(rng.choice(COMPETITION, p=_SINGLE))]
     elif plot == 2:
         names = [str(rng.choice(_OTHERS))]
     elif plot == 3:
@@ -172,7 +176,7 @@ def _evolve(finding: Finding, rng: np.random.Generator) -> Finding | None:
         certain = bool(roll < 0.35)
         return replace(finding, uncertain=not certain, drawn=True, change="") if roll < 0.6 else None
     chronic = finding.label in _CHRONIC
-    if roll < (0.04 if chronic else 0.22):
+    if roll < (0.04 if chronic else 0.16):
         return None
     if roll < (0.72 if chronic else 0.5):
         return replace(finding, change="unchanged")
@@ -191,7 +195,7 @@ def course(seed: int, patient: int) -> tuple[tuple[Finding, ...], ...]:
     visits = [tuple(now)]
     for _ in range(draw_patient(seed, patient).studies - 1):
         kept = [later for later in (_evolve(f, rng) for f in now) if later is not None]
-        if rng.random() < 0.38:
+        if rng.random() < 0.48:
             fresh = [f for f in _scenario(rng) if (f.label, f.kind) not in {(k.label, k.kind) for k in kept}]
             fresh = [f for f in fresh if f.label == "Support Devices" or f.label not in {k.label for k in kept}]
             now = [f for f in kept if f.label in _CHRONIC or rng.random() < 0.3]

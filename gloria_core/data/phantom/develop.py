@@ -31,7 +31,7 @@ def develop(density: Array, canvas: Canvas, shot: Shot, rng: np.random.Generator
     film = blur(film, shot.blur * size / 128)
     film = (film - 0.48) * shot.contrast + 0.48 + shot.brightness
     # the film's S-curve: shoulders at both ends, nearly straight between
-    film = 0.5 + 0.5 * np.tanh(1.62 * (film - 0.47)) / np.float32(np.tanh(1.62 * 0.55))
+    film = 0.5 + 0.5 * np.tanh(1.45 * (film - 0.50)) / np.float32(np.tanh(1.45 * 0.58))
     film = np.clip(film, 0, 1) ** np.float32(shot.gamma)
     # fewer photons behind dense parts, hence more noise there; finer pixels catch fewer still
     grain = rng.standard_normal((size, size), dtype=np.float32) * np.float32(shot.noise * (size / 128) ** 0.5)
@@ -43,7 +43,9 @@ def develop(density: Array, canvas: Canvas, shot: Shot, rng: np.random.Generator
 def _frame(film: Array, canvas: Canvas, shot: Shot) -> Array:
     u, v = grid(canvas.size)
     left, right, top, bottom = shot.collimation
-    open_field = ((u > -1 + 2 * left) & (u < 1 - 2 * right))[None] & ((v > -1 + 2 * top) & (v < 1 - 2 * bottom))[:, None]
+    open_field = ((u > -1 + 2 * left) & (u < 1 - 2 * right))[None] & ((v > -1 + 2 * top) & (v < 1 - 2 * bottom))[
+        :, None
+    ]
     film = np.where(open_field, film, np.float32(0.02))
     if not shot.marker:
         return film

@@ -41,7 +41,7 @@ def start(canvas: Canvas, patient: Patient, shot: Shot, change: Change) -> Scene
     )
     t = (ax - 0.34) * np.float32(1 / (patient.width - 0.34))
     outer, inner = np.clip(t, 0, 1.2), np.clip(-t, 0, 1.2)
-    dome = top + 0.09 * outer**2 + 0.17 * outer**5 + 0.055 * inner**2
+    dome = top + 0.13 * outer**2 + 0.15 * outer**5 + 0.075 * inner**2
     scene.wall = lateral - ax
     scene.base = dome - canvas.y
     inside = canvas.edge(scene.wall) * canvas.edge(ax - medial, 0.02) * canvas.edge(scene.base, 0.008)
@@ -53,7 +53,7 @@ def start(canvas: Canvas, patient: Patient, shot: Shot, change: Change) -> Scene
     scene.lung = {"right": inside * (1 - left), "left": inside * left}
     _heart(scene, x)
     scene.extra = np.zeros_like(scene.air)
-    scene.vessels = np.ones_like(scene.air)
+    scene.vessels, scene.solid = np.ones_like(scene.air), np.zeros_like(scene.air)
     return scene
 
 
@@ -61,22 +61,31 @@ def _heart(scene: Scene, x: Array) -> None:
     canvas, patient = scene.canvas, scene.patient
     size = patient.heart * scene.change.heart * (1.09 if scene.shot.projection == "AP" else 1.0)
     lift = 0.5 * scene.shot.inspiration
+    floor = dome_height(patient, scene.shot, scene.change, "left")
+    low = 0.5 * (floor + 0.52 - lift) - 0.245  # the heart rests on the diaphragm
     grow = size - 1.0
-    ventricle = canvas.disc(0.105 + 0.12 * grow, 0.20 - lift - 0.03 * grow, 0.345 * size, 0.225 * size**0.9,
-                            patient.heart_tilt)
-    atrium = canvas.disc(-0.045 - 0.03 * grow, 0.20 - lift, 0.15 * size**1.2, 0.23 * size)
+    ventricle = canvas.disc(0.105 + 0.12 * grow, low - 0.05 * grow, 0.36 * size, 0.235 * size**0.9, patient.heart_tilt)
+    atrium = canvas.disc(-0.045 - 0.03 * grow, low - 0.02, 0.15 * size**1.2, 0.23 * size)
     scene.cardiac = np.maximum(ventricle, atrium)
     wide = scene.change.mediastinum
     trunk = canvas.disc(0.075 + 0.02 * grow, -0.10 - lift, 0.095 + 0.03 * grow, 0.13)
     knob = canvas.disc(0.088 + 0.7 * wide, -0.32, 0.088 * patient.knob, 0.085 * patient.knob)
-    half = canvas.profile((-1.2, -0.8, -0.55, -0.3, 0.0, 0.3, 0.7, 1.2), (0.10, 0.10, 0.115, 0.11, 0.115, 0.09, 0.08, 0.08))
+    half = canvas.profile(
+        (-1.2, -0.8, -0.55, -0.3, 0.0, 0.3, 0.7, 1.2), (0.10, 0.10, 0.115, 0.11, 0.115, 0.09, 0.08, 0.08)
+    )
     flare = canvas.profile((-1.0, -0.72, -0.45, -0.1, 0.1), (0.1, 0.8, 1.0, 0.6, 0.0)) * np.float32(wide)
     band = 1 - ((x + 0.012) / (half + flare)) ** 2
     scene.mediastinum = np.maximum(band, knob) * (canvas.y < 0.1)
     thick = np.sqrt(np.clip(scene.cardiac, 0, 1)) ** 1.3
-    vessels = np.sqrt(np.clip(np.maximum(np.maximum(trunk, knob), band), 0, 1))
+    round_ = np.sqrt(np.clip(np.maximum(trunk, knob), 0, 1))
+    flat = np.sqrt(np.clip(band, 0, 1))
+    thick *= 0.12 + 0.88 * canvas.edge(scene.base + 0.015, 0.05)  # below the dome it melts into the liver
     aorta = canvas.edge(0.125 + 0.3 * wide - x, 0.02) * canvas.edge(x, 0.05) * canvas.edge(canvas.y + 0.3, 0.03)
-    scene.heart = np.maximum(0.48 * thick, 0.27 * vessels) + 0.10 * vessels + 0.06 * aorta
+    scene.heart = (
+        np.maximum(np.maximum(0.52 * thick, 0.31 * round_), min(0.10 + 6.0 * wide, 0.36) * flat)
+        + 0.02 * flat
+        + 0.05 * aorta
+    )
 
 
 def tissue(scene: Scene) -> Array:
@@ -86,13 +95,24 @@ def tissue(scene: Scene) -> Array:
     wall = 0.07 + 0.055 * girth
     half = canvas.profile(
         (-1.8, -1.02, -0.92, -0.84, -0.72, -0.6, -0.45, -0.2, 0.1, 0.5, 1.0, 1.6),
-        (0.24, 0.25, 0.34, 0.58, 0.86, 0.98, 1.0, patient.width + wall + 0.09, patient.width + wall + 0.03,
-         patient.width + wall, patient.width + wall - 0.01, patient.width + wall + 0.03),
+        (
+            0.24,
+            0.25,
+            0.34,
+            0.58,
+            0.86,
+            0.98,
+            1.0,
+            patient.width + wall + 0.09,
+            patient.width + wall + 0.03,
+            patient.width + wall,
+            patient.width + wall - 0.01,
+            patient.width + wall + 0.03,
+        ),
     )
     reach = 1 - (ax / half) ** 2
-    depth = canvas.profile((-1.5, -0.95, -0.7, -0.3, 0.2, 0.8, 1.5), (0.50, 0.50, 0.56, 0.70, 0.78, 0.88, 0.93))
+    depth = canvas.profile((-1.5, -0.95, -0.7, -0.3, 0.2, 0.8, 1.5), (0.50, 0.50, 0.54, 0.66, 0.73, 0.84, 0.90))
     body = depth * np.clip(reach, 0, 1) ** 0.40 * (0.94 + 0.06 * girth)
-    arm = canvas.disc(0, 0, 9.0)  # placeholder plane, replaced below where the arm hangs
     arm = 1 - ((ax - (1.06 + 0.06 * girth)) / 0.17) ** 2
     body = np.maximum(body, 0.45 * np.sqrt(np.clip(arm, 0, 1)) * canvas.edge(y + 0.62, 0.1))
     if patient.breast:
@@ -133,8 +153,9 @@ def vessel_tree(seed: int) -> tuple[tuple[Array, Array, Array], ...]:
         turn = angle[:, None] + bow[:, None] * (t - 0.5)
         px = x[:, None] + side[:, None] * np.cumsum(np.cos(turn), axis=1) * length[:, None] / 28
         py = y[:, None] + np.cumsum(np.sin(turn), axis=1) * length[:, None] / 28
-        out.append((np.stack([px.ravel(), py.ravel()], axis=1), np.repeat(length / 28, 28),
-                    np.tile(1 - 0.25 * t, len(x))))
+        out.append(
+            (np.stack([px.ravel(), py.ravel()], axis=1), np.repeat(length / 28, 28), np.tile(1 - 0.25 * t, len(x)))
+        )
         spread = rng.uniform(0.22, 0.5, len(x))
         x, y, side = np.repeat(px[:, -1], 2), np.repeat(py[:, -1], 2), np.repeat(side, 2)
         angle = np.repeat(turn[:, -1], 2) + np.stack([spread, -spread], axis=1).ravel()
@@ -157,6 +178,12 @@ def vessels(scene: Scene) -> Array:
         gravity = 1.0 + (0.35 - 0.9 * wet) * np.clip(points[:, 1] * 1.5, -1, 1) + 0.35 * wet
         width = width * (1 + 0.5 * wet)
         layer += scene.lines(points, lengths, width, peak * taper * gravity)
-    hila = canvas.blobs(np.array([[-0.165, -0.05], [-0.185, 0.03], [0.165, -0.10], [0.175, -0.03]]), 0.042,
-                        0.085 * (1 + 0.6 * wet))
+    hila = canvas.blobs(
+        np.array([[-0.165, -0.05], [-0.185, 0.03], [0.165, -0.10], [0.175, -0.03]]), 0.042, 0.085 * (1 + 0.6 * wet)
+    )
     return layer * scene.vessels * np.minimum(scene.air * 1.5, 1) + hila * (0.3 + 0.7 * scene.vessels)
+
+
+def density(scene: Scene) -> Array:
+    """Everything soft that lies in the beam of the frontal view."""
+    return tissue(scene) + scene.heart * (1 - 0.7 * scene.solid) + vessels(scene) + scene.extra

@@ -32,7 +32,8 @@ class Scene:
 
     Shape: all layers (size, size) float32. `air` is the depth of aerated lung, 0..1; `lung` a soft lung membership
     for each side; `extra` density that findings and devices add; `vessels` a gain on the vessel layer; `wall` the
-    distance to the inner chest wall; `base` the distance above the diaphragm (units).
+    distance to the inner
+    chest wall; `solid` how much of the lung is filled, which makes the heart's border vanish; `base` the distance above the diaphragm (units).
     """
 
     canvas: Canvas
@@ -49,10 +50,13 @@ class Scene:
     base: Array | None = None
     extra: Array | None = None
     vessels: Array | None = None
+    solid: Array | None = None
 
     def fill(self, amount: Array) -> None:
         """Replace air by fluid or cells where `amount` (0..1) says, and hide the vessels there."""
-        self.extra += amount * self.air * np.float32(AIR)
+        # what is filled already has no air left to lose
+        self.extra += np.maximum(amount - self.solid, 0) * self.air * np.float32(AIR)
+        self.solid = np.maximum(self.solid, np.minimum(amount, 1.0))
         self.vessels *= 1.0 - 0.85 * np.minimum(amount, 1.0)
 
     def sides(self, side: str) -> list[str]:
