@@ -85,7 +85,7 @@ def girdle(scene: Scene) -> Array:
     canvas, patient, bedside = scene.canvas, scene.patient, scene.shot.projection == "AP"
     ax, y = np.abs(canvas.x), canvas.y
     rise = 0.06 if bedside else 0.0
-    line = canvas_clavicle(ax, rise)
+    line = clavicle_line(ax, rise)
     thick = 0.025 + 0.014 * np.exp(-((ax - 0.06) ** 2) / 0.006)
     keep = canvas.edge(ax - 0.05, 0.01) * canvas.edge(0.80 - ax, 0.02)
     layer = 0.155 * canvas.edge(thick - np.abs(y - line), 0.008) * keep
@@ -110,7 +110,7 @@ def girdle(scene: Scene) -> Array:
     return (layer + 0.045 * blade + 0.17 * np.sqrt(arm)) * (0.5 + 0.5 * patient.rib_density)
 
 
-def canvas_clavicle(ax: Array, rise: float) -> Array:
+def clavicle_line(ax: Array, rise: float) -> Array:
     """y of the clavicle's axis at distance `ax` from the midline: a flat S."""
     s = np.clip((ax - 0.06) / 0.72, 0, 1)
     return -0.585 - rise - (0.13 + rise) * s - 0.030 * np.sin(2 * np.pi * s)

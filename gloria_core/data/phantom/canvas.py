@@ -115,21 +115,29 @@ class Canvas:
         A line thinner than a pixel keeps its total density and so fades, as it does on a detector.
         """
         size, sigma_px = self.size, sigma * self.unit
+        spread = max(sigma_px, 0.45)
         at = self.to_image(points)
-        low = np.floor(at).astype(np.intp)
-        frac = at - low
-        weight = weight * (self.unit * np.sqrt(2 * np.pi) * sigma_px)
-        layer = np.zeros((size + 2) * (size + 2))
-        low = np.clip(low + 1, 0, size)
-        base = low[:, 1] * (size + 2) + low[:, 0]
-        for dy in (0, 1):
-            for dx in (0, 1):
-                part = weight * np.abs(1 - dx - frac[:, 0]) * np.abs(1 - dy - frac[:, 1])
-                layer += np.bincount(base + dy * (size + 2) + dx, weights=part, minlength=layer.size)
-        layer = layer.reshape(size + 2, size + 2)
-        layer[0] = layer[-1] = layer[:, 0] = layer[:, -1] = 0.0
-        layer = layer[1:-1, 1:-1].astype(np.float32)
-        return blur(layer, max(sigma_px, 0.45))
+        layer = np.zeros((size, size), dtype=np.float32)
+        # only the window that the line can reach is computed
+        margin = int(2.6 * spread + 2.5)
+        x0, y0 = np.maximum(np.floor(at.min(axis=0)).astype(int) - margin, 0)
+        x1, y1 = np.minimum(np.floor(at.max(axis=0)).astype(int) + margin + 2, size)
+        if x0 >= x1 or y0 >= y1:
+            return layer
+        wide, high = x1 - x0 + 2 * margin, y1 - y0 + 2 * margin
+        at = at - (x0 - margin, y0 - margin)
+        weight = np.broadcast_to(weight * (self.unit * np.sqrt(2 * np.pi) * sigma_px), len(at))
+        near = ((at >= 0) & (at < (wide - 1, high - 1))).all(axis=1)
+        at, weight = at[near], weight[near]
+        low = at.astype(np.intp)
+        right, down = (at - low).T
+        base = low[:, 1] * wide + low[:, 0]
+        cells = np.concatenate([base, base + 1, base + wide, base + wide + 1])
+        shares = np.concatenate([(1 - right) * (1 - down), right * (1 - down), (1 - right) * down, right * down])
+        sums = np.bincount(cells, weights=shares * np.tile(weight, 4), minlength=wide * high)
+        window = blur(sums.reshape(high, wide).astype(np.float32), spread)
+        layer[y0:y1, x0:x1] = window[margin : margin + y1 - y0, margin : margin + x1 - x0]
+        return layer
 
 
 @lru_cache(maxsize=1)
@@ -155,10 +163,14 @@ def smooth_line(knots: Array | list, step: float = 0.004) -> tuple[Array, Array]
     """Like `polyline`, with the corners rounded (Catmull-Rom spline through the knots)."""
     k = np.asarray(knots, dtype=np.float64)
     k = np.concatenate([[2 * k[0] - k[1]], k, [2 * k[-1] - k[-2]]])
-    t = np.linspace(0, 1, 9)[:-1, None]
-    pieces = []
-    for p0, p1, p2, p3 in zip(k[:-3], k[1:-2], k[2:-1], k[3:], strict=True):
-        pieces.append(
-            0.5 * (2 * p1 + (p2 - p0) * t + (2 * p0 - 5 * p1 + 4 * p2 - p3) * t**2 + (3 * p1 - p0 - 3 * p2 + p3) * t**3)
-        )
-    return polyline(np.concatenate([*pieces, k[-2:-1]]), step)
+    ends = np.stack([k[:-3], k[1:-2], k[2:-1], k[3:]])
+    curve = np.einsum("tj,jkc->ktc", _CATMULL_ROM, ends).reshape(-1, 2)
+    return polyline(np.concatenate([curve, k[-2:-1]]), step)
+
+
+def _catmull_rom() -> Array:
+    t = np.linspace(0, 1, 9)[:-1]
+    return 0.5 * np.stack([-t + 2 * t**2 - t**3, 2 - 5 * t**2 + 3 * t**3, t + 4 * t**2 - 3 * t**3, t**3 - t**2], axis=1)
+
+
+_CATMULL_ROM = _catmull_rom()

@@ -15,7 +15,8 @@ LABELS = (
     "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other", "Fracture", "Support Devices",
 )  # fmt: skip
 _OTHERS = (
-    "Pneumonia", "Pneumothorax", "Lung Lesion", "Lung Opacity", "Fracture", "Enlarged Cardiomediastinum", "Pleural Other",
+    "Pneumonia", "Pneumothorax", "Lung Lesion", "Lung Opacity", "Fracture", "Enlarged Cardiomediastinum",
+    "Pleural Other",
 )  # fmt: skip
 _SINGLE = (0.24, 0.14, 0.25, 0.19, 0.18)
 """How often each competition finding comes alone; the combinations below make up for the differences."""
@@ -174,7 +175,9 @@ def _evolve(finding: Finding, rng: np.random.Generator) -> Finding | None:
         return None if gone else replace(finding, change="unchanged")
     if finding.uncertain:
         certain = bool(roll < 0.35)
-        return replace(finding, uncertain=not certain, drawn=True, change="") if roll < 0.6 else None
+        return (
+            replace(finding, uncertain=not certain, drawn=certain or finding.drawn, change="") if roll < 0.6 else None
+        )
     chronic = finding.label in _CHRONIC
     if roll < (0.04 if chronic else 0.16):
         return None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
-from scipy.ndimage import zoom
 
 from gloria_core.data.phantom.canvas import Canvas, blur, grid, polyline
 from gloria_core.data.phantom.patient import Shot
@@ -20,8 +21,15 @@ def _scatter(density: Array, size: int) -> Array:
     step = max(1, size // 32)
     cut = size - size % step
     small = density[:cut, :cut].reshape(cut // step, step, cut // step, step).mean(axis=(1, 3))
-    wide = zoom(blur(small, 3.0), size / small.shape[0], order=1, mode="nearest", grid_mode=True)
-    return wide[:size, :size]
+    up = _enlarge(size, step)
+    return up @ blur(small, 3.0) @ up.T
+
+
+@lru_cache(maxsize=8)
+def _enlarge(size: int, step: int) -> Array:
+    """Linear interpolation from blocks of `step` pixels back to pixels: (size, size // step)."""
+    at = np.clip((np.arange(size) + 0.5) / step - 0.5, 0, size // step - 1)
+    return np.maximum(1 - np.abs(at[:, None] - np.arange(size // step)[None]), 0).astype(np.float32)
 
 
 def develop(density: Array, canvas: Canvas, shot: Shot, rng: np.random.Generator) -> Array:

@@ -13,6 +13,7 @@ from gloria_core.data.phantom.scene import AIR, Change, Scene, dome_height
 Array = np.ndarray
 
 
+@lru_cache(maxsize=8)
 def wall_curve(patient: Patient) -> Array:
     """Half-width of the rib cage for each table row: a dome over the apices, widest near the base."""
     y = table_rows()
@@ -132,9 +133,8 @@ def tissue(scene: Scene) -> Array:
 
 def _bronchi(canvas: Canvas) -> Array:
     out = 0.0
-    for x, slope, a in ((-0.075, 0.85, 0.10), (0.085, -0.55 + np.pi, 0.12)):
-        angle = np.pi - slope if x < 0 else np.pi - slope
-        out = out + 0.07 * np.sqrt(np.clip(canvas.disc(x, -0.17, a, 0.026, angle), 0, 1))
+    for x, angle, length in ((-0.075, np.pi - 0.85, 0.10), (0.085, 0.55, 0.12)):
+        out = out + 0.07 * np.sqrt(np.clip(canvas.disc(x, -0.17, length, 0.026, angle), 0, 1))
     return out
 
 
@@ -147,7 +147,7 @@ def vessel_tree(seed: int) -> tuple[tuple[Array, Array, Array], ...]:
     side = np.repeat([-1.0, 1.0], 10)
     x, y, angle = side * 0.145, np.where(side > 0, -0.10, -0.06) + 0.05 * np.sin(fan), fan
     length = 0.19 + 0.05 * np.sin(angle) + rng.uniform(-0.03, 0.05, 20)
-    for generation in range(4):
+    for _ in range(4):
         bow = rng.normal(0, 0.5, len(x))
         t = (np.arange(28) + 0.5) / 28
         turn = angle[:, None] + bow[:, None] * (t - 0.5)

@@ -7,7 +7,7 @@ import numpy as np
 from gloria_core.data.phantom.canvas import smooth_line
 from gloria_core.data.phantom.course import Finding
 from gloria_core.data.phantom.lateral import lung_dome
-from gloria_core.data.phantom.pathology import mottle
+from gloria_core.data.phantom.places import mottle
 from gloria_core.data.phantom.scene import Scene, zone_height
 
 Array = np.ndarray

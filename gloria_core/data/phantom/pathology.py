@@ -1,6 +1,6 @@
-"""Findings of lung, pleura and bone on the frontal view: each draws itself and returns its exact mask.
+"""Findings of lung and heart on the frontal view: each draws itself and returns its exact mask.
 
-Every function takes the scene and the finding and returns a bool mask (size, size). They are called in the order of
+Every painter takes the scene and the finding and returns a bool mask (size, size). They are called in the order of
 `ORDER`, so that fluid covers what lies in it.
 """
 
@@ -8,47 +8,21 @@ from __future__ import annotations
 
 import numpy as np
 
-from gloria_core.data.phantom.bones import Step, canvas_clavicle, rib_offset
-from gloria_core.data.phantom.canvas import smooth_line, table_rows
+from gloria_core.data.phantom.canvas import smooth_line
 from gloria_core.data.phantom.course import Finding
-from gloria_core.data.phantom.frontal import wall_curve
-from gloria_core.data.phantom.scene import SIGN, Scene, dome_height, zone_height
+from gloria_core.data.phantom.fractures import broken
+from gloria_core.data.phantom.places import doubt, half_width, mottle, spot
+from gloria_core.data.phantom.pleura import collapse, fluid, thickening
+from gloria_core.data.phantom.scene import SIGN, Scene, dome_height
 
 Array = np.ndarray
-
-
-def half_width(scene: Scene, y: float) -> float:
-    """Distance from the midline to the inner chest wall at height y."""
-    return float(np.interp(y, table_rows(), wall_curve(scene.patient)))
-
-
-def _spot(scene: Scene, finding: Finding, side: str, inner: float, outer: float) -> tuple[float, float]:
-    """A place in the finding's zone; `inner`..`outer` is its way from the hilum (0) to the wall (1)."""
-    rng = np.random.default_rng([finding.form, side == "left"])
-    y = zone_height(scene, finding.zone or "mid") + rng.uniform(-0.06, 0.06)
-    wall = half_width(scene, y)
-    hilum = 0.17 if finding.zone != "upper" else 0.12
-    return SIGN[side] * (hilum + (wall - hilum) * rng.uniform(inner, outer)), y
-
-
-def _doubt(finding: Finding) -> float:
-    """An uncertain finding is drawn faintly."""
-    return 0.45 if finding.uncertain else 1.0
-
-
-def mottle(scene: Scene, finding: Finding, spacing: float, sigma: float) -> Array:
-    """A smooth random field around 0 that stays the same for the same finding."""
-    rng = np.random.default_rng([finding.form, 7])
-    n = int((1.8 / spacing) ** 2)
-    points = rng.uniform(-0.9, 0.9, (n, 2))
-    return scene.canvas.blobs(points, sigma, rng.normal(0, 0.55, n))
 
 
 def lobar(scene: Scene, finding: Finding) -> Array:
     """Consolidation: one dense homogeneous area, sharp along a fissure, with air bronchograms."""
     canvas, side = scene.canvas, finding.side
     sign, rng = SIGN[side], np.random.default_rng(finding.form)
-    x, y = _spot(scene, finding, side, 0.30, 0.55)
+    x, y = spot(scene, finding, side, 0.30, 0.55)
     reach = 0.16 + 0.13 * finding.severity
     edge = canvas.disc(x, y, reach * 1.3, reach * 1.1) + 0.75 * mottle(scene, finding, 0.13, 0.065)
     # the fissure: lower border of the upper zone, upper border of the middle and lower zones; the rest fades out
@@ -57,7 +31,7 @@ def lobar(scene: Scene, finding: Finding) -> Array:
     cut = canvas.y - sag - (y + (0.50 if finding.zone == "upper" else -0.45) * reach)
     plane = canvas.edge(-cut if finding.zone == "upper" else cut, 0.022)
     shape = np.clip(edge * 1.5 + 0.12, 0, 1) * plane * scene.lung[side]
-    amount = shape * np.float32((0.55 + 0.38 * finding.severity) * _doubt(finding))
+    amount = shape * np.float32((0.55 + 0.38 * finding.severity) * doubt(finding))
     amount *= 1 - np.minimum(_bronchogram(scene, rng, (x, y), sign, reach), 0.45) * shape
     scene.fill(amount)
     return shape > 0.40
@@ -72,7 +46,7 @@ def _bronchogram(
     away = away / max(np.hypot(*away), 1e-6)
     fork = goal - 0.45 * reach * away
     air = scene.lines(*smooth_line([hilum, (hilum + fork) / 2 + rng.normal(0, 0.02, 2), fork]), 0.0085, 0.30)
-    for bend in (-0.75, -0.2, 0.5) + rng.normal(0, 0.18, 3):
+    for bend in np.array([-0.75, -0.2, 0.5]) + rng.normal(0, 0.18, 3):
         turn = np.array([[np.cos(bend), -np.sin(bend)], [np.sin(bend), np.cos(bend)]])
         tip = fork + turn @ away * reach * rng.uniform(0.6, 1.0)
         middle = (fork + tip) / 2 + rng.normal(0, 0.018, 2)
@@ -85,24 +59,24 @@ def patchy(scene: Scene, finding: Finding) -> Array:
     total = np.zeros_like(scene.air)
     for side in scene.sides(finding.side):
         rng = np.random.default_rng([finding.form, 3, side == "left"])
-        x, y = _spot(scene, finding, side, 0.40, 0.62)
+        x, y = spot(scene, finding, side, 0.40, 0.62)
         n = 7 + int(6 * finding.severity)
         points = np.array([x, y]) + rng.normal(0, 1, (n, 2)) * (0.085, 0.10)
         cloud = scene.canvas.blobs(points, rng.uniform(0.018, 0.042, n), rng.uniform(0.35, 0.8, n))
         total += cloud * scene.lung[side]
-    amount = (1 - np.exp(-1.15 * total)) * np.float32((0.42 + 0.5 * finding.severity) * _doubt(finding))
+    amount = (1 - np.exp(-1.15 * total)) * np.float32((0.42 + 0.5 * finding.severity) * doubt(finding))
     scene.fill(amount)
-    return total > 0.30
+    return total > 0.24
 
 
 def hazy(scene: Scene, finding: Finding) -> Array:
     """A faint veil without structure (ground glass): vessels stay visible through it."""
     side = finding.side
-    x, y = _spot(scene, finding, side, 0.40, 0.60)
+    x, y = spot(scene, finding, side, 0.40, 0.60)
     size = 0.16 + 0.07 * finding.severity
     cloud = np.clip(scene.canvas.disc(x, y, size * 1.1, size * 1.25) + 0.25 * mottle(scene, finding, 0.3, 0.13), 0, 1)
     cloud = np.sqrt(cloud) * scene.lung[side]
-    scene.extra += cloud * scene.air * np.float32((0.12 + 0.12 * finding.severity) * _doubt(finding))
+    scene.extra += cloud * scene.air * np.float32((0.12 + 0.12 * finding.severity) * doubt(finding))
     return cloud > 0.35
 
 
@@ -117,7 +91,7 @@ def haze(scene: Scene, finding: Finding) -> Array:
         wings += canvas.blobs(at, 0.10 + 0.035 * finding.severity, 0.62) * scene.lung[side]
     wings = 1 - np.exp(-1.3 * wings)
     texture = 1 + 0.35 * mottle(scene, finding, 0.085, 0.030)
-    amount = wings * texture * np.float32((0.20 + 0.42 * finding.severity) * _doubt(finding))
+    amount = wings * texture * np.float32((0.20 + 0.42 * finding.severity) * doubt(finding))
     scene.extra += amount * scene.air * np.float32(0.6)
     kerley = np.zeros_like(scene.air)
     for sign in SIGN.values():
@@ -135,16 +109,16 @@ def plate(scene: Scene, finding: Finding) -> Array:
     mask = np.zeros(scene.air.shape, bool)
     for side in scene.sides(finding.side):
         sign, rng = SIGN[side], np.random.default_rng([finding.form, 11, side == "left"])
-        x, y = _spot(scene, finding, side, 0.42, 0.58)
+        x, y = spot(scene, finding, side, 0.42, 0.58)
         keep = scene.lung[side]
         for k in range(1 + int(2.4 * finding.severity)):
             length, tilt = rng.uniform(0.15, 0.21) + 0.05 * finding.severity, sign * rng.uniform(-0.05, 0.30)
-            yk = y + 0.075 * (k - 0.5 * int(2.4 * finding.severity)) + rng.normal(0, 0.008)
+            yk = y + 0.085 * (k - 0.5 * int(2.4 * finding.severity)) + rng.normal(0, 0.008)
             knots = [[x - length, yk - tilt * length], [x, yk - 0.012], [x + length, yk + tilt * length]]
             points, lengths = smooth_line(knots)
-            width = 0.0105 + 0.006 * rng.random()
+            width = 0.0145 + 0.007 * rng.random()
             band = scene.lines(points, lengths, width, 1.0) * keep
-            scene.extra += band * scene.air * np.float32((0.15 + 0.17 * finding.severity) * _doubt(finding))
+            scene.extra += band * scene.air * np.float32((0.21 + 0.17 * finding.severity) * doubt(finding))
             mask |= band > 0.30
     return mask
 
@@ -152,9 +126,13 @@ def plate(scene: Scene, finding: Finding) -> Array:
 def basal(scene: Scene, finding: Finding) -> Array:
     """Basal atelectasis: a raised diaphragm with a crowded, streaky dense stripe above it."""
     total = np.zeros_like(scene.air)
+    lifted = np.zeros(scene.air.shape, bool)
     height = 0.10 + 0.08 * finding.severity
     for side in scene.sides(finding.side):
         rng = np.random.default_rng([finding.form, 13, side == "left"])
+        # what the raised diaphragm has taken from the lung belongs to the finding, too
+        strip = (scene.base < 0) & (scene.base > -scene.change.raised[side]) & (scene.wall > 0)
+        lifted |= strip & (scene.canvas.x * SIGN[side] > 0.09)
         near = np.clip(1.15 - scene.base / height, 0, 1) * np.clip((scene.wall - 0.02) / 0.10, 0, 1)
         streaks = np.zeros_like(near)
         for k in range(4):
@@ -166,58 +144,14 @@ def basal(scene: Scene, finding: Finding) -> Array:
             )
             streaks += scene.lines(*smooth_line(ends * (SIGN[side], 1)), rng.uniform(0.008, 0.014), 0.38)
         total += (0.62 * near + streaks * (near > 0.02)) * scene.lung[side]
-    scene.fill(np.minimum(total, 1.1) * np.float32((0.30 + 0.45 * finding.severity) * _doubt(finding)))
-    return total > 0.22
-
-
-def fluid(scene: Scene, finding: Finding) -> Array:
-    """Pleural effusion: white below a meniscus that climbs the lateral wall and blunts the costophrenic angle."""
-    mask = np.zeros(scene.air.shape, bool)
-    for side in scene.sides(finding.side):
-        rng = np.random.default_rng([finding.form, 17, side == "left"])
-        volume = finding.severity * (rng.uniform(0.75, 1.1) if finding.side == "bilateral" else 1.0)
-        top = dome_height(scene.patient, scene.shot, scene.change, side)
-        level = top + 0.135 - 0.42 * volume**1.25
-        climb = 0.13 + 0.16 * volume
-        rise = climb * np.exp(-np.maximum(scene.wall, 0) / 0.085)
-        rise += 0.25 * climb * np.exp(-np.maximum(np.abs(scene.canvas.x) - 0.10, 0) / 0.05)
-        wet = scene.canvas.edge(scene.canvas.y - level + rise, 0.035) * scene.lung[side]
-        opaque = (0.75 + 0.2 * finding.severity) * (0.6 if finding.uncertain else 1.0)
-        scene.fill(wet * np.float32(opaque))
-        scene.extra += wet * np.float32(0.06 * opaque)
-        mask |= wet > 0.5
-    return mask
-
-
-def collapse(scene: Scene, finding: Finding) -> Array:
-    """Pneumothorax: a thin pleural line with nothing but black, vessel-free air beyond it."""
-    side = finding.side
-    canvas, sign = scene.canvas, SIGN[side]
-    gap = 0.055 + 0.22 * finding.severity**1.3
-    y = table_rows()
-    apex = scene.patient.apex
-    fall = np.clip((y - apex) / (0.35 + 0.5 * finding.severity), 0, 1)
-    inset = gap * (1 - fall) ** 0.8 + (0.02 * finding.severity) * (fall >= 1)
-    roof = apex + gap * 1.15
-    lung_edge = wall_curve(scene.patient) - inset
-    lung_edge = np.where(y < roof, 0.0, 0.27 + (lung_edge - 0.27) * np.sqrt(np.clip((y - roof) / 0.12, 0, 1)))
-    outside = canvas.edge(sign * canvas.x - canvas.curve(lung_edge)) * scene.lung[side]
-    outside *= canvas.profile((-1.2, 0.2 + 0.3 * finding.severity, 0.35 + 0.3 * finding.severity), (1.0, 1.0, 0.0))
-    rows = np.linspace(roof, min(0.1 + 0.5 * finding.severity, 0.5), 60)
-    line = np.stack([sign * np.interp(rows, y, lung_edge), rows], axis=1)
-    scene.vessels *= 1 - outside
-    scene.extra -= outside * scene.air * np.float32(0.10 + 0.07 * finding.strength)
-    collapsed = scene.lung[side] * (1 - outside)
-    scene.extra += collapsed * np.float32(0.015 + 0.06 * finding.severity**1.5)
-    points, lengths = smooth_line(line[::4])
-    scene.extra += scene.lines(points, lengths, 0.0055, 0.18 + 0.10 * finding.strength) * scene.lung[side]
-    return outside > 0.5
+    scene.fill(np.minimum(total, 1.1) * np.float32((0.40 + 0.42 * finding.severity) * doubt(finding)))
+    return (total > 0.22) | lifted
 
 
 def lump(scene: Scene, finding: Finding) -> Array:
     """Nodule or mass: a round, slightly lobulated shadow with its own border."""
     side, rng = finding.side, np.random.default_rng([finding.form, 19])
-    x, y = _spot(scene, finding, side, 0.30, 0.72)
+    x, y = spot(scene, finding, side, 0.30, 0.72)
     small, large = (0.038, 0.062) if finding.kind == "nodule" else (0.085, 0.140)
     radius = small + (large - small) * finding.severity
     shape = scene.canvas.disc(x, y, radius, radius * rng.uniform(0.85, 1.1), rng.uniform(0, 3))
@@ -226,60 +160,14 @@ def lump(scene: Scene, finding: Finding) -> Array:
         dx, dy = 0.45 * radius * np.cos(a), 0.45 * radius * np.sin(a)
         shape = np.maximum(shape, 0.9 * scene.canvas.disc(x + dx, y + dy, 0.72 * radius))
     shape = np.clip(shape, 0, 1) ** 0.45 * (scene.membership(side) > 0.02)
-    amount = (0.20 + 0.13 * finding.severity + (0.05 if finding.kind == "mass" else 0.0)) * _doubt(finding)
+    amount = (0.23 + 0.13 * finding.severity + (0.05 if finding.kind == "mass" else 0.0)) * doubt(finding)
     scene.extra += shape * np.float32(amount)
     return shape > 0.35
 
 
-def thickening(scene: Scene, finding: Finding) -> Array:
-    """Pleural thickening: a dense rind along the lateral wall of one zone, or a cap over the apex."""
-    side = finding.side
-    y, depth = scene.canvas.y, 0.035 + 0.035 * finding.severity
-    if finding.kind == "cap":
-        roof = scene.canvas.profile((-1.2, 1.2), (-1.2, 1.2)) - scene.patient.apex
-        rind = scene.canvas.edge(depth * 2.6 - roof - 0.6 * np.maximum(0, 0.05 - scene.wall), 0.02)
-    else:
-        middle = zone_height(scene, finding.zone)
-        rind = scene.canvas.edge(depth * np.exp(-(((y - middle) / 0.17) ** 4)) - scene.wall, 0.010)
-    rind = rind * scene.lung[side]
-    scene.fill(rind * np.float32((0.45 + 0.4 * finding.severity) * _doubt(finding)))
-    return rind > 0.5
-
-
-def fracture_step(scene: Scene, finding: Finding) -> Step:
-    """Where the rib of a fracture breaks, in the coordinates of `bones.ribs`."""
-    rng, patient = np.random.default_rng([finding.form, 23]), scene.patient
-    goal = zone_height(scene, finding.zone)
-    t = rng.uniform(0.62, 0.84)
-    start = patient.apex + 0.02 + patient.rib_phase * 0.04
-    rib = np.round((goal - rib_offset(t) - start) / patient.rib_spacing)
-    y = float(start + rib * patient.rib_spacing + rib_offset(t))
-    shift = 0.036 + 0.034 * finding.strength
-    return Step(SIGN[finding.side], float(t * half_width(scene, y)), y, shift)
-
-
-def broken(scene: Scene, finding: Finding) -> Array:
-    """The fracture line and callus; the displaced rib itself is drawn by `bones.ribs`."""
-    canvas = scene.canvas
-    if finding.kind == "clavicle":
-        sign, x = SIGN[finding.side], 0.36 + 0.1 * (finding.form % 100) / 100
-        y = float(canvas_clavicle(np.float64(x), 0.06 if scene.shot.projection == "AP" else 0.0))
-        line = [[sign * (x - 0.012), y - 0.05], [sign * (x + 0.012), y + 0.05]]
-        scene.extra -= scene.lines(*smooth_line(line), 0.011, 0.13 + 0.06 * finding.strength)
-        bit = [[sign * (x + 0.005), y + 0.045], [sign * (x + 0.12), y + 0.02]]
-        scene.extra += scene.lines(*smooth_line(bit), 0.014, 0.12 * (0.5 + finding.strength))
-        return canvas.disc(sign * (x + 0.045), y + 0.005, 0.105, 0.085) > 0
-    step = fracture_step(scene, finding)
-    x = step.side * step.x
-    gap = [[x - 0.008 * step.side, step.y - 0.035], [x + 0.008 * step.side, step.y + 0.045]]
-    scene.extra -= scene.lines(*smooth_line(gap), 0.008, 0.08 + 0.06 * finding.strength)
-    scene.extra += canvas.blobs(np.array([[x, step.y + step.shift / 2]]), 0.030, 0.05 * finding.strength)
-    return canvas.disc(x + 0.03 * step.side, step.y + step.shift / 2, 0.10, 0.075) > 0
-
-
 def silhouette(scene: Scene, finding: Finding) -> Array:
     """The heart of a cardiomegaly: it was drawn large with the anatomy, this only says where it is."""
-    return (scene.cardiac > 0) & (scene.base > -0.10)
+    return (scene.cardiac > 0) & (scene.base > -0.05)
 
 
 def wide(scene: Scene, finding: Finding) -> Array:

@@ -23,41 +23,65 @@ SIZES = {  # by severity: below 0.42, below 0.72, above
 
 NOUNS = {
     "plate": (
-        "{size} {side} {zone} plate-like atelectasis", "{size} {side} {zone} linear atelectasis",
-        "{size} {side} {zone} subsegmental atelectasis", "{size} discoid atelectasis in the {side} {zone}",
+        "{size} {side} {zone} plate-like atelectasis",
+        "{size} {side} {zone} linear atelectasis",
+        "{size} {side} {zone} subsegmental atelectasis",
+        "{size} discoid atelectasis in the {side} {zone}",
         "{size} atelectasis in the {side} {zone}",
     ),
     "basal": (
-        "{size} {side} basilar atelectasis", "{size} {side} lower lobe atelectasis", "{size} {side} basal volume loss",
-        "{size} atelectasis at the {side} lung base", "{size} compressive atelectasis at the {side} base",
+        "{size} {side} basilar atelectasis",
+        "{size} {side} lower lobe atelectasis",
+        "{size} {side} basal volume loss",
+        "{size} atelectasis at the {side} lung base",
+        "{size} compressive atelectasis at the {side} base",
     ),
     "heart": ("{size} cardiomegaly", "{size} enlargement of the cardiac silhouette", "{size} cardiac enlargement"),
     "lobar": (
-        "{size} {side} {zone} consolidation", "{size} consolidation in the {side} {zone}",
-        "a:{size} airspace consolidation in the {side} {zone}", "{size} lobar consolidation of the {side} {zone}",
+        "{size} {side} {zone} consolidation",
+        "{size} consolidation in the {side} {zone}",
+        "a:{size} airspace consolidation in the {side} {zone}",
+        "{size} lobar consolidation of the {side} {zone}",
     ),
     "haze": (
-        "{size} pulmonary edema", "{size} interstitial edema", "{size} perihilar edema", "{size} pulmonary vascular congestion",
-        "{size} bilateral perihilar edema", "{size} alveolar edema",
+        "{size} pulmonary edema",
+        "{size} interstitial edema",
+        "{size} perihilar edema",
+        "{size} pulmonary vascular congestion",
+        "{size} bilateral perihilar edema",
+        "{size} alveolar edema",
     ),
     "fluid": (
-        "a:{size} {side} pleural effusion", "a:{size} {side} effusion", "a:{size} pleural effusion on the {side}",
+        "a:{size} {side} pleural effusion",
+        "a:{size} {side} effusion",
+        "a:{size} pleural effusion on the {side}",
         "{size} pleural fluid on the {side}",
     ),
     "patchy": (
-        "{side} {zone} pneumonia", "{size} pneumonia in the {side} {zone}", "{size} {side} {zone} bronchopneumonia",
+        "{side} {zone} pneumonia",
+        "{size} pneumonia in the {side} {zone}",
+        "{size} {side} {zone} bronchopneumonia",
     ),
     "hazy": (
-        "a:{size} hazy opacity in the {side} {zone}", "a:{size} {side} {zone} opacity",
+        "a:{size} hazy opacity in the {side} {zone}",
+        "a:{size} {side} {zone} opacity",
         "a:{size} ground-glass opacity in the {side} {zone}",
     ),
     "collapse": (
-        "a:{size} {side} pneumothorax", "a:{size} {side} apical pneumothorax", "a:{size} pneumothorax on the {side}",
+        "a:{size} {side} pneumothorax",
+        "a:{size} {side} apical pneumothorax",
+        "a:{size} pneumothorax on the {side}",
     ),
     "nodule": (
-        "a:{size} nodule in the {side} {zone}", "a:{size} {side} {zone} nodule", "a:{size} pulmonary nodule in the {side} {zone}",
+        "a:{size} nodule in the {side} {zone}",
+        "a:{size} {side} {zone} nodule",
+        "a:{size} pulmonary nodule in the {side} {zone}",
     ),
-    "mass": ("a:{size} mass in the {side} {zone}", "a:{size} {side} {zone} mass", "a:{size} rounded mass in the {side} {zone}"),
+    "mass": (
+        "a:{size} mass in the {side} {zone}",
+        "a:{size} {side} {zone} mass",
+        "a:{size} rounded mass in the {side} {zone}",
+    ),
     "thickening": ("{size} {side} {zone} pleural thickening", "{size} pleural thickening along the {side} {zone}"),
     "cap": ("{size} {side} apical pleural thickening", "{size} pleural scarring at the {side} apex"),
     "rib": ("a:{size} {side} {zone} rib fracture", "a:{size} fracture of a {side} {zone} rib"),
@@ -67,19 +91,24 @@ NOUNS = {
     "gastric": ("an:enteric tube", "a:nasogastric tube", "an:orogastric tube"),
     "venous": ("a:{side} central venous catheter", "a:{side} central line"),
     "drain": ("a:{side} chest tube", "a:{side} pleural drain"),
-    "pacer": ("a:{side} chest wall pacemaker", "a:{side} dual-lead pacemaker", "a:{side} pectoral pacemaker with two leads"),
+    "pacer": (
+        "a:{side} chest wall pacemaker",
+        "a:{side} dual-lead pacemaker",
+        "a:{side} pectoral pacemaker with two leads",
+    ),
     "wires": ("sternotomy wires", "median sternotomy wires"),
     "leads": ("ECG leads", "monitoring leads"),
-}  # fmt: skip
+}
 
 ZONES = {
     "lung": {
-        "upper": ("upper lobe", "upper lung zone", "upper lung"), "mid": ("mid lung", "mid lung zone", "midlung"),
+        "upper": ("upper lobe", "upper lung zone", "upper lung"),
+        "mid": ("mid lung", "mid lung zone", "midlung"),
         "lower": ("lower lobe", "lung base", "lower lung zone"),
     },
     "thickening": {"upper": ("upper chest wall",), "mid": ("mid chest wall",), "lower": ("lower chest wall",)},
     "rib": {"upper": ("upper",), "mid": ("mid",), "lower": ("lower",)},
-}  # fmt: skip
+}
 
 PRESENT = {
     "": ("There is {ap}.", "{P} is present.", "{P} is seen.", "{P} is noted.", "{P} is identified.", "{P}."),
@@ -89,24 +118,43 @@ PRESENT = {
     "increased": ("{P} has increased.", "Worsening {p}.", "Interval increase in {p}.", "{P} has progressed."),
 }
 UNSURE = (
-    "Possible {p}.", "{P} cannot be excluded.", "{P} is possible.", "Questionable {p}.", "Findings may represent {p}.",
-    "Cannot exclude {p}.", "Suspected {p}, not certain.",
-)  # fmt: skip
+    "Possible {p}.",
+    "{P} cannot be excluded.",
+    "{P} is possible.",
+    "Questionable {p}.",
+    "Findings may represent {p}.",
+    "Cannot exclude {p}.",
+    "Suspected {p}, not certain.",
+)
 DEVICE = (
-    "{P} in place.", "{P} noted.", "There is {ap}.", "{P} in standard position.", "{P} in unchanged position.",
-)  # fmt: skip
+    "{P} in place.",
+    "{P} noted.",
+    "There is {ap}.",
+    "{P} in standard position.",
+    "{P} in unchanged position.",
+)
 
 CLAUSES = {
-    "heart": ("The [heart is {size} enlarged].", "The [cardiac silhouette is {size} enlarged].", "[Heart size is {size} enlarged]."),
+    "heart": (
+        "The [heart is {size} enlarged].",
+        "The [cardiac silhouette is {size} enlarged].",
+        "[Heart size is {size} enlarged].",
+    ),
     "fluid": ("[Blunting of the {side} costophrenic {angle}] consistent with pleural effusion.",),
     "wide": ("The [mediastinum is {size} widened].", "The [cardiomediastinal silhouette is {size} widened]."),
-    "patchy": ("[Patchy opacity in the {side} {zone}] consistent with pneumonia.", "[Patchy {side} {zone} opacity] compatible with pneumonia."),
+    "patchy": (
+        "[Patchy opacity in the {side} {zone}] consistent with pneumonia.",
+        "[Patchy {side} {zone} opacity] compatible with pneumonia.",
+    ),
     "haze": ("[Perihilar vessels are indistinct] in keeping with {size} pulmonary edema.",),
     "tracheal": ("[Endotracheal tube] tip terminates above the carina.", "[ET tube] tip is in good position."),
-    "venous": ("[{Side} central venous catheter] tip projects over the SVC.", "[{Side} central line] ends in the superior vena cava."),
+    "venous": (
+        "[{Side} central venous catheter] tip projects over the SVC.",
+        "[{Side} central line] ends in the superior vena cava.",
+    ),
     "gastric": ("[Enteric tube] courses below the diaphragm.", "[Nasogastric tube] tip is in the stomach."),
     "pacer": ("[{Side} chest wall pacemaker] leads end in the right atrium and right ventricle.",),
-}  # fmt: skip
+}
 UNSURE_CLAUSES = {
     "fluid": ("[Blunting of the {side} costophrenic {angle}] may represent pleural effusion.",),
     "patchy": (
@@ -120,10 +168,19 @@ ALSO = {"patchy": "Lung Opacity"}
 
 ABSENT = {
     "Pneumothorax": ("No pneumothorax.", "There is no pneumothorax.", "No evidence of pneumothorax."),
-    "Pleural Effusion": ("No pleural effusion.", "There is no pleural effusion.", "Costophrenic angles are sharp without effusion."),
+    "Pleural Effusion": (
+        "No pleural effusion.",
+        "There is no pleural effusion.",
+        "Costophrenic angles are sharp without effusion.",
+    ),
     "Consolidation": ("No focal consolidation.", "There is no focal consolidation.", "No airspace consolidation."),
     "Edema": ("No pulmonary edema.", "There is no evidence of pulmonary edema.", "No pulmonary vascular congestion."),
-    "Cardiomegaly": ("Heart size is normal.", "The heart is normal in size.", "The cardiac silhouette is not enlarged.", "No cardiomegaly."),
+    "Cardiomegaly": (
+        "Heart size is normal.",
+        "The heart is normal in size.",
+        "The cardiac silhouette is not enlarged.",
+        "No cardiomegaly.",
+    ),
     "Enlarged Cardiomediastinum": ("The mediastinal contours are normal.", "The mediastinum is not widened."),
     "Fracture": ("No acute fracture.", "No displaced rib fracture."),
     "Lung Lesion": ("No suspicious nodule or mass.", "No pulmonary nodule."),
@@ -132,20 +189,36 @@ ABSENT = {
     "Pleural Other": ("No pleural thickening.",),
     "Support Devices": ("No support devices.", "No lines or tubes."),
     "Pneumonia": ("No evidence of pneumonia.", "No pneumonia."),
-}  # fmt: skip
+}
 ABSENT_PAIRS = (
-    (("Pneumothorax", "Pleural Effusion"), ("No pneumothorax or pleural effusion.", "There is no pleural effusion or pneumothorax.")),
+    (
+        ("Pneumothorax", "Pleural Effusion"),
+        ("No pneumothorax or pleural effusion.", "There is no pleural effusion or pneumothorax."),
+    ),
     (("Consolidation", "Pleural Effusion"), ("No focal consolidation or pleural effusion.",)),
-    (("Consolidation", "Pleural Effusion", "Pneumothorax"), ("No focal consolidation, pleural effusion, or pneumothorax.",)),
-    (("Cardiomegaly", "Enlarged Cardiomediastinum"), ("The cardiomediastinal silhouette is normal.", "Heart size and mediastinal contours are normal.")),
+    (
+        ("Consolidation", "Pleural Effusion", "Pneumothorax"),
+        ("No focal consolidation, pleural effusion, or pneumothorax.",),
+    ),
+    (
+        ("Cardiomegaly", "Enlarged Cardiomediastinum"),
+        ("The cardiomediastinal silhouette is normal.", "Heart size and mediastinal contours are normal."),
+    ),
     (("Edema", "Consolidation"), ("No pulmonary edema or consolidation.",)),
-)  # fmt: skip
+)
 CLEAR = ("The lungs are clear.", "Lungs are well expanded and clear.", "Both lungs are clear.")
 NORMAL = (
-    "No acute cardiopulmonary process.", "No acute cardiopulmonary abnormality.", "Normal chest radiograph.",
-    "Unremarkable chest radiograph.", "No acute disease in the chest.",
-)  # fmt: skip
+    "No acute cardiopulmonary process.",
+    "No acute cardiopulmonary abnormality.",
+    "Normal chest radiograph.",
+    "Unremarkable chest radiograph.",
+    "No acute disease in the chest.",
+)
 FILLERS = (
-    "The trachea is midline.", "Visualized upper abdomen is unremarkable.", "Osseous structures are intact.",
-    "The hila are unremarkable.", "Degenerative changes of the thoracic spine.", "Lung volumes are normal.",
-)  # fmt: skip
+    "The trachea is midline.",
+    "Visualized upper abdomen is unremarkable.",
+    "Osseous structures are intact.",
+    "The hila are unremarkable.",
+    "Degenerative changes of the thoracic spine.",
+    "Lung volumes are normal.",
+)

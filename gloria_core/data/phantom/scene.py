@@ -32,8 +32,8 @@ class Scene:
 
     Shape: all layers (size, size) float32. `air` is the depth of aerated lung, 0..1; `lung` a soft lung membership
     for each side; `extra` density that findings and devices add; `vessels` a gain on the vessel layer; `wall` the
-    distance to the inner
-    chest wall; `solid` how much of the lung is filled, which makes the heart's border vanish; `base` the distance above the diaphragm (units).
+    distance to the inner chest wall; `base` the distance above the diaphragm (units); `solid` how much of the lung is
+    filled, which makes the heart's border vanish there.
     """
 
     canvas: Canvas

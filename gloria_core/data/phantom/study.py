@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gloria_core.data.phantom import bones, devices, frontal, lateral, lateral_findings, pathology
+from gloria_core.data.phantom import bones, devices, fractures, frontal, lateral, lateral_findings, pathology
 from gloria_core.data.phantom.canvas import Canvas
 from gloria_core.data.phantom.course import Finding, course
 from gloria_core.data.phantom.develop import develop
@@ -77,8 +77,7 @@ def study(
     """
     _check(seed, patient, number, size, views)
     person = draw_patient(seed, patient)
-    wrong = course(seed, patient)[number - 1]
-    shot = draw_shot(seed, patient, number, bedside=_bedside(wrong))
+    wrong, shot = course(seed, patient)[number - 1], shot_of(seed, patient, number)
     report = compose(wrong, stream(seed, patient, number, WORDS))
     images, regions = {}, []
     for view in views:
@@ -96,8 +95,7 @@ def study(
 def without(seed: int, patient: int, number: int, label: str, *, size: int = 128, view: str = "frontal") -> np.ndarray:
     """The picture of the same study, same noise and pose, as if the finding `label` were not there."""
     _check(seed, patient, number, size, (view,))
-    wrong = course(seed, patient)[number - 1]
-    shot = draw_shot(seed, patient, number, bedside=_bedside(wrong))
+    wrong, shot = course(seed, patient)[number - 1], shot_of(seed, patient, number)
     skip = {index for index, finding in enumerate(wrong) if finding.label == label}
     return draw(seed, draw_patient(seed, patient), number, shot, wrong, size=size, view=view, skip=skip)[0]
 
@@ -115,11 +113,13 @@ def _check(seed: int, patient: int, number: int, size: int, views: Sequence[str]
         raise ValueError(f"patient {patient} of seed {seed} has studies 1 to {count}, not {number}")
 
 
-def _bedside(wrong: Sequence[Finding]) -> float:
-    kinds = {finding.kind for finding in wrong}
+def shot_of(seed: int, patient: int, number: int) -> Shot:
+    """How a study was taken: the sicker the patient, the more likely at the bedside."""
+    kinds = {finding.kind for finding in course(seed, patient)[number - 1]}
+    bedside = 0.45 if kinds & {"haze", "venous"} else 0.2
     if kinds & {"tracheal", "gastric", "drain", "leads"}:
-        return 0.85
-    return 0.45 if kinds & {"haze", "venous"} else 0.2
+        bedside = 0.85
+    return draw_shot(seed, patient, number, bedside=bedside)
 
 
 def _anatomy(wrong: Sequence[Finding], skip: Collection[int]) -> Change:
@@ -154,7 +154,7 @@ def draw(
     else:
         scene = frontal.start(Canvas(size, shot.pose), person, shot, _anatomy(wrong, skip))
         masks = _paint(scene, shown, {**pathology.ORDER, **devices.DRAW})
-        steps = tuple(pathology.fracture_step(scene, f) for _, f in shown if f.kind == "rib")
+        steps = tuple(fractures.fracture_step(scene, f) for _, f in shown if f.kind == "rib")
         density = frontal.density(scene) + bones.skeleton(scene, steps)
     return develop(density, scene.canvas, shot, noise), masks
 

@@ -20,6 +20,7 @@ from gloria_core.data.splits import assign_label_ranks, assign_splits
 
 _BATCH = 16
 """Patients that a worker draws at a time."""
+_BAR = {"desc": "phantom patients", "unit": " patients", "mininterval": 1.0}
 
 
 def prepare(
@@ -36,7 +37,8 @@ def prepare(
 
     Writes `images/*.png` (8-bit), `masks/*.png` (1-bit) and `records/*.json`, one per finished patient. Every file is
     written under another name and renamed: after a killed run, calling again with the same arguments completes it.
-    The result does not depend on `workers`. Splits and label ranks follow `seed`.
+    The result does not depend on `workers`; more than one starts new processes, so a script (not a notebook) calls this
+    under `if __name__ == "__main__":`. Splits and label ranks follow `seed`.
 
     Raises ValueError for n_patients < 1, workers < 1 or a size outside 64..512.
     """
@@ -50,8 +52,9 @@ def prepare(
         for left_over in (root / folder).glob(".*.tmp"):
             left_over.unlink(missing_ok=True)
     job = Job(str(root), seed, size, lateral, fingerprint())
-    batches = [list(range(first, min(first + _BATCH, n_patients))) for first in range(0, n_patients, _BATCH)]
-    with tqdm(total=n_patients, desc="phantom patients", disable=not progress, mininterval=1.0) as bar:
+    missing = [patient for patient in range(n_patients) if read_record(job, patient) is None]
+    batches = [missing[first : first + _BATCH] for first in range(0, len(missing), _BATCH)]
+    with tqdm(total=n_patients, initial=n_patients - len(missing), disable=not progress, **_BAR) as bar:
         for done in _drawn(job, batches, workers):
             bar.update(len(done))
     rows = [row for patient in range(n_patients) for row in _rows(job, patient)]
@@ -62,7 +65,7 @@ def prepare(
 
 def _drawn(job: Job, batches: list[list[int]], workers: int) -> Iterator[list[int]]:
     """Finished batches, in whatever order; a failure in a worker is raised here."""
-    if workers == 1 or len(batches) == 1:
+    if workers == 1 or len(batches) < 2:
         yield from (write_patients(job, batch) for batch in batches)
         return
     # spawn: a forked child of a process that has used torch or CUDA may hang
