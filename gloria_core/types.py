@@ -130,7 +130,7 @@ class TextFeatures(_Movable):
 
 @dataclass(frozen=True)
 class ObjectiveOutput:
-    """Loss of one batch: `total` (scalar), each term by name (scalars, unweighted), `attention` (N, W, h, w) or None."""
+    """Loss of one batch: `total` (scalar), terms by name (scalars, unweighted), `attention` (N, W, h, w) or None."""
 
     total: Tensor
     terms: dict[str, Tensor] = field(default_factory=dict)

@@ -42,7 +42,9 @@ class GLoRIA(Objective):
     `chunk_size`: texts handled at a time in the word-region term; 0 chooses by memory. Chunks that would not fit
     together are recomputed in the backward pass, so that memory does not grow with the number of texts.
     `behavior`:
-    - "corrected": the words of a text are its words: no `[CLS]`, no `[SEP]`, unknown words included. `similarity` puts
+    - "corrected": the words of a text are its words: no `[CLS]`, no `[SEP]`, unknown words included. Scores are divided
+      by sqrt(D), as in scaled dot-product attention: unscaled, encoders trained from scratch start with one word that
+      wins every region, so the maps are flat whatever the image, and the local loss teaches little. `similarity` puts
       both parts on the cosine scale: the local one is log-mean-exp over words divided by `temp_similarity` (the best
       word's cosine with "max"), and both are averaged by their loss weights. It does not grow with text length.
     - "published": training uses columns 0..L-1, `[CLS]` first, where L = 1 + words that do not begin with "[": every
@@ -156,7 +158,11 @@ class GLoRIA(Objective):
 
     def local_embeddings(self, images: ImageFeatures, texts: TextFeatures) -> tuple[Tensor, Tensor, Tensor]:
         """Projected regions (B, h, w, D), words (N, W, D), and the mask (N, W) of the words in the training window."""
-        return self.local_embedder(images.regions), texts.words, self._training_window(texts)
+        regions = self.local_embedder(images.regions)
+        if self.behavior == "corrected":
+            # cosines do not feel it; the scores are then those of scaled dot-product attention
+            regions = regions / texts.words.shape[-1] ** 0.5
+        return regions, texts.words, self._training_window(texts)
 
     def global_embeddings(self, images: ImageFeatures, texts: TextFeatures) -> tuple[Tensor, Tensor]:
         """Projected image (B, D) and sentence (N, D), unnormalised."""

@@ -109,7 +109,7 @@ def _parameter(statement: ast.stmt, reason: str) -> Parameter:
         raise ParameterError(f"{name!r} has no reason; end the line with `# why this value`")
     if re.search(r"[=|]", reason):
         # papermill reads the line with a pattern of its own, loses it at these signs, and warns of an unknown parameter
-        raise ParameterError(f"the reason of {name!r} has a `=` or `|` in it, which papermill cannot read; say it in words")
+        raise ParameterError(f"the reason of {name!r} has a `=` or `|`, which papermill cannot read; say it in words")
     return Parameter(name, kind, fit(name, kind, default), reason)
 
 

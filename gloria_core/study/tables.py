@@ -81,7 +81,7 @@ def _metrics(folder: Path, fingerprint: str) -> pd.DataFrame:
 
 
 def costs(study: str, *, results_root: str | Path | None = None) -> pd.DataFrame:
-    """One row a finished run of `study`: notebook, device, wall_seconds, peak_memory_mb, commit, dirty. Index: run_id."""
+    """One row a finished run, by run_id: notebook, device, wall_seconds, peak_memory_mb, commit, dirty."""
     folder = (Path(results_root) if results_root else repository_root() / RUNS) / study
     names = ["notebook", "device", "wall_seconds", "peak_memory_mb", "commit", "dirty"]
     records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*/run.json"))]
