@@ -75,7 +75,8 @@ def _metrics(folder: Path, fingerprint: str) -> pd.DataFrame:
     if tuple(text.columns) != COLUMNS:
         raise TableError(f"metrics.csv has columns {list(text.columns)}")
     try:
-        return text.assign(**{name: pd.to_numeric(text[name].replace("", None)) for name in NUMBERS})
+        # record.py writes NaN, an undefined value, as "nan"
+        return text.assign(**{name: pd.to_numeric(text[name].replace(["", "nan"], None)) for name in NUMBERS})
     except ValueError as error:
         raise TableError(f"metrics.csv: {error}") from None
 

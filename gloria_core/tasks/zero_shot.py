@@ -1,11 +1,14 @@
 """Zero-shot classification: a finding is scored by how much an image resembles sentences that state it.
 
-Three ways to make one score of several prompts, each from a paper:
+Four ways to make one score of several prompts, each from a paper:
 
 - `max`: the best prompt (GLoRIA, Huang et al. 2021; the released `zero_shot_classification`, whose comment says mean).
 - `mean`: the mean over prompts (CXR-CLIP, You et al. 2023).
 - `contrast`: best positive prompt less best negative prompt ("X" against "no X", CheXzero, Tiu et al. 2022, without
   its softmax, which does not change the order of the studies when the two are its only inputs).
+- `against_normal`: best positive prompt less the mean over the prompts of "No Finding". Images differ in how much they
+  resemble any sentence at all; a normal report as the common reference takes that out, without the word "no", which
+  text encoders read poorly. The label "No Finding" itself is scored as by `max`.
 
 GLoRIA then standardises each class over the cohort (`normalise="cohort"`), so that classes can be compared by argmax.
 A study's score then depends on the other studies. AUROC of one class is the same with and without it.
@@ -14,7 +17,7 @@ A study's score then depends on the other studies. AUROC of one class is the sam
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -26,7 +29,8 @@ from gloria_core.tasks.metrics import Estimate, Metric, interval, metric_rows, r
 from gloria_core.tasks.targets import Uncertain, Unmentioned, binary_targets
 from gloria_core.training.precision import Precision
 
-Scoring = Literal["max", "mean", "contrast"]
+Scoring = Literal["max", "mean", "contrast", "against_normal"]
+NORMAL = "No Finding"
 Normalise = Literal["none", "cohort"]
 Prompts = Mapping[str, Sequence[str] | Mapping[str, Sequence[str]]]
 """For each label its prompts: a list, or {"pos": [...], "neg": [...]}. Other keys ("unc") are not read."""
@@ -88,11 +92,15 @@ def combine(
     column that does not vary becomes zeros: it says nothing about any study, and it is no NaN. Raises ValueError for an
     unknown name, a label without the prompts that its scoring needs, or a cohort of fewer than two studies.
     """
-    if scoring not in ("max", "mean", "contrast"):
-        raise ValueError(f"unknown scoring {scoring!r}; available: max, mean, contrast")
+    if scoring not in get_args(Scoring):
+        raise ValueError(f"unknown scoring {scoring!r}; available: {', '.join(get_args(Scoring))}")
     if normalise not in ("none", "cohort"):
         raise ValueError(f"unknown normalise {normalise!r}; available: none, cohort")
     column, scores = {text: i for i, text in enumerate(texts)}, []
+    if scoring == "against_normal":
+        if NORMAL not in prompts:
+            raise ValueError(f'scoring="against_normal" needs prompts for {NORMAL!r}')
+        normal = similarity[:, [column[text] for text in _sides(prompts, NORMAL)[0]]].mean(axis=1)
     for label in prompts:
         positive, negative = ([column[text] for text in side] for side in _sides(prompts, label))
         if scoring == "contrast" and not negative:
@@ -103,6 +111,8 @@ def combine(
             scores.append(similarity[:, positive].max(axis=1))
         if scoring == "contrast":
             scores[-1] = scores[-1] - similarity[:, negative].max(axis=1)
+        if scoring == "against_normal" and label != NORMAL:
+            scores[-1] = scores[-1] - normal
     stacked = np.stack(scores, axis=1).astype(np.float64)
     return stacked if normalise == "none" else _standardised(stacked)
 

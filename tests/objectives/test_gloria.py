@@ -27,6 +27,11 @@ def used_words(texts: TextFeatures, n: int, behavior: str) -> list[int]:
     return list(range(1 + n_words - unknown))
 
 
+def scaled(projected, behavior):
+    """Projected regions as the scores take them: over sqrt(D) when corrected, as they are when published."""
+    return projected / projected.shape[-1] ** 0.5 if behavior == "corrected" else projected
+
+
 def naive_attention(regions, words, temperature):
     """a_rt of one image and one text: softmax over words, then over regions of `temperature` times that."""
     rows = []
@@ -63,6 +68,7 @@ def naive_info_nce(logits):
 
 def naive_loss(objective, images, texts, *, aggregation="sum"):
     projected = torch.einsum("bhwr,dr->bhwd", images.regions, objective.local_embedder.weight).flatten(1, 2)
+    projected = scaled(projected, objective.behavior)
     whole = images.pooled @ objective.global_embedder.weight.T + objective.global_embedder.bias
     n = len(projected)
     local, cosine = torch.zeros(n, n, dtype=projected.dtype), torch.zeros(n, n, dtype=projected.dtype)
@@ -96,7 +102,7 @@ def test_attention_equals_loops_and_is_zero_elsewhere(make_features, behavior):
     texts.unknown_mask[0, 2] = True
     objective = make(behavior=behavior)
     attention = objective.attention(images, texts)
-    regions = objective.local_embedder(images.regions).flatten(1, 2)
+    regions = scaled(objective.local_embedder(images.regions), behavior).flatten(1, 2)
     for n in range(3):
         used = used_words(texts, n, behavior)
         expected = naive_attention(regions[n], [texts.words[n, t] for t in used], 4.0)
@@ -227,7 +233,7 @@ def test_similarity_corrected_is_on_the_cosine_scale(make_features):
     images, texts = make_features(3, [4, 2])
     objective = make()
     local, whole = objective.local_similarity(images, texts), objective.global_similarity(images, texts)
-    regions = objective.local_embedder(images.regions).flatten(1, 2)
+    regions = scaled(objective.local_embedder(images.regions), "corrected").flatten(1, 2)
     for b in range(3):
         for n in range(2):
             words = [texts.words[n, t] for t in used_words(texts, n, "corrected")]
@@ -281,7 +287,7 @@ def test_one_image_and_many_texts(make_features):
     objective = make()
     attention = objective.attention(images, texts)
     assert attention.shape == (3, 7, 4, 4)
-    regions = objective.local_embedder(images.regions).flatten(1, 2)
+    regions = scaled(objective.local_embedder(images.regions), "corrected").flatten(1, 2)
     expected = naive_attention(regions[0], list(texts.words[2, 1:6]), 4.0)
     torch.testing.assert_close(attention[2, 1:6].flatten(1), expected.T, rtol=1e-8, atol=1e-10)
 

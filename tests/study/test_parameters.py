@@ -14,7 +14,7 @@ GOOD = """
 # sizes
 epochs: int = 12  # flat after ten
 learning_rate: float = 5e-5  # published
-fractions: list[float] = [0.01, 1]  # "few" = 1 % of labels
+fractions: list[float] = [0.01, 1]  # "few" is 1 % of labels
 names: list[str] = []  # all
 shift: int = -1  # left
 augment: bool = True  # helps
@@ -41,6 +41,8 @@ def test_reads_each_line():
         ("epochs = 3  # why", "has no type"),
         ("epochs: int = 3", "no reason"),
         ("epochs: int = 3  #", "no reason"),
+        ("epochs: int = 3  # 1 = short", "papermill cannot read"),
+        ("epochs: int = 3  # 1 | 2", "papermill cannot read"),
         ("epochs: int  # why", "is not `name"),
         ("epochs: int = 1 + 2  # why", "computed"),
         ("epochs: int = int('3')  # why", "computed"),

@@ -127,3 +127,13 @@ def test_exclusive_accuracy():
     assert rows.loc["macro", "ci_low"] < 0.5 < rows.loc["macro", "ci_high"]
     with pytest.raises(ValueError, match=r"study w has 2"):
         exclusive_accuracy(scores, frame.assign(B=1))
+
+
+def test_against_normal_subtracts_the_mean_normal_prompt():
+    texts = ["effusion", "large effusion", "clear", "normal"]
+    prompts = {"Pleural Effusion": {"pos": texts[:2], "neg": []}, "No Finding": {"pos": texts[2:], "neg": []}}
+    similarity = np.array([[0.2, 0.5, 0.1, 0.3], [0.9, 0.4, 0.8, 1.0]])
+    found = combine(similarity, texts, prompts, scoring="against_normal")
+    np.testing.assert_allclose(found, [[0.5 - 0.2, 0.3], [0.9 - 0.9, 1.0]])
+    with pytest.raises(ValueError, match="No Finding"):
+        combine(similarity[:, :2], texts[:2], {"Pleural Effusion": texts[:2]}, scoring="against_normal")
