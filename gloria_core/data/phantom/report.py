@@ -48,11 +48,17 @@ def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
+def _plural(noun: str) -> str:
+    return noun if noun.endswith("s") else noun + "s"
+
+
 def _tidy(text: str) -> str:
     """Single spaces, and plural places for a finding on both sides."""
-    text = re.sub(r"\b(in|at) the bilateral ([a-z ]+?)(?=\]|$)", r"\1 both \2s", text)
+    text = re.sub(
+        r"\b(in|at) the bilateral ([a-z ]+?)(?=\]|$)", lambda found: f"{found[1]} both {_plural(found[2])}", text
+    )
     text = re.sub(r"\bon the bilateral\b", "on both sides", text)
-    text = re.sub(r"\bof the bilateral ([a-z ]+?)(?=\]|$)", r"of both \1s", text)
+    text = re.sub(r"\bof the bilateral ([a-z ]+?)(?=\]|$)", lambda found: f"of both {_plural(found[1])}", text)
     return re.sub(r" +", " ", text).strip().replace("[ ", "[").replace(" ]", "]")
 
 

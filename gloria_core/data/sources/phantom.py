@@ -20,7 +20,7 @@ from gloria_core.data.splits import assign_label_ranks, assign_splits
 
 _BATCH = 16
 """Patients that a worker draws at a time."""
-_BAR = {"desc": "phantom patients", "unit": " patients", "mininterval": 1.0}
+_BAR = {"desc": "phantom patients", "unit": " patients", "mininterval": 10.0}
 
 
 def prepare(
