@@ -36,7 +36,7 @@ study: $(INSTALLED)
 		--snakemake='$(if $(PROFILE),--profile $(PROFILE)) $(SNAKEMAKE_ARGS)'
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check
