@@ -43,8 +43,8 @@ class GLoRIA(Objective):
     together are recomputed in the backward pass, so that memory does not grow with the number of texts.
     `behavior`:
     - "corrected": the words of a text are its words: no `[CLS]`, no `[SEP]`, unknown words included. Scores are divided
-      by sqrt(D), as in scaled dot-product attention: unscaled, encoders trained from scratch start with one word that
-      wins every region, so the maps are flat whatever the image, and the local loss teaches little. `similarity` puts
+      by sqrt(D), as in scaled dot-product attention: large unscaled ones let one word win every region, and the
+      maps are then flat whatever the image. No controlled comparison of the two has been made. `similarity` puts
       both parts on the cosine scale: the local one is log-mean-exp over words divided by `temp_similarity` (the best
       word's cosine with "max"), and both are averaged by their loss weights. It does not grow with text length.
     - "published": training uses columns 0..L-1, `[CLS]` first, where L = 1 + words that do not begin with "[": every
