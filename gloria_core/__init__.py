@@ -16,7 +16,7 @@ _ENTRIES = {
     "build_model": ("gloria_core.checkpoints.model", "build_model"),
     "load": ("gloria_core.checkpoints.native", "load"),
     "save": ("gloria_core.checkpoints.native", "save"),
-    "load_gloria": ("gloria_core.checkpoints.published", "load_gloria"),
+    "load_pretrained": ("gloria_core.checkpoints.published", "load_pretrained"),
 }
 
 __all__ = ["__version__", *_ENTRIES]

@@ -18,7 +18,7 @@ Shape letters, used in every docstring and einsum of the package:
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -109,23 +109,32 @@ class TextFeatures(_Movable):
     """What a text encoder returns, before any objective's projection.
 
     Shape:
-        tokens (N, L, D), token_mask (N, L) bool
+        tokens (N, L, D), token_mask (N, L) bool: True for `[CLS]`, every piece and `[SEP]`
+        token_words, token_sentences (N, L) int64: word and sentence number of every token, as in `TextBatch`
         words (N, W, D): word pieces summed or averaged by the encoder; zero where `word_mask` is False
         word_mask (N, W) bool: True for `[CLS]`, every word and `[SEP]`
         special_mask (N, W) bool: True for `[CLS]` and `[SEP]` only
         unknown_mask (N, W) bool: True for words that begin with the unknown token
         word_sentence (N, W) int64: sentence number, -1 for specials and padding
         sentence (N, D): one vector a text
+        cls_attention (N, L) or None: attention of `[CLS]` to every token in the last layer, mean over heads, before
+            dropout; made where an objective needs it (`Needs.token_attention`)
     """
+
+    PADDING: ClassVar[dict[str, int]] = {"token_words": -1, "token_sentences": -1, "word_sentence": -1}
+    """What a row is lengthened with, for the fields where that is not zero."""
 
     tokens: Tensor
     token_mask: Tensor
+    token_words: Tensor
+    token_sentences: Tensor
     words: Tensor
     word_mask: Tensor
     special_mask: Tensor
     unknown_mask: Tensor
     word_sentence: Tensor
     sentence: Tensor
+    cls_attention: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -139,12 +148,18 @@ class ObjectiveOutput:
 
 @dataclass(frozen=True)
 class Needs:
-    """What an objective wants of a batch; the loader and the encoders are set up from it."""
+    """What an objective wants of a batch; the loader and the encoders are set up from it.
+
+    `views`, `texts`: images and texts per study. `cls_attention`: attention of the class token to the patches, where
+    the image encoder has one. `token_attention`: `TextFeatures.cls_attention`. `pixels`: the images themselves, as a
+    target.
+    """
 
     views: int = 1
     texts: int = 1
     sentence_ids: bool = False
     cls_attention: bool = False
+    token_attention: bool = False
     pixels: bool = False
 
 

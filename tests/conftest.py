@@ -70,6 +70,8 @@ def make_features() -> Callable[..., tuple[ImageFeatures, TextFeatures]]:
             TextFeatures(
                 tokens=vectors,
                 token_mask=word_mask,
+                token_words=torch.where(word_mask, column, -1),
+                token_sentences=torch.where(word_mask & ~special, 0, -1),
                 words=vectors,
                 word_mask=word_mask,
                 special_mask=special,

@@ -27,10 +27,11 @@ class ModelConfig:
     """Everything that rebuilds a model, in JSON's types. The defaults are the phantom study on two CPU cores.
 
     `objective`, `objective_options`: a name of `gloria_core.objectives.available()` and its options.
-    `image_encoder`, `image_weights`, `region_stage`, `resize_to`: see `ImageEncoder`.
+    `image_encoder`, `image_weights`, `region_stage`, `resize_to`, `image_pooling`: see `ImageEncoder`.
     `text_encoder`: a preset ("phantom"), a Hugging Face id, a folder, or "package:<name>".
     `text_weights`: "auto" (random for a preset, pretrained for all others), "random", "pretrained", or a file.
-    `last_layers`, `text_layers`, `text_pieces`, `text_norm`, `text_dropout`: see `TextEncoder`.
+    `last_layers`, `text_layers`, `text_pieces`, `text_norm`, `text_dropout`, `text_depth`, `text_positions`: see
+    `TextEncoder`.
     `frozen_image`; `frozen_text_layers`: n first layers, -1 for all.
     `image_size`: side in pixels of the padded square in the image cache; `crop`: side of what the encoder is given.
     `channels`, `norm`, `max_tokens`, `text_section`: how the loader makes a batch.
@@ -43,6 +44,7 @@ class ModelConfig:
     image_weights: str = "random"
     region_stage: str = "layer3"
     resize_to: int | None = None
+    image_pooling: str = "default"
     frozen_image: bool = False
     text_encoder: str = "phantom"
     text_weights: str = "auto"
@@ -51,6 +53,8 @@ class ModelConfig:
     text_pieces: str = "sum"
     text_norm: bool = False
     text_dropout: float = 0.1
+    text_depth: int = 0
+    text_positions: str = "real"
     frozen_text_layers: int = 0
     image_size: int = 128
     crop: int = 128
@@ -158,6 +162,7 @@ def assemble(
     text_weights: str = "random",
 ) -> VisionLanguageModel:
     """The model of `config` on a given text architecture; loading a checkpoint starts from here, with random values."""
+    needs = objectives.objective_class(config.objective).needs
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(config.seed)
         image_encoder = ImageEncoder(
@@ -167,6 +172,8 @@ def assemble(
             resize_to=config.resize_to,
             in_channels=config.channels,
             frozen=config.frozen_image,
+            cls_attention=needs.cls_attention,
+            pooling=config.image_pooling,
             channels_last=config.behavior != "published",  # published numbers before speed
         )
         text_encoder = TextEncoder(
@@ -178,6 +185,9 @@ def assemble(
             normalize=config.text_norm,
             frozen=True if config.frozen_text_layers < 0 else config.frozen_text_layers,
             dropout=config.text_dropout,
+            depth=config.text_depth,
+            positions=config.text_positions,
+            attentions=needs.token_attention,
             behavior=config.behavior,
         )
         objective = objectives.build(

@@ -20,6 +20,7 @@ from gloria_core.models.weights import PACKAGE, WeightsError
 from gloria_core.types import ImageFeatures
 
 RegionStage = Literal["layer2", "layer3", "layer4"]
+Pooling = Literal["default", "mean", "first_token"]
 STAGES = ("layer2", "layer3", "layer4")
 STRIDES = {"layer2": 8, "layer3": 16, "layer4": 32}
 RESNETS = ("resnet18", "resnet34", "resnet50")
@@ -77,6 +78,8 @@ class ImageEncoder(nn.Module):
         resize_to: int | None = None,
         in_channels: int = 3,
         frozen: bool = False,
+        cls_attention: bool = False,
+        pooling: Pooling = "default",
         channels_last: bool = True,
     ) -> None:
         super().__init__()
@@ -88,6 +91,7 @@ class ImageEncoder(nn.Module):
             raise ValueError(f"in_channels must be 1 or 3, got {in_channels}")
         self.name, self.region_stage, self.resize_to, self.frozen = name, region_stage, resize_to, frozen
         self.in_channels, self.channels_last = in_channels, channels_last
+        self.cls_attention, self.pooling = cls_attention, pooling
         self.trunk = _trunk(name, weights)
         if in_channels == 1:
             _make_first_layer_gray(self.trunk)

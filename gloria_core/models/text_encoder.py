@@ -19,6 +19,7 @@ from gloria_core.models.weights import PACKAGE, WeightsError, fill, package_fold
 from gloria_core.types import Behavior, TextBatch, TextFeatures
 
 Pooling = Literal["sum", "mean"]
+Positions = Literal["real", "zero"]
 PRESETS = {
     # small enough for two CPU cores, wide enough for a few hundred words of radiology
     "phantom": {"hidden_size": 192, "num_hidden_layers": 3, "num_attention_heads": 6, "intermediate_size": 576},
@@ -48,6 +49,11 @@ class TextEncoder(nn.Module):
     `normalize`: divide words and sentence by their length (`model.text.norm` of the released configuration).
     `frozen`: True freezes all; a number n > 0 freezes the embeddings and the first n layers, as ConVIRT does with 6.
     `dropout`: for hidden states and attention; None keeps that of the configuration.
+    `depth`: keep only the first so many layers (0: all); MGCA keeps 6 of 12.
+    `positions`: "zero" gives every token the same position and no token type, which turns the encoder into a bag of
+    word pieces: MGCA's published weights were trained so (Wang et al. 2022; released code, `encoder.py`, where the
+    token types land in the argument for positions; the author confirmed it).
+    `attentions`: also return `cls_attention`.
     `behavior`: the sentence is the mean of its tokens, `[CLS]` and `[SEP]` included; "published" divides their sum by
     97 instead (the same direction), and with `last_layers=1` takes BERT's pooled output.
 
@@ -65,21 +71,32 @@ class TextEncoder(nn.Module):
         normalize: bool = False,
         frozen: bool | int = False,
         dropout: float | None = None,
+        depth: int = 0,
+        positions: Positions = "real",
+        attentions: bool = False,
         behavior: Behavior = "corrected",
     ) -> None:
         super().__init__()
         for option, value in (("layers", layers), ("pieces", pieces)):
             if value not in ("sum", "mean"):
                 raise ValueError(f'{option} must be "sum" or "mean", got {value!r}')
+        if positions not in ("real", "zero"):
+            raise ValueError(f'positions must be "real" or "zero", got {positions!r}')
         config = deepcopy(source) if isinstance(source, BertConfig) else _config_of(source)
+        if not 0 <= depth <= config.num_hidden_layers:
+            raise ValueError(f"depth must be 0 to {config.num_hidden_layers}, got {depth}")
+        config.num_hidden_layers = depth or config.num_hidden_layers
         if not 1 <= last_layers <= config.num_hidden_layers + 1:
             raise ValueError(f"last_layers must be 1 to {config.num_hidden_layers + 1}, got {last_layers}")
         if dropout is not None:
             config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
         self.last_layers, self.layers, self.pieces = last_layers, layers, pieces
         self.normalize, self.behavior, self.frozen = normalize, behavior, frozen
+        self.positions, self.attentions = positions, attentions
         pooler = behavior == "published" and last_layers == 1
         self.bert = _bert(source, config, weights, pooler=pooler)
+        if positions == "zero":
+            nn.init.zeros_(self.bert.embeddings.token_type_embeddings.requires_grad_(False).weight)
         self.dim = config.hidden_size
         for module in self._frozen_modules():
             module.requires_grad_(False)
@@ -114,7 +131,14 @@ class TextEncoder(nn.Module):
                 f"{n_tokens} tokens, but the text encoder has {self.config.max_position_embeddings} positions"
             )
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.frozen is not True):
-            output = self.bert(input_ids=ids, attention_mask=mask, token_type_ids=types, output_hidden_states=True)
+            output = self.bert(
+                input_ids=ids,
+                attention_mask=mask,
+                token_type_ids=types,
+                position_ids=torch.zeros_like(ids) if self.positions == "zero" else None,
+                output_hidden_states=True,
+            )
+            attention = self._cls_attention(output.hidden_states[-2], mask) if self.attentions else None
         states = torch.stack(output.hidden_states[-self.last_layers :])
         tokens = states.sum(dim=0) if self.layers == "sum" else states.mean(dim=0)
         kept = word_ids >= 0
@@ -127,10 +151,25 @@ class TextEncoder(nn.Module):
         return TextFeatures(
             tokens=tokens,
             token_mask=kept,
+            token_words=word_ids,
+            token_sentences=texts.sentence_ids[:, :n_tokens],
             words=words,
             sentence=sentence,
+            cls_attention=attention,
             **_word_masks(texts, word_ids, unknown, n_tokens, n_words),
         )
+
+    def _cls_attention(self, entering: Tensor, mask: Tensor) -> Tensor:
+        """What `[CLS]` attends to in the last layer, mean over heads: (N, L, D), (N, L) -> (N, L).
+
+        One row of the attention, made again from the layer's own weights, because fused attention keeps none.
+        """
+        layer = self.bert.encoder.layer[-1].attention.self
+        heads = self.config.num_attention_heads
+        query = layer.query(entering[:, :1]).unflatten(-1, (heads, -1)).transpose(1, 2)
+        key = layer.key(entering).unflatten(-1, (heads, -1)).transpose(1, 2)
+        scores = (query @ key.transpose(2, 3)).float() / query.shape[-1] ** 0.5
+        return scores.masked_fill(mask[:, None, None] == 0, float("-inf")).softmax(dim=-1).mean(dim=1)[:, 0]
 
     def _sentence(self, tokens: Tensor, kept: Tensor, pooled: Tensor | None) -> Tensor:
         if pooled is not None:
@@ -234,6 +273,8 @@ def _bert(source: BertConfig | str, config: BertConfig, weights: str, *, pooler:
         if not Path(weights).is_file():
             raise WeightsError(f'text weights {weights!r} are neither "random", "pretrained" nor a file')
         tensors = {name.removeprefix("bert."): value for name, value in read_tensors(weights).items()}
-        unused = ("embeddings.position_ids", "cls.") + (() if pooler else ("pooler.",))
+        kept = config.num_hidden_layers
+        above = tuple(f"encoder.layer.{n}." for n in range(kept, kept + 100))
+        unused = ("embeddings.position_ids", "cls.", *above) + (() if pooler else ("pooler.",))
         fill(bert, tensors, source=weights, ignore=unused)
     return bert

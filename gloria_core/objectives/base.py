@@ -44,4 +44,15 @@ class Objective(nn.Module, ABC):
 
     @torch.no_grad()
     def on_epoch(self, epoch: int) -> None:
-        """Told the number of the epoch about to start, from 0: stages, frozen prototypes, decays."""
+        """Told the number of the epoch about to start, from 0: stages, frozen prototypes, decays.
+
+        Must depend on `epoch` and what `plan` was told alone, so that a resumed run can repeat it.
+        """
+
+    def plan(self, epochs: int) -> tuple[int, ...]:
+        """Told before training how many epochs there will be; answers with the epochs at which a stage begins, 0 first.
+
+        For every stage the optimiser and its schedule start afresh, and the best checkpoint is chosen anew, because
+        the loss of another stage is another loss.
+        """
+        return (0,)

@@ -207,7 +207,8 @@ def select(texts: TextFeatures, rows: slice | Sequence[int]) -> TextFeatures:
 
 
 def _rows(item, rows):
-    return type(item)(**{f.name: getattr(item, f.name)[rows] for f in fields(item)})
+    values = {f.name: getattr(item, f.name) for f in fields(item)}
+    return type(item)(**{name: None if value is None else value[rows] for name, value in values.items()})
 
 
 def _float(item):
@@ -219,13 +220,15 @@ def _float(item):
 
 
 def _joined(parts: Sequence[TextFeatures]) -> TextFeatures:
-    """Concatenate along texts; shorter parts are padded with what padding is (zero, False, sentence -1)."""
+    """Concatenate along texts; shorter parts are padded with what padding is (zero, False, number -1)."""
     columns = {}
     for item in fields(TextFeatures):
         tensors = [getattr(part, item.name) for part in parts]
+        if tensors[0] is None:
+            continue
         width = max(t.shape[1] for t in tensors)
         if item.name != "sentence":
-            value = -1 if item.name == "word_sentence" else 0
+            value = TextFeatures.PADDING.get(item.name, 0)
             pads = [(0, 0) * (t.ndim - 2) + (0, width - t.shape[1]) for t in tensors]
             tensors = [nn.functional.pad(t, pad, value=value) for t, pad in zip(tensors, pads, strict=True)]
         columns[item.name] = torch.cat(tensors)
@@ -235,8 +238,20 @@ def _joined(parts: Sequence[TextFeatures]) -> TextFeatures:
 def _blank_texts(model: nn.Module) -> TextFeatures:
     """One text of zeros: `global_embeddings` wants both sides, and here only the image side is read."""
     words, yes = torch.zeros(1, 1, model.text_encoder.dim), torch.ones(1, 1, dtype=torch.bool)
-    sentence = torch.zeros(1, 1, dtype=torch.int64)
-    return TextFeatures(words, yes, words, yes, ~yes, ~yes, sentence, words[:, 0])
+    first = torch.zeros(1, 1, dtype=torch.int64)
+    return TextFeatures(
+        tokens=words,
+        token_mask=yes,
+        token_words=first,
+        token_sentences=first,
+        words=words,
+        word_mask=yes,
+        special_mask=~yes,
+        unknown_mask=~yes,
+        word_sentence=first,
+        sentence=words[:, 0],
+        cls_attention=words[..., 0],
+    )
 
 
 def _blank_images(model: nn.Module, device: torch.device) -> ImageFeatures:

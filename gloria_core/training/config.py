@@ -14,6 +14,7 @@ class PretrainConfig:
 
     `batch_size` is the whole batch, over all processes. `weight_decay` is L2 for `adam`, decoupled for `adamw`.
     `gradient_clip` bounds the gradient's norm (0: no bound). `warmup_fraction` of all optimiser steps is warm-up.
+    `stage_factors` multiply the learning rate of each stage of an objective that has stages (PRIOR: 1, 1, 0.5).
     `patience` ends the run after so many epochs without a better validation loss (0: never). Between the checkpoints
     at the ends of epochs there is one every `checkpoint_steps` steps and every `checkpoint_seconds` seconds (0: none);
     they change no number. Raises ValueError naming the field.
@@ -28,6 +29,7 @@ class PretrainConfig:
     gradient_clip: float = 0.25
     schedule: ScheduleName = "cosine"
     warmup_fraction: float = 0.05
+    stage_factors: tuple[float, ...] = ()
     plateau_factor: float = 0.5
     plateau_patience: int = 5
     precision: Precision = "auto"
@@ -62,5 +64,7 @@ class PretrainConfig:
             raise ValueError(f"warmup_fraction is {self.warmup_fraction!r}; it must lie in [0, 1)")
         if not 0 < self.plateau_factor < 1:
             raise ValueError(f"plateau_factor is {self.plateau_factor!r}; it must lie in (0, 1)")
+        if not all(factor > 0 for factor in self.stage_factors):
+            raise ValueError(f"stage_factors is {self.stage_factors!r}; every factor must be positive")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas is {self.betas!r}; it must be two numbers in [0, 1)")

@@ -138,10 +138,10 @@ def gather_texts(texts: TextFeatures) -> TextFeatures:
     gathered = {}
     for item in fields(texts):
         value = getattr(texts, item.name)
-        if item.name != "sentence":
-            length = longest[1] if item.name in ("tokens", "token_mask") else longest[2]
-            value = _pad(value, length, value=-1 if item.name == "word_sentence" else 0)
-        gathered[item.name] = all_gather_with_grad(value)
+        if value is not None and item.name != "sentence":
+            per_token = item.name == "cls_attention" or item.name.startswith("token")
+            value = _pad(value, longest[1 if per_token else 2], value=texts.PADDING.get(item.name, 0))
+        gathered[item.name] = None if value is None else all_gather_with_grad(value)
     return TextFeatures(**gathered)
 
 

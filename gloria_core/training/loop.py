@@ -66,7 +66,7 @@ class Run:
         self.state = TrainingState()
         model.to(self.device, memory_format=torch.channels_last)
         optimizer, self.schedule = optimizer_and_schedule(
-            model, config, total_steps=config.epochs * self.steps_per_epoch
+            model, config, steps_per_epoch=self.steps_per_epoch, starts=model.objective.plan(config.epochs)
         )
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.forward = GlobalBatch(model)
@@ -95,7 +95,8 @@ class Run:
 
     def _finished(self) -> bool:
         state, config = self.state, self.config
-        tired = config.patience > 0 and state.epoch > 0 and state.epochs_without_gain >= config.patience
+        last_stage = state.epoch > self.schedule.starts[-1]
+        tired = config.patience > 0 and last_stage and state.epochs_without_gain >= config.patience
         return state.batch == 0 and (state.epoch >= config.epochs or tired)
 
     def _resume(self) -> TrainingState:
@@ -149,6 +150,8 @@ class Run:
         state, config = self.state, self.config
         if state.batch == 0:
             self.model.objective.on_epoch(state.epoch)
+            if self.schedule.begins(state.epoch):
+                self._begin_stage()
         self.parallel.train()
         loader = make_loader(
             self.train,
@@ -179,6 +182,11 @@ class Run:
         if state.batch != self.steps_per_epoch:
             raise TrainingError(f"epoch {state.epoch + 1} had {state.batch} batches instead of {self.steps_per_epoch}")
         return {name: total / state.counts[name] for name, total in state.sums.items()}
+
+    def _begin_stage(self) -> None:
+        """Forget what belongs to the loss of the stage before: the optimiser's moments and the best validation loss."""
+        self.optimizer.optimizer.state.clear()
+        self.state.best, self.state.best_epoch = math.inf, self.state.epoch
 
     def _step(self, batch: Batch) -> dict[str, float]:
         state = self.state
@@ -250,7 +258,7 @@ class Run:
         }
         state.history.append(row)
         state.clear_epoch()
-        self.schedule.after_epoch(valid["total"])
+        self.schedule.after_epoch(state.epoch - 1, valid["total"])
         self.files.scalars({f"valid/{name}": value for name, value in valid.items()}, state.step)
         if valid["total"] < state.best:
             state.best, state.best_epoch = valid["total"], state.epoch

@@ -7,6 +7,7 @@ same step by construction. (The released code of GLoRIA configures ReduceLROnPla
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from typing import Literal
 
 import torch
@@ -73,6 +74,65 @@ class Schedule:
         """Take back what `state_dict` gave."""
         self.reductions, self.bad_epochs = int(state["reductions"]), int(state["bad_epochs"])
         self.best = float(state["best"])
+
+
+class StagedSchedule:
+    """One `Schedule` after the other, for objectives that train in stages (PRIOR, Cheng et al., ICCV 2023, section 4).
+
+    `starts`: first epoch of each stage, 0 first. `factors`: the base rate of stage k is `base * factors[k]`; () is all
+    ones. Every other argument is `Schedule`'s. Raises ValueError where factors and stages differ in number.
+    """
+
+    def __init__(
+        self,
+        name: ScheduleName,
+        *,
+        base: float,
+        epochs: int,
+        steps_per_epoch: int,
+        starts: tuple[int, ...] = (0,),
+        factors: tuple[float, ...] = (),
+        warmup_fraction: float = 0.0,
+        plateau_factor: float = 0.5,
+        plateau_patience: int = 5,
+    ) -> None:
+        if factors and len(factors) != len(starts):
+            raise ValueError(f"stage_factors has {len(factors)} numbers, the objective has {len(starts)} stages")
+        self.starts, self.steps_per_epoch = starts, steps_per_epoch
+        ends = (*starts[1:], epochs)
+        self.stages = [
+            Schedule(
+                name,
+                base=base * factor,
+                total_steps=(end - start) * steps_per_epoch,
+                warmup_fraction=warmup_fraction,
+                plateau_factor=plateau_factor,
+                plateau_patience=plateau_patience,
+            )
+            for start, end, factor in zip(starts, ends, factors or (1.0,) * len(starts), strict=True)
+        ]
+
+    def begins(self, epoch: int) -> bool:
+        """Whether a stage after the first begins with this epoch."""
+        return epoch in self.starts[1:]
+
+    def at(self, step: int) -> float:
+        """Learning rate of optimiser step `step`, counted from 0 over all stages."""
+        stage = bisect_right(self.starts, step // self.steps_per_epoch) - 1
+        return self.stages[stage].at(step - self.starts[stage] * self.steps_per_epoch)
+
+    def after_epoch(self, epoch: int, valid_total: float) -> None:
+        """Tell the plateau rule of the stage of `epoch` (from 0) the validation loss with which it ended."""
+        self.stages[bisect_right(self.starts, epoch) - 1].after_epoch(valid_total)
+
+    def state_dict(self) -> list[dict[str, float]]:
+        """What `load_state_dict` needs to go on."""
+        return [stage.state_dict() for stage in self.stages]
+
+    def load_state_dict(self, state: list[dict[str, float]]) -> None:
+        """Take back what `state_dict` gave."""
+        for stage, values in zip(self.stages, state, strict=True):
+            stage.load_state_dict(values)
 
 
 def make_optimizer(

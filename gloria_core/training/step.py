@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from gloria_core.data.loader import Collate, StudyDataset
 from gloria_core.training.config import PretrainConfig
 from gloria_core.training.resume import TrainingError
-from gloria_core.training.schedule import Schedule, make_optimizer
+from gloria_core.training.schedule import StagedSchedule, make_optimizer
 from gloria_core.types import Batch
 
 
@@ -31,9 +31,9 @@ def steps_per_epoch(train: StudyDataset, valid: StudyDataset, config: PretrainCo
 
 
 def optimizer_and_schedule(
-    model: nn.Module, config: PretrainConfig, *, total_steps: int
-) -> tuple[torch.optim.Optimizer, Schedule]:
-    """What `config` asks for, over the trainable parameters of `model`."""
+    model: nn.Module, config: PretrainConfig, *, steps_per_epoch: int, starts: tuple[int, ...] = (0,)
+) -> tuple[torch.optim.Optimizer, StagedSchedule]:
+    """What `config` asks for, over the trainable parameters of `model`; `starts` are the first epochs of its stages."""
     optimizer = make_optimizer(
         model,
         config.optimizer,
@@ -41,10 +41,13 @@ def optimizer_and_schedule(
         betas=config.betas,
         weight_decay=config.weight_decay,
     )
-    schedule = Schedule(
+    schedule = StagedSchedule(
         config.schedule,
         base=config.learning_rate,
-        total_steps=total_steps,
+        epochs=config.epochs,
+        steps_per_epoch=steps_per_epoch,
+        starts=starts,
+        factors=config.stage_factors,
         warmup_fraction=config.warmup_fraction,
         plateau_factor=config.plateau_factor,
         plateau_patience=config.plateau_patience,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from gloria_core.checkpoints.published import load_gloria
+from gloria_core.checkpoints.published import load_pretrained
 from gloria_core.data.reports import clean_report
 from gloria_core.data.tokenizer import load_tokenizer, text_batch_from_ids, tokenize
 from gloria_core.models.word_region import word_region_similarity
@@ -49,7 +49,7 @@ def kit(request, seeded, tmp_path_factory):
     vocabulary = seeded.vocabulary()
     (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
     tokenizer = load_tokenizer(folder / "vocab.txt")
-    model = load_gloria(path, tokenizer)
+    model = load_pretrained(path, tokenizer)
     path.unlink()
     pixels = torch.from_numpy(call(seeded, golden["inputs"]["images"]))
     with torch.no_grad():

@@ -124,7 +124,7 @@ def test_importing_the_package_is_light():
 
 def test_entries_of_the_package():
     assert gloria_core.build_model is build_model
-    assert "load_gloria" in dir(gloria_core)
+    assert "load_pretrained" in dir(gloria_core)
     with pytest.raises(AttributeError, match="lod"):
         gloria_core.lod  # noqa: B018
     declared = tomllib.loads((Path(gloria_core.__file__).parents[1] / "pyproject.toml").read_text())

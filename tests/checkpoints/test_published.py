@@ -12,7 +12,7 @@ from transformers import BertConfig, BertModel
 
 from gloria_core.checkpoints import native
 from gloria_core.checkpoints.native import CheckpointError
-from gloria_core.checkpoints.published import load_gloria, read_state
+from gloria_core.checkpoints.published import load_pretrained, read_state
 
 CONFIG = {
     "model": {
@@ -43,7 +43,7 @@ def state():
 
 
 def test_architecture_and_settings_come_from_the_file(state, tmp_path):
-    model = load_gloria(lightning_file.write(tmp_path / "any_name.ckpt", state, CONFIG))
+    model = load_pretrained(lightning_file.write(tmp_path / "any_name.ckpt", state, CONFIG))
     assert "omegaconf" not in sys.modules
     assert "pytorch_lightning" not in sys.modules
     config = model.config
@@ -69,16 +69,16 @@ def test_architecture_and_settings_come_from_the_file(state, tmp_path):
 
 def test_weights_only_save_and_bare_state_dict(state, tmp_path):
     lean = lightning_file.write(tmp_path / "lean.ckpt", state, CONFIG, weights_only=True)
-    assert load_gloria(lean).config.objective_options["temp_attention"] == 3.0
+    assert load_pretrained(lean).config.objective_options["temp_attention"] == 3.0
     torch.save({f"module.{name}": value.half() for name, value in state.items()}, tmp_path / "bare.pt")
-    model = load_gloria(tmp_path / "bare.pt")
+    model = load_pretrained(tmp_path / "bare.pt")
     assert model.config.objective_options["temp_attention"] == 4.0
     assert model.config.image_size == 256
     assert model.objective.global_embedder.weight.dtype == torch.float32
 
 
 def test_a_loaded_model_can_be_kept_as_our_own(state, tmp_path, make_texts):
-    model = load_gloria(lightning_file.write(tmp_path / "a.ckpt", state, CONFIG))
+    model = load_pretrained(lightning_file.write(tmp_path / "a.ckpt", state, CONFIG))
     again = native.load(native.save(tmp_path / "own.pt", model))
     texts, pixels = make_texts([[1, 2], [1]], vocabulary=50), torch.randn(2, 3, 56, 56)
     with torch.no_grad():
@@ -94,9 +94,9 @@ def test_partial_files_are_refused_unless_allowed(state, tmp_path):
     with pytest.raises(
         CheckpointError, match=r"1 missing: image_encoder.trunk.layer4.1.bn2.bias; 1 unexpected: gloria.sur"
     ):
-        load_gloria(path)
+        load_pretrained(path)
     with pytest.warns(UserWarning, match="in part"):
-        report = load_gloria(path, allow_partial=True).load_report
+        report = load_pretrained(path, allow_partial=True).load_report
     assert not report.complete
     assert report.unexpected == ("gloria.surprise",)
     assert "(64, 500)" in report.mismatched[0]
@@ -104,26 +104,26 @@ def test_partial_files_are_refused_unless_allowed(state, tmp_path):
 
 def test_what_is_not_a_gloria_is_named(state, tmp_path):
     torch.save({"state_dict": {"backbone.weight": torch.zeros(1)}}, tmp_path / "other.ckpt")
-    with pytest.raises(CheckpointError, match="not a GLoRIA checkpoint: it has no tensor"):
-        load_gloria(tmp_path / "other.ckpt")
+    with pytest.raises(CheckpointError, match="no known layout fits"):
+        load_pretrained(tmp_path / "other.ckpt")
     torch.save({"epoch": 1}, tmp_path / "empty.ckpt")
     with pytest.raises(CheckpointError, match="holds no tensors"):
-        load_gloria(tmp_path / "empty.ckpt")
+        load_pretrained(tmp_path / "empty.ckpt")
     torch.save([1, 2], tmp_path / "list.ckpt")
     with pytest.raises(CheckpointError, match="holds a list"):
-        load_gloria(tmp_path / "list.ckpt")
+        load_pretrained(tmp_path / "list.ckpt")
     deeper = dict(state)
     for name, value in state.items():
         if "layer1.1." in name:
             deeper[name.replace("layer1.1.", "layer1.2.")] = value
     with pytest.raises(CheckpointError, match=r"\(3, 2, 2, 2\) basic blocks"):
-        load_gloria(lightning_file.write(tmp_path / "deep.ckpt", deeper, CONFIG))
+        load_pretrained(lightning_file.write(tmp_path / "deep.ckpt", deeper, CONFIG))
     layers = {"model": {"text": {"last_n_layers": 9}}}
     with pytest.raises(CheckpointError, match="last_layers must be 1 to 4, got 9"):
-        load_gloria(lightning_file.write(tmp_path / "layers.ckpt", state, layers))
+        load_pretrained(lightning_file.write(tmp_path / "layers.ckpt", state, layers))
     pieces = {"model": {"text": {"agg_tokens": False}}}
     with pytest.raises(CheckpointError, match="agg_tokens: false"):
-        load_gloria(lightning_file.write(tmp_path / "pieces.ckpt", state, pieces))
+        load_pretrained(lightning_file.write(tmp_path / "pieces.ckpt", state, pieces))
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.5, 0.999])
@@ -131,9 +131,9 @@ def test_truncated_files(state, tmp_path, kept):
     path = lightning_file.write(tmp_path / "cut.ckpt", state, CONFIG)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * kept)])
     with pytest.raises(CheckpointError, match=r"cut\.ckpt cannot be read"):
-        load_gloria(path)
+        load_pretrained(path)
     with pytest.raises(CheckpointError, match="does not exist"):
-        load_gloria(tmp_path / "none.ckpt")
+        load_pretrained(tmp_path / "none.ckpt")
 
 
 class Calls:

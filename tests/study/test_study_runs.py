@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,10 @@ ONE_STAGE = "study: tiny\nstages:\n  - notebook: 01_data_preparation\n"
 
 
 def start(*arguments):
-    return subprocess.Popen([*COMMAND, *map(str, arguments)], env=ENVIRONMENT, stdout=-1, stderr=-1, text=True)
+    command = [*COMMAND, *map(str, arguments)]
+    # a shell that runs the tests in the background lets its children ignore ctrl-c; people do not start a study so
+    heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, env=ENVIRONMENT, stdout=-1, stderr=-1, text=True, preexec_fn=heeding)
 
 
 def study(*arguments):
