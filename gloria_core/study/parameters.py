@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 _SCALARS = {"str": str, "int": int, "float": float, "bool": bool}
-TYPES = (*_SCALARS, *(f"list[{name}]" for name in _SCALARS))
+TYPES = (*_SCALARS, *(f"list[{name}]" for name in _SCALARS), "dict")
 
 
 class ParameterError(ValueError):
@@ -139,6 +139,8 @@ def fit(name: str, kind: str, value: Any) -> Any:
         inner = kind[len("list[") : -1]
         if isinstance(value, list) and all(_fits(inner, item) for item in value):
             return [float(item) for item in value] if inner == "float" else list(value)
+    elif kind == "dict" and isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return dict(value)
     elif _fits(kind, value):
         return float(value) if kind == "float" else value
     raise ParameterError(f"parameter {name!r} is {kind}, but {value!r} is {_type_name(value)}")
@@ -155,7 +157,7 @@ def unknown(what: str, key: Any, known: Iterable[str], *, where: str) -> str:
 def _fits(kind: str, value: Any) -> bool:
     if isinstance(value, bool):
         return kind == "bool"
-    return isinstance(value, int | float) if kind == "float" else isinstance(value, _SCALARS[kind])
+    return isinstance(value, int | float) if kind == "float" else isinstance(value, _SCALARS.get(kind, ()))
 
 
 def _type_name(value: Any) -> str:

@@ -114,7 +114,8 @@ def load_study(path: str | Path, *, overrides: Mapping[str, Any] | None = None, 
     """Reads a study file and checks all of it: names, types, wiring. Nothing is run.
 
     `overrides` replace the value of a parameter in every notebook that has it. `data_root` fills a blank parameter of
-    that name. For the phantom that parameter stays blank: it is drawn, not read, and nobody's folder is touched.
+    that name, and a relative one lies below it. For the phantom that parameter stays blank: it is drawn, not read, and
+    nobody's folder is touched.
     Raises `StudyError` or `ParameterError`; the message names file, key and the nearest name.
     """
     path = Path(path).resolve()
@@ -167,7 +168,9 @@ def _drafts(
         values = notebook_parameters.check(file, given)
         if "data_root" in values:
             drawn = values.get("dataset", common.get("dataset", "phantom")) == "phantom"
-            values["data_root"] = "" if drawn else values["data_root"] or data_root
+            # several datasets in one study: each is a folder below the one that the user names
+            below = str(Path(data_root) / values["data_root"]) if data_root else values["data_root"]
+            values["data_root"] = "" if drawn else below
         yield Draft(notebook, values, resources)
 
 

@@ -5,8 +5,8 @@
 | `manifest`           | manifest.csv          | 01_data_preparation  | dataset                  |
 | `checkpoint`         | checkpoints/best.pt   | 02_pretraining       | objective, seed          |
 
-"The same" holds for parameters that both notebooks have. When several runs are left, every further parameter in
-which they differ must agree, too. 09_paper_tables reads every other run.
+"The same" holds for parameters that both notebooks have; a `dataset` left blank agrees with any. When several runs are
+left, every further parameter in which they differ must agree, too. 09_paper_tables reads every other run.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _maker(key: str, draft: Draft, drafts: Sequence[Draft]) -> int:
 def _agree(name: str, draft: Draft, other: Draft) -> bool:
     if name not in draft.values or name not in other.values:
         return True
-    return draft.values[name] == other.values[name]
+    return draft.values[name] == other.values[name] or (name == "dataset" and draft.values[name] == "")
 
 
 def _differing(drafts: Sequence[Draft]) -> list[str]:

@@ -19,13 +19,14 @@ names: list[str] = []  # all
 shift: int = -1  # left
 augment: bool = True  # helps
 objective: str = "gl#oria"  # the paper
+options: dict = {"chunk_size": 4}  # of the objective
 """
 
 
 def test_reads_each_line():
     found = parse(GOOD, name="02")
     assert [p.name for p in found.values()] == [
-        "epochs", "learning_rate", "fractions", "names", "shift", "augment", "objective",
+        "epochs", "learning_rate", "fractions", "names", "shift", "augment", "objective", "options",
     ]  # fmt: skip
     assert found["epochs"].default == 12
     assert found["epochs"].reason == "flat after ten"
@@ -33,6 +34,7 @@ def test_reads_each_line():
     assert isinstance(found["fractions"].default[1], float)
     assert found["shift"].default == -1
     assert found["objective"].default == "gl#oria"
+    assert found["options"].default == {"chunk_size": 4}
 
 
 @pytest.mark.parametrize(
@@ -50,7 +52,7 @@ def test_reads_each_line():
         ("epochs: int = True  # why", "is int, but True is bool"),
         ("epochs: int = None  # why", "NoneType"),
         ("epochs: int | str = 3  # why", "must be one of"),
-        ("epochs: dict = {}  # why", "must be one of"),
+        ("epochs: tuple = ()  # why", "must be one of"),
         ("names: list[int] = ['a', 1]  # why", r"list\[int, str\]"),
         ("import os  # why", "is not `name"),
         ("names: list[int] = [\n 1]  # why", "one line"),

@@ -146,3 +146,28 @@ def test_study_by_name(make_study):
 def test_numbers_in_yaml_are_numbers():
     assert parse("[5e-5, 1E3, -2.5e-2, 1e-3x, 12]") == [5e-5, 1e3, -2.5e-2, "1e-3x", 12]
     assert isinstance(parse("1e3"), float)
+
+
+def test_several_datasets_in_one_study(make_study, tmp_path):
+    text = """
+        study: tiny
+        stages:
+          - {notebook: 01_data_preparation, parameters: {dataset: nih, data_root: chests}}
+          - {notebook: 01_data_preparation, parameters: {dataset: lungs, data_root: masks}}
+          - {notebook: 02_pretraining, parameters: {dataset: nih}}
+          - {notebook: 07_zero_shot, parameters: {dataset: lungs}}
+    """
+    file = make_study(text)
+    for name in ("02_pretraining", "07_zero_shot"):
+        path = file.parents[1] / f"{name}.ipynb"
+        content = json.loads(path.read_text())
+        content["cells"][1]["source"] += '\ndataset: str = ""  # of the study'
+        path.write_text(json.dumps(content))
+    chests, masks, model, other = load_study(file, data_root=str(tmp_path))
+    assert chests.parameters["data_root"] == str(tmp_path / "chests")
+    assert masks.parameters["data_root"] == str(tmp_path / "masks")
+    assert set(model.needs) == {chests.run_id}
+    assert set(other.needs) == {masks.run_id, model.run_id}  # pretrained on one, asked about the other
+    file.write_text(file.read_text().replace("{dataset: lungs}", "{seed: 0}"))
+    with pytest.raises(StudyError, match="could read the manifest of 2 runs"):
+        load_study(file)
