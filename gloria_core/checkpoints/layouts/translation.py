@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
-from torch import Tensor
-from transformers import BertConfig
+from torch import Tensor, nn
+from transformers import BertConfig, PreTrainedTokenizerBase
 
-from gloria_core.checkpoints.model import ConfigError, ModelConfig
+from gloria_core.checkpoints.image_models import image_classifier, unet
+from gloria_core.checkpoints.model import ConfigError, ModelConfig, assemble
+from gloria_core.models.image_encoder import ImageEncoder
 
 Shapes = Mapping[str, tuple[int, ...]]
 HEAD_WIDTH = 64
@@ -27,6 +30,46 @@ class Translation:
     text: BertConfig
     tensors: dict[str, tuple[str, Tensor]]
     ignored: list[str] = field(default_factory=list)
+
+    def build(self, tokenizer: PreTrainedTokenizerBase | None) -> nn.Module:
+        """The model with random values."""
+        return assemble(self.config, self.text, tokenizer)
+
+
+@dataclass(frozen=True)
+class ImageTranslation:
+    """A foreign file without a text encoder: an `ImageEncoder`, one with a linear head, or a U-Net.
+
+    `encoder`, `region_stage`, `resize_to`, `in_channels`, `pooling`: see `ImageEncoder`.
+    `kind`: "encoder", "classifier" (of `classes` logits) or "unet" (of `classes` masks).
+    `tensors`, `ignored`: as in `Translation`.
+    """
+
+    encoder: str
+    tensors: dict[str, tuple[str, Tensor]]
+    ignored: list[str] = field(default_factory=list)
+    kind: Literal["encoder", "classifier", "unet"] = "encoder"
+    classes: int = 0
+    region_stage: str = "layer3"
+    resize_to: int | None = None
+    in_channels: int = 3
+    pooling: str = "default"
+
+    def build(self, tokenizer: PreTrainedTokenizerBase | None) -> nn.Module:
+        """The model with random values. Raises ConfigError for a tokenizer, which nothing here could use."""
+        if tokenizer is not None:
+            raise ConfigError("it has no text encoder, so a tokenizer is of no use to it")
+        if self.kind == "unet":
+            return unet(self.encoder, in_channels=self.in_channels, classes=self.classes)
+        encoder = ImageEncoder(
+            self.encoder,
+            region_stage=self.region_stage,
+            resize_to=self.resize_to,
+            in_channels=self.in_channels,
+            pooling=self.pooling,
+            channels_last=False,  # published numbers before speed
+        )
+        return image_classifier(encoder, self.classes) if self.kind == "classifier" else encoder
 
 
 def bert_architecture(shapes: Shapes, prefix: str, **changes: int) -> BertConfig:
