@@ -151,7 +151,8 @@ class Needs:
     """What an objective wants of a batch; the loader and the encoders are set up from it.
 
     `views`, `texts`: images and texts per study. `cls_attention`: attention of the class token to the patches, where
-    the image encoder has one. `token_attention`: `TextFeatures.cls_attention`. `pixels`: the images themselves, as a
+    the image encoder has one. `token_attention`: `TextFeatures.cls_attention`. `sentence`: `TextFeatures.sentence` is
+    read; without it no pooler of BERT's is made. `pixels`: the images themselves, as a
     target.
     """
 
@@ -160,6 +161,7 @@ class Needs:
     sentence_ids: bool = False
     cls_attention: bool = False
     token_attention: bool = False
+    sentence: bool = True
     pixels: bool = False
 
 

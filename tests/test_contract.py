@@ -23,17 +23,14 @@ def tokenizer():
 
 @pytest.fixture(scope="module", params=NAMES)
 def model(request, tokenizer):
-    needs = objectives.objective_class(request.param).needs
-    if needs.cls_attention:
-        pytest.skip("needs an image encoder with a class token, which has its own test")
     config = ModelConfig(
         objective=request.param,
         image_encoder="resnet_tiny",
         text_encoder="bert_tiny",
-        last_layers=2,
         image_size=64,
         crop=64,
         text_dropout=0.0,
+        **{"last_layers": 2, **objectives.objective_class(request.param).encoders},
     )
     return build_model(config, tokenizer).eval()
 
@@ -42,9 +39,11 @@ def model(request, tokenizer):
 def batch(model, make_texts) -> Batch:
     needs, n = model.objective.needs, len(WORDS)
     generator = torch.Generator().manual_seed(0)
+    text = make_texts([words for words in WORDS for _ in range(needs.texts)], vocabulary=len(model.tokenizer))
+    sentence = torch.where(text.sentence_ids >= 0, (text.word_ids - 1) // 2, -1)  # a new sentence every two words
     return Batch(
         pixels=torch.randn(n, needs.views, 3, 64, 64, generator=generator),
-        text=make_texts([words for words in WORDS for _ in range(needs.texts)], vocabulary=len(model.tokenizer)),
+        text=replace(text, sentence_ids=sentence),
         labels=torch.zeros(n, 0),
         index=torch.arange(n),
     )

@@ -188,6 +188,7 @@ def assemble(
             depth=config.text_depth,
             positions=config.text_positions,
             attentions=needs.token_attention,
+            pooler=needs.sentence,
             behavior=config.behavior,
         )
         objective = objectives.build(

@@ -14,7 +14,9 @@ import pandas as pd
 from torch.utils.data import Dataset
 
 from gloria_core.data.manifest import label_columns
-from gloria_core.data.reports import ReportError, Span, published_sentences, sentences
+from gloria_core.data.prompts import PromptSet
+from gloria_core.data.reports import Span
+from gloria_core.data.study_texts import StudyTexts
 
 JITTER = 0.1
 """Largest relative change of contrast, and of brightness as a share of the gray range, under augment=True."""
@@ -47,16 +49,21 @@ class StudyDataset(Dataset[StudyItem]):
     text: the section that is read; "both" joins findings and impression, or whichever of them has text.
     sentence: "all" reads the section whole, "random" one sentence of it, "published" one sentence cut and cleaned by
         GLoRIA's released rule (`pretraining_dataset.py`, its word limit of 5 included).
-    views: images per study. One view is a frontal where the study has one; several are different images as long as the
-        study has them, then repeats. Without augmentation the first ones are taken, frontals first; with it, random
-        ones.
-    texts: independent draws per study. With text="both" and sentence="all" each draw is one section (CXR-CLIP).
+    views: images per study. One view is a frontal where the study has one. Several are distinct views (by the
+        manifest's `views`) as long as the study has them, then further images of these views, then the same images
+        again, each with an augmentation of its own (CXR-CLIP, You et al. 2023). Without augmentation the first ones
+        are taken, frontals first; with it, random ones.
+    texts: texts per study. With text="both" and sentence="all" they are its sections in random order, each once as long
+        as the study has them (CXR-CLIP); otherwise independent draws.
+    augmented_texts, prompts, n_negative: other wordings, and reports for studies without text; see `StudyTexts`. They
+        are drawn anew for every text and epoch; without augmentation reports from labels are the fixed ones.
     augment: False centre crop; "crop" random crop, as GLoRIA (256 -> 224); True random crop and a mild jitter of
         brightness and contrast. Never a flip: reports say left and right.
     labels: label columns in this order; by default all of the manifest.
 
     Item i depends on (seed, epoch, i) only.
-    Raises: ReportError naming studies whose chosen section is empty, ValueError for unknown options or columns.
+    Raises: ReportError naming studies whose chosen section is empty (with `prompts`: that have no label either),
+    PromptError for a label without sentences, ValueError for unknown options or columns.
     """
 
     def __init__(
@@ -72,6 +79,9 @@ class StudyDataset(Dataset[StudyItem]):
         augment: bool | Literal["crop"] = False,
         seed: int = 0,
         labels: Sequence[str] | None = None,
+        augmented_texts: bool = False,
+        prompts: PromptSet | None = None,
+        n_negative: int = 0,
     ) -> None:
         _one_of("text", text, ("impression", "findings", "both"))
         _one_of("sentence", sentence, ("all", "random", "published"))
@@ -89,13 +99,17 @@ class StudyDataset(Dataset[StudyItem]):
         self._labels = self.frame[self.label_names].to_numpy(dtype=np.float32, na_value=np.nan)
         self._study_ids = self.frame["study_id"].astype(str).tolist()
         self._images = [path.split(";") for path in self.frame["images"]]
-        self._frontals = [
-            [i for i, view in enumerate(views_of.split(";")) if view.strip().upper() != "LATERAL"]
-            for views_of in self.frame["views"].astype(str)
-        ]
-        self._sections = _sections(self.frame, self._study_ids, text)
-        if sentence == "published":
-            self._sections = _published(self._sections, self._study_ids)
+        names = self.frame["views"].astype(str).str.upper()
+        self._views = [[view.strip() for view in row.split(";")] for row in names]
+        self._texts = StudyTexts(
+            self.frame,
+            text=text,
+            sentence=sentence,
+            augmented=augmented_texts,
+            prompts=prompts,
+            n_negative=n_negative,
+            fixed=augment is False,
+        )
 
     def __len__(self) -> int:
         return len(self._study_ids)
@@ -108,7 +122,7 @@ class StudyDataset(Dataset[StudyItem]):
         index = range(len(self))[index]
         # separate streams: changing how texts are drawn leaves the crops alone
         draw_text, draw_image = (np.random.default_rng([self.seed, self.epoch, index, part]) for part in range(2))
-        chosen = [self._text(index, draw_text) for _ in range(self.texts)]
+        chosen = self._texts.draw(index, self.texts, draw_text)
         pixels = np.stack([self._image(index, number, draw_image) for number in self._choose(index, draw_image)])
         return StudyItem(
             pixels=pixels,
@@ -119,31 +133,21 @@ class StudyDataset(Dataset[StudyItem]):
             study_id=self._study_ids[index],
         )
 
-    def _text(self, index: int, draw: np.random.Generator) -> tuple[str, tuple[Span, ...]]:
-        parts = self._sections[index]
-        if self.sentence == "published":
-            text = parts[draw.integers(len(parts))]
-            return text, ((0, len(text)),)
-        if self.sentence == "all" and self.texts > 1:
-            parts = (parts[draw.integers(len(parts))],)
-        text = "\n\n".join(parts)  # a blank line ends a sentence, so no sentence runs across sections
-        spans = sentences(text)
-        if self.sentence == "random":
-            start, end = spans[draw.integers(len(spans))]
-            return text[start:end], ((0, end - start),)
-        return text, tuple(spans)
-
     def _choose(self, index: int, draw: np.random.Generator) -> list[int]:
         """Numbers of the images to show."""
-        count, frontals = len(self._images[index]), self._frontals[index]
-        if self.views == 1:
-            numbers = frontals or list(range(count))
-            repeats = numbers
-        else:
-            numbers = frontals + [i for i in range(count) if i not in frontals]
-            repeats = frontals or numbers
+        views = self._views[index]
+        frontals = [i for i, view in enumerate(views) if view != "LATERAL"]
+        numbers = repeats = frontals or list(range(len(views)))
+        if self.views > 1:
+            numbers = frontals + [i for i in range(len(views)) if i not in frontals]
         if self.augment:
             numbers = [numbers[i] for i in draw.permutation(len(numbers))]
+        if self.views > 1:
+            kinds = list(dict.fromkeys(views[i] for i in numbers))
+            if self.augment:  # every view equally often first, however many images it has
+                kinds = [kinds[k] for k in draw.permutation(len(kinds))]
+            turn = {i: sum(views[j] == views[i] for j in numbers[:place]) for place, i in enumerate(numbers)}
+            numbers = sorted(numbers, key=lambda i: (turn[i], kinds.index(views[i])))
         missing = max(0, self.views - len(numbers))
         return (numbers + repeats * missing)[: self.views]
 
@@ -165,25 +169,3 @@ class StudyDataset(Dataset[StudyItem]):
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}")
-
-
-def _sections(frame: pd.DataFrame, study_ids: list[str], text: str) -> list[tuple[str, ...]]:
-    columns = ("findings", "impression") if text == "both" else (text,)
-    rows = zip(*(frame[column].fillna("").astype(str) for column in columns), strict=True)
-    found = [tuple(part for part in row if part.strip()) for row in rows]
-    remedy = "give them text or exclude them" if text == "both" else "use text='both', or exclude them"
-    _refuse_empty(found, study_ids, f"the {' and '.join(columns)} of", remedy)
-    return found
-
-
-def _published(parts: list[tuple[str, ...]], study_ids: list[str]) -> list[tuple[str, ...]]:
-    cleaned = [tuple(s for part in row for s in published_sentences(part, word_limit=5) if s) for row in parts]
-    _refuse_empty(cleaned, study_ids, "after GLoRIA's cleaning the text of", "exclude them, or use sentence='random'")
-    return cleaned
-
-
-def _refuse_empty(rows: list[tuple[str, ...]], study_ids: list[str], what: str, remedy: str) -> None:
-    empty = [study for row, study in zip(rows, study_ids, strict=True) if not row]
-    if empty:
-        listed = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
-        raise ReportError(f"{what} {len(empty)} studies is empty (study_id {listed}); {remedy}")

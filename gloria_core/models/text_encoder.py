@@ -55,7 +55,7 @@ class TextEncoder(nn.Module):
     token types land in the argument for positions; the author confirmed it).
     `attentions`: also return `cls_attention`.
     `behavior`: the sentence is the mean of its tokens, `[CLS]` and `[SEP]` included; "published" divides their sum by
-    97 instead (the same direction), and with `last_layers=1` takes BERT's pooled output.
+    97 instead (the same direction), and with `last_layers=1` takes BERT's pooled output, unless `pooler` is False.
 
     Shape: `TextBatch` (N, L) -> `TextFeatures`, columns of pure padding cut, W = largest number of words
     """
@@ -74,6 +74,7 @@ class TextEncoder(nn.Module):
         depth: int = 0,
         positions: Positions = "real",
         attentions: bool = False,
+        pooler: bool = True,
         behavior: Behavior = "corrected",
     ) -> None:
         super().__init__()
@@ -93,7 +94,7 @@ class TextEncoder(nn.Module):
         self.last_layers, self.layers, self.pieces = last_layers, layers, pieces
         self.normalize, self.behavior, self.frozen = normalize, behavior, frozen
         self.positions, self.attentions = positions, attentions
-        pooler = behavior == "published" and last_layers == 1
+        pooler = pooler and behavior == "published" and last_layers == 1
         self.bert = _bert(source, config, weights, pooler=pooler)
         if positions == "zero":
             nn.init.zeros_(self.bert.embeddings.token_type_embeddings.requires_grad_(False).weight)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,10 @@ class Objective(nn.Module, ABC):
 
     needs: ClassVar[Needs] = Needs()
     rows: ClassVar[AttentionRows | None] = None
+    attention_formula: ClassVar[str] = ""
+    """The rows of `attention` in LaTeX, for whoever shows them."""
+    encoders: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    """Fields of `ModelConfig` that the paper sets otherwise than the study's defaults; notebook 02 begins with them."""
     behavior: Behavior
 
     @abstractmethod

@@ -11,12 +11,16 @@ The authors released no code, so "published" and "corrected" are the same here.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor
 
 from gloria_core.models.heads import MLPHead, contrastive_terms, cosine_matrix
 from gloria_core.objectives.base import Objective
-from gloria_core.types import Batch, Behavior, ImageFeatures, ObjectiveOutput, TextFeatures
+from gloria_core.types import Batch, Behavior, ImageFeatures, Needs, ObjectiveOutput, TextFeatures
 
 
 class ConVIRT(Objective):
@@ -26,8 +30,16 @@ class ConVIRT(Objective):
     maximum over the token vectors; the paper takes those of BERT's last layer: `last_layers=1` of the text encoder.
     `similarity` is the cosine of the projections.
 
+    There is no local loss. `local_embeddings` passes region and word vectors through the heads of the whole image and
+    the whole text, for cosine maps; they were **never trained locally**.
+
     Shape: images B, texts N
     """
+
+    needs = Needs(sentence=False)
+    encoders: ClassVar[Mapping[str, Any]] = MappingProxyType(
+        {"last_layers": 1, "text_pieces": "mean", "region_stage": "layer4"}
+    )
 
     def __init__(
         self,
@@ -46,6 +58,7 @@ class ConVIRT(Objective):
         if temperature <= 0 or not 0 <= image_weight <= 1:
             raise ValueError("temperature must be positive and image_weight in [0, 1]")
         self.behavior, self.temperature, self.image_weight = behavior, temperature, image_weight
+        self.same_width = region_dim == pooled_dim
         self.image_head = MLPHead(pooled_dim, projection_dim)
         self.text_head = MLPHead(text_dim, projection_dim)
 
@@ -63,3 +76,15 @@ class ConVIRT(Objective):
         """Projected image (B, P) and text (N, P) vectors, unnormalised."""
         tokens = texts.tokens.masked_fill(~texts.token_mask[..., None], torch.finfo(texts.tokens.dtype).min)
         return self.image_head(images.pooled), self.text_head(tokens.amax(dim=1))
+
+    def local_embeddings(self, images: ImageFeatures, texts: TextFeatures) -> tuple[Tensor, Tensor, Tensor]:
+        """Projected regions (B, h, w, P), words (N, W, P) and the mask (N, W) of words; never trained locally.
+
+        Raises NotImplementedError where regions are of another stage than the pooled vector.
+        """
+        if not self.same_width:
+            raise NotImplementedError(
+                'ConVIRT projects the vectors of the last stage only: build the model with region_stage="layer4"'
+            )
+        words = texts.word_mask & ~texts.special_mask
+        return self.image_head(images.regions), self.text_head(texts.words), words

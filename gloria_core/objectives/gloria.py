@@ -55,6 +55,7 @@ class GLoRIA(Objective):
     """
 
     rows = AttentionRows(unit="word", normalisation="softmax")
+    attention_formula = r"a_{rt} = \mathrm{softmax}_r\,(4\,\mathrm{softmax}_t\, v_r \cdot w_t)"
 
     def __init__(
         self,

@@ -152,7 +152,7 @@ def image_features(
     """
     if not len(frame):
         raise ValueError("no studies to encode: the frame is empty")
-    blank = _blank_texts(model)
+    blank = blank_texts(model)
     pooled, embedding, kept = [], [], []
     for _, found in image_batches(
         model, frame, cache, crop=crop, batch_size=batch_size, device=device, precision=precision, progress=progress
@@ -195,7 +195,7 @@ def text_features(
         with inference(model, device, precision) as where:
             part = _float(model.encode_texts(_rows(batch, slice(first, first + batch_size)).to(where)))
         with inference(model, None, "float32"):
-            embedding.append(model.objective.global_embeddings(_blank_images(model, where), part)[1].float().cpu())
+            embedding.append(model.objective.global_embeddings(blank_images(model, where), part)[1].float().cpu())
         parts.append(part)
     return EncodedTexts(texts, batch, _joined(parts), torch.cat(embedding).numpy())
 
@@ -235,7 +235,7 @@ def _joined(parts: Sequence[TextFeatures]) -> TextFeatures:
     return TextFeatures(**columns)
 
 
-def _blank_texts(model: nn.Module) -> TextFeatures:
+def blank_texts(model: nn.Module) -> TextFeatures:
     """One text of zeros: `global_embeddings` wants both sides, and here only the image side is read."""
     words, yes = torch.zeros(1, 1, model.text_encoder.dim), torch.ones(1, 1, dtype=torch.bool)
     first = torch.zeros(1, 1, dtype=torch.int64)
@@ -254,7 +254,8 @@ def _blank_texts(model: nn.Module) -> TextFeatures:
     )
 
 
-def _blank_images(model: nn.Module, device: torch.device) -> ImageFeatures:
+def blank_images(model: nn.Module, device: torch.device) -> ImageFeatures:
+    """One image of zeros with one region, where an objective wants both sides and only the text's is read."""
     encoder = model.image_encoder
     return ImageFeatures(
         torch.zeros(1, encoder.pooled_dim, device=device), torch.zeros(1, 1, 1, encoder.region_dim, device=device)

@@ -18,6 +18,7 @@ from gloria_core.tasks.map_scores import area_share, centre_prior, cnr, inverted
 from gloria_core.tasks.maps import (
     KINDS,
     Kind,
+    kinds_of,
     maps,
     original_maps,
     phrase_grids,
@@ -38,6 +39,7 @@ __all__ = [
     "cnr",
     "inverted",
     "iou",
+    "kinds_of",
     "maps",
     "mass_inside",
     "original_maps",
@@ -72,13 +74,13 @@ def score_phrases(
     root: Path | str,
     phrases: Sequence[Phrase],
     *,
-    kinds: Sequence[Kind] = KINDS,
+    kinds: Sequence[Kind] | None = None,
     batch_size: int = 32,
     precision: Precision = "auto",
     seed: int = 0,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
-    """One row per phrase, kind and control, scored in the pixels of the model's crop.
+    """One row per phrase, kind (default: all that the model has) and control, in the pixels of the model's crop.
 
     Controls: "" the map itself; "inverted"; "shuffled_text" (a phrase of another label from another study, drawn with
     `seed`); "swapped_side" (only for phrases that name a side); and, with kind "prior", "centre" and "uniform".

@@ -20,7 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gloria_core.objectives import Objective
-from gloria_core.tasks.embedding import EncodedTexts, image_batches, inference, select, text_features
+from gloria_core.tasks.embedding import (
+    EncodedTexts,
+    blank_images,
+    blank_texts,
+    image_batches,
+    inference,
+    select,
+    text_features,
+)
 from gloria_core.tasks.phrases import Phrase
 from gloria_core.training.precision import Precision
 from gloria_core.types import ImageFeatures, TextFeatures
@@ -32,9 +40,9 @@ KINDS: tuple[Kind, ...] = ("attention", "word_softmax", "cosine")
 def maps(objective: Objective, images: ImageFeatures, texts: TextFeatures, *, kind: Kind = "attention") -> Tensor:
     """(N, W, h, w) maps of image n with text n; one image with N texts is allowed too.
 
-    Rows of words that do not count (padding, and what the objective leaves out) are zero. An objective whose
-    attention is by sentence returns (N, S, h, w) for "attention". Raises ValueError for an unknown kind or unpaired
-    inputs, NotImplementedError for an objective without word-region vectors.
+    Rows of words that do not count (padding, and what the objective leaves out) are zero. Where the objective attends
+    by sentence (`rows.unit`), all words of a sentence have the same row. Raises ValueError for an unknown kind or
+    unpaired inputs, NotImplementedError for an objective without word-region vectors.
     """
     n = len(texts.words)
     if len(images.pooled) == 1 and n > 1:
@@ -53,6 +61,19 @@ def maps(objective: Objective, images: ImageFeatures, texts: TextFeatures, *, ki
     if kind == "word_softmax":
         found = found.masked_fill(~mask, -torch.inf).softmax(dim=1)
     return found.masked_fill(~mask, 0.0)
+
+
+def kinds_of(model: nn.Module) -> tuple[Kind, ...]:
+    """The maps that a model has: none of words and regions where its objective never projects them."""
+    objective = model.objective
+    kinds: list[Kind] = [] if objective.rows is None else ["attention"]
+    device = next(model.parameters()).device
+    try:
+        with torch.no_grad():
+            objective.local_embeddings(blank_images(model, device), blank_texts(model).to(device))
+    except NotImplementedError:
+        return tuple(kinds)
+    return (*kinds, "word_softmax", "cosine")
 
 
 def words_of_span(spans: Sequence[tuple[int, int]], start: int, end: int) -> list[int]:
@@ -91,15 +112,17 @@ def phrase_grids(
     model: nn.Module,
     images: ImageFeatures,
     asked: Sequence[tuple[int, Phrase]],
-    kinds: Sequence[Kind] = KINDS,
+    kinds: Sequence[Kind] | None = None,
     *,
     precision: Precision = "auto",
 ) -> list[dict[Kind, Tensor | None]]:
     """For every (image, phrase) its (h, w) map of each kind, float64; None where its words were cut off.
 
-    The first of each pair is a row of `images`. Each distinct text is encoded once.
+    `kinds`: all that the model has, by default. The first of each pair is a row of `images`. Each distinct text is
+    encoded once.
     """
     # uncleaned even for published weights: the spans of the phrases count characters of the text as it is
+    kinds = kinds_of(model) if kinds is None else kinds
     distinct = list(dict.fromkeys(phrase.text for _, phrase in asked))
     texts = text_features(model, distinct, precision=precision, clean=False)
     number = {text: i for i, text in enumerate(distinct)}
@@ -114,10 +137,7 @@ def phrase_grids(
             words = phrase_words(texts, rows[i], phrase.spans)
             by_kind: dict[Kind, Tensor | None] = dict.fromkeys(kinds)
             for kind in kinds if words else ():
-                chosen = words
-                if kind == "attention" and model.objective.rows.unit == "sentence":
-                    chosen = sorted({int(s) for s in texts.features.word_sentence[rows[i], words]})
-                by_kind[kind] = phrase_map(found[kind][i].double(), chosen)
+                by_kind[kind] = phrase_map(found[kind][i].double(), words)
             out.append(by_kind)
     return out
 
@@ -128,7 +148,7 @@ def original_maps(
     cache,
     phrases: Sequence[Phrase],
     *,
-    kinds: Sequence[Kind] = KINDS,
+    kinds: Sequence[Kind] | None = None,
     precision: Precision = "auto",
 ) -> list[dict[Kind, np.ndarray | None]]:
     """For every phrase its maps on the pixels of the original image: kind -> (H, W), NaN outside what the model saw.

@@ -261,7 +261,7 @@ def small_model(**options):
         text_positions="zero",
     )
     shape = {"hidden_size": 64, "num_attention_heads": 1, "num_hidden_layers": 2, "intermediate_size": 8}
-    return assemble(config, BertConfig(vocab_size=20, max_position_embeddings=12, pooler=False, **shape), None)
+    return assemble(config, BertConfig(vocab_size=20, max_position_embeddings=12, **shape), None)
 
 
 def write(path, model, stored, *, changes=()):

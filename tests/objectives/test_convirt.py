@@ -59,3 +59,16 @@ def test_clear_errors(make_features):
     for options in ({"temperature": 0.0}, {"image_weight": 1.5}, {"behavior": "legacy"}):
         with pytest.raises(ValueError, match=next(iter(options))):
             build(**options)
+
+
+def test_local_vectors_are_the_heads_of_the_whole(make_features):
+    images, texts = make_features(2, [3, 1], widths=(8, 8, 6), extra=1)
+    objective = objectives.build("convirt", pooled_dim=8, region_dim=8, text_dim=6, projection_dim=5).double()
+    regions, words, mask = objective.local_embeddings(images, texts)
+    assert (regions.shape, words.shape) == ((2, 4, 4, 5), (2, 6, 5))
+    assert mask.sum(dim=1).tolist() == [3, 1]
+    assert not mask[:, 0].any()
+    torch.testing.assert_close(regions[1, 2, 3], objective.image_head(images.regions[1, 2, 3]))
+    torch.testing.assert_close(words[0, 2], objective.text_head(texts.words[0, 2]))
+    with pytest.raises(NotImplementedError, match='region_stage="layer4"'):
+        build().local_embeddings(*make_features(2, [3, 1]))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from gloria_core import objectives
 from gloria_core.checkpoints.model import ModelConfig, VisionLanguageModel, build_model
 from gloria_core.data.loader import Collate, StudyDataset
 from gloria_core.data.tokenizer import train_wordpiece
@@ -56,11 +57,13 @@ def frame(studies: int, *, first: int = 0) -> pd.DataFrame:
     )
 
 
-def datasets(*, train: int = 24, valid: int = 10, size: int = 32) -> tuple[StudyDataset, StudyDataset]:
-    pictures = Pictures(size)
+def datasets(
+    *, train: int = 24, valid: int = 10, size: int = 32, views: int = 1, texts: int = 1, sentence: str = "random"
+) -> tuple[StudyDataset, StudyDataset]:
+    pictures, common = Pictures(size), {"crop": size - 4, "labels": ["Edema"], "views": views, "texts": texts}
     return (
-        StudyDataset(frame(train), pictures, crop=size - 4, sentence="random", augment=True, labels=["Edema"]),
-        StudyDataset(frame(valid, first=100), pictures, crop=size - 4, labels=["Edema"]),
+        StudyDataset(frame(train), pictures, sentence=sentence, augment=True, **common),
+        StudyDataset(frame(valid, first=100), pictures, **common),
     )
 
 
@@ -73,10 +76,10 @@ def model(objective: str = "gloria", *, seed: int = 0, dropout: float = 0.1) -> 
         image_encoder="resnet_tiny",
         text_encoder="bert_tiny",
         text_dropout=dropout,
-        last_layers=2,
         image_size=32,
         crop=28,
         seed=seed,
+        **{"last_layers": 2, **objectives.objective_class(objective).encoders},
     )
     return build_model(config, TOKENIZER)
 

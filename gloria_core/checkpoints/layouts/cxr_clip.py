@@ -60,7 +60,7 @@ def translate(tensors: Mapping[str, Tensor], stored: Mapping[str, Any]) -> Trans
         else:
             renamed[name] = (theirs, value)
     shapes = {name: tuple(value.shape) for name, (_, value) in renamed.items()}
-    text = bert_architecture(shapes, "text_encoder.bert.", pooler=False)
+    text = bert_architecture(shapes, "text_encoder.bert.")
     return Translation(_config(shapes, stored), text, renamed, ignored)
 
 

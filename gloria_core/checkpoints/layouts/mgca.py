@@ -63,8 +63,7 @@ def translate(tensors: Mapping[str, Tensor], stored: Mapping[str, Any]) -> Trans
         else:
             renamed[name] = (theirs, value)
     shapes = {name: tuple(value.shape) for name, (_, value) in renamed.items()}
-    # the released encoder has no pooler; `TextEncoder` makes BERT's for a last layer alone unless told
-    text = bert_architecture(shapes, BERT, type_vocab_size=2, pooler=False)
+    text = bert_architecture(shapes, BERT, type_vocab_size=2)
     renamed[TYPES] = (NO_TYPES, torch.zeros(text.type_vocab_size, text.hidden_size))
     return Translation(_config(shapes, stored, options, text.num_hidden_layers), text, renamed, ignored)
 

@@ -17,8 +17,8 @@ import pandas as pd
 
 
 def available() -> list[str]:
-    """Names that `prepare` takes: the modules of this folder."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    """Names that `prepare` takes: the modules of this folder, without those that only read a dataset's tables."""
+    return sorted(name for module in pkgutil.iter_modules(__path__) if not (name := module.name).endswith("_tables"))
 
 
 def prepare(dataset: str, root: str | Path, options: Mapping[str, object] | None = None) -> pd.DataFrame:

@@ -1,0 +1,207 @@
+"""Segmentation networks on a pretrained image encoder: the U-Net of segmentation-models-pytorch, and SETR's decoder.
+
+The encoder is the very module that a checkpoint holds: its stages feed the decoder, and no tensor is copied or renamed.
+GLoRIA (Huang et al. 2021, section 4.4) and MGCA (Wang et al. 2022, section 4.3) put segmentation-models-pytorch's U-Net
+(Ronneberger et al. 2015) on their ResNet-50; MGCA puts SETR's progressive upsampling (Zheng et al. 2021, section 3.2)
+on its ViT. Both read the image as it comes: the 299-pixel resize inside the encoders is for pretraining and probing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from segmentation_models_pytorch.base import SegmentationHead, initialization
+from segmentation_models_pytorch.decoders.unet.decoder import UnetDecoder
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Decoder = Literal["auto", "unet", "setr"]
+BatchNormMode = Literal["eval", "train"]
+CHANNELS = (256, 128, 64, 32, 16)
+"""Decoder widths from coarse to fine: the default of segmentation-models-pytorch, and of both papers."""
+DEEPEST = 32
+_EFFICIENTNET_STAGES = (0, 1, 2, 4, 6)  # the last blocks of stride 2, 4, 8, 16 and 32
+
+
+def has_pyramid(encoder: nn.Module) -> bool:
+    """Whether the encoder is a convolutional network with stages of stride 2, 4, 8, 16 and 32 that are known here."""
+    trunk = getattr(encoder, "trunk", None)
+    return all(hasattr(trunk, name) for name in ("conv1", "layer1", "layer4")) or all(
+        hasattr(trunk, name) for name in ("conv_stem", "bn1", "blocks")
+    )
+
+
+def pyramid(encoder: nn.Module, pixels: Tensor) -> tuple[Tensor, ...]:
+    """The encoder's feature maps at strides 2, 4, 8, 16 and 32.
+
+    Shape: (B, C, H, W), H and W divisible by 32 -> five tensors (B, D_s, H / s, W / s)
+    """
+    trunk, found = encoder.trunk, []
+    if hasattr(trunk, "conv_stem"):
+        x = trunk.bn1(trunk.conv_stem(pixels))
+        for number, block in enumerate(trunk.blocks):
+            x = block(x)
+            if number in _EFFICIENTNET_STAGES:
+                found.append(x)
+        return tuple(found)
+    x = trunk.relu(trunk.bn1(trunk.conv1(pixels)))
+    found.append(x)
+    x = trunk.maxpool(x)
+    for stage in (trunk.layer1, trunk.layer2, trunk.layer3, trunk.layer4):
+        x = stage(x)
+        found.append(x)
+    return tuple(found)
+
+
+def decoder_kind(encoder: nn.Module, decoder: Decoder = "auto") -> Literal["unet", "setr"]:
+    """ "auto" made definite. Raises ValueError for an unknown name, or "unet" on an encoder without known stages."""
+    if decoder not in ("auto", "unet", "setr"):
+        raise ValueError(f'decoder must be "auto", "unet" or "setr", not {decoder!r}')
+    if decoder == "unet" and not has_pyramid(encoder):
+        raise ValueError('this encoder has no stages of stride 2 to 32; use decoder="setr", which reads its grid')
+    return decoder if decoder != "auto" else "unet" if has_pyramid(encoder) else "setr"
+
+
+def decoder_inputs(encoder: nn.Module, pixels: Tensor, kind: Literal["unet", "setr"]) -> tuple[Tensor, ...]:
+    """What a decoder reads of images of any size: the pyramid of the padded images, or the region grid.
+
+    Shape: (B, C, H, W) -> five tensors (B, D_s, H' / s, W' / s), H' and W' the next multiples of 32; or one
+        (B, h, w, Dr)
+    """
+    if kind == "setr":
+        return (encoder(pixels).regions,)
+    top, bottom, left, right = _margins(*pixels.shape[-2:])
+    if top or bottom or left or right:
+        pixels = F.pad(pixels, (left, right, top, bottom), mode="replicate")
+    return pyramid(encoder, pixels.contiguous(memory_format=torch.channels_last))
+
+
+class SetrDecoder(nn.Module):
+    """SETR-PUP as MGCA's released code has it (mgca_segmenter.py): a linear layer, four times convolve and double.
+
+    Convolution 3 x 3, BatchNorm, ReLU, bilinear upsampling by two with aligned corners; widths 512, 256, 128, 64; then
+    the last convolution to K maps.
+    Shape: (B, h, w, Dr) -> (B, K, 16 h, 16 w)
+    """
+
+    def __init__(self, region_dim: int, classes: int, *, channels: Sequence[int] = (512, 256, 128, 64)) -> None:
+        super().__init__()
+        self.linear = nn.Linear(region_dim, region_dim)
+        layers: list[nn.Module] = []
+        for before, width in zip((region_dim, *channels[:-1]), channels, strict=True):
+            layers += [
+                nn.Conv2d(before, width, 3, padding=1),
+                nn.BatchNorm2d(width),
+                nn.ReLU(inplace=True),
+                nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True),
+            ]
+        self.steps = nn.Sequential(*layers)
+        self.head = nn.Conv2d(channels[-1], classes, 3, padding=1)
+
+    def forward(self, regions: Tensor) -> Tensor:
+        return self.head(self.steps(self.linear(regions).permute(0, 3, 1, 2)))
+
+
+class SegmentationNet(nn.Module):
+    """An image encoder with a decoder that gives one logit map a class, at the size of the input.
+
+    `encoder`: an `ImageEncoder`, used and not copied. `classes`: K maps; each is a yes/no question of its own.
+    `decoder`: "unet" for convolutional encoders; "setr" from the region grid of any encoder; "auto" takes the first
+    where it can. `channels`: widths of the decoder, coarse to fine (five for "unet", four for "setr"), or None for the
+    published ones. `frozen`: the encoder gets no gradient. `batch_norm` of a frozen encoder: "eval" keeps the
+    pretrained statistics; "train" is what the released MGCA code does (statistics of the batch, and the stored ones
+    drift), although its weights are frozen too.
+
+    Inputs whose sides 32 does not divide are padded with their border pixels on all sides, and the logits cut back, so
+    that grids stay aligned. Nothing is resized, except "setr" whose grid of 16-pixel cells does not fill the input.
+
+    Shape: (B, C, H, W) -> (B, K, H, W)
+    Raises: ValueError for "unet" on an encoder without known stages, or unknown names.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        classes: int,
+        *,
+        decoder: Decoder = "auto",
+        channels: Sequence[int] | None = None,
+        frozen: bool = True,
+        batch_norm: BatchNormMode = "eval",
+    ) -> None:
+        super().__init__()
+        if batch_norm not in ("eval", "train"):
+            raise ValueError(f'batch_norm must be "eval" or "train", not {batch_norm!r}')
+        if classes < 1:
+            raise ValueError(f"a segmentation network needs at least one class, got {classes}")
+        self.kind = decoder_kind(encoder, decoder)
+        self.encoder, self.frozen, self.batch_norm = encoder, frozen, batch_norm
+        encoder.frozen = frozen
+        encoder.requires_grad_(not frozen)
+        if self.kind == "unet":
+            widths = _widths(encoder)
+            channels = tuple(channels or CHANNELS)
+            self.decoder = UnetDecoder((encoder.in_channels, *widths), channels, n_blocks=len(widths))
+            self.head = SegmentationHead(channels[-1], classes)
+            initialization.initialize_decoder(self.decoder)
+            initialization.initialize_head(self.head)
+        else:
+            self.decoder = SetrDecoder(encoder.region_dim, classes, channels=channels or (512, 256, 128, 64))
+            self.head = nn.Identity()
+        self.train(self.training)
+
+    @property
+    def features_are_fixed(self) -> bool:
+        """Whether `features` of an image never change in training, so that they may be computed once."""
+        return self.frozen and self.batch_norm == "eval"
+
+    def train(self, mode: bool = True) -> SegmentationNet:
+        """Training mode; a frozen encoder stays in evaluation mode, its BatchNorm as `batch_norm` says."""
+        super().train(mode)
+        if self.frozen:
+            self.encoder.eval()
+            for module in self.encoder.modules():
+                if mode and self.batch_norm == "train" and isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.train()
+        return self
+
+    def features(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """What the decoder reads: five maps ("unet"), or one region grid ("setr"). No gradient if frozen."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            return decoder_inputs(self.encoder, pixels, self.kind)
+
+    def decode(self, features: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+        """Logits of the features of images of `size` = (H, W) pixels. Shape: -> (B, K, H, W) float32."""
+        height, width = size
+        if self.kind == "setr":
+            logits = self.decoder(features[0])
+            if tuple(logits.shape[-2:]) != (height, width):
+                logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+            return logits.float()
+        top, bottom, left, right = _margins(height, width)
+        # the decoder wants the input first, for its size alone: an empty view of that size costs nothing
+        blank = features[0].new_empty(1).expand(1, 1, height + top + bottom, width + left + right)
+        logits = self.head(self.decoder([blank, *features]))
+        return logits[..., top : top + height, left : left + width].float()
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.decode(self.features(pixels), tuple(pixels.shape[-2:]))
+
+
+def _margins(height: int, width: int) -> tuple[int, int, int, int]:
+    """Rows and columns to add (top, bottom, left, right) so that 32 divides both sides."""
+    rows, columns = -height % DEEPEST, -width % DEEPEST
+    return rows // 2, rows - rows // 2, columns // 2, columns - columns // 2
+
+
+def _widths(encoder: nn.Module) -> list[int]:
+    """Channels of the five stages, measured on a blank image: true for whatever the trunk is."""
+    mode = encoder.training
+    encoder.eval()
+    weight = next(encoder.parameters())
+    with torch.no_grad():
+        found = pyramid(encoder, weight.new_zeros(1, encoder.in_channels, DEEPEST, DEEPEST))
+    encoder.train(mode)
+    return [feature.shape[1] for feature in found]

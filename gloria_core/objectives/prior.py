@@ -1,0 +1,264 @@
+"""PRIOR: alignment of radiographs with the sentences of their reports, through prototypes, and reconstruction of both.
+
+Cheng, Lin, Lyu, Huang, Luo, Yuan: "PRIOR: Prototype Representation Joint Learning from Medical Images and Reports",
+ICCV 2023. Released code: github.com/QtacierP/PRIOR (`prior.py`). Regions Z, sentences X, their mixtures of prototypes Q
+and the bank's logits l (`models/prototype_bank.py`); image vector G = pool(regions) and report vector T = pool(Q);
+"told" and "seen" of the sigmoid attention (`models/sentence_region.py`); predictor p and stop-gradient sg; and NCE_s,
+the mean of both directions of InfoNCE over e^s cos:
+
+    global       = NCE_s(G, T)
+    local_image  = -1/2 mean_r [ cos(p(Z), sg(told)) + cos(p(told), sg(Z)) ]
+    local_text   = NCE_s'(Q, seen) among the sentences of one report
+    prototype    = mean |Q - X|
+    image        = mean |image_decoder(Z, told) - pixels|
+    report       = mean |P - Q|, P decoded from Z and matched to Q by the Hungarian method on L1
+    consistency  = KL( softmax(l(X)) || softmax(l(P)) )
+    report_global = NCE_s( pool(mixture of P), T )
+
+Stage 1 (with Q = X): global + local_image + local_text. Stage 2: + 10 prototype. Stage 3: global counts 10 times,
++ image + 10 report + consistency + report_global.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from types import MappingProxyType
+
+import torch
+from torch import Tensor, nn
+
+from gloria_core.models.attention_pool import AttentionPool, ImageHeads
+from gloria_core.models.heads import contrastive_terms, cosine_matrix
+from gloria_core.models.prototype_bank import Decay, PrototypeBank, decayed
+from gloria_core.models.reconstruction import ImageDecoder, SentenceDecoder
+from gloria_core.models.sentence_region import (
+    SentenceRegionAttention,
+    Sentences,
+    gather_sentences,
+    local_nce,
+    mutual_prediction,
+)
+from gloria_core.objectives.base import Objective
+from gloria_core.types import AttentionRows, Batch, Behavior, ImageFeatures, Needs, ObjectiveOutput, TextFeatures
+
+LOG_SCALE = math.log(100.0)  # temperature 0.01, and the largest scale when corrected
+ALIGNMENT = {"global": 1.0, "local_image": 1.0, "local_text": 1.0}
+WEIGHTS = {
+    1: ALIGNMENT,
+    2: {**ALIGNMENT, "prototype": 10.0},
+    3: {**ALIGNMENT, "global": 10.0, "prototype": 10.0}
+    | {"image": 1.0, "report": 10.0, "consistency": 1.0, "report_global": 1.0},
+}
+
+
+class PRIOR(Objective):
+    """Global, sentence-region and prototype alignment, then reconstruction of image and report, in three stages.
+
+    `embed_dim`: D; 0 takes the text encoder's width, as published (768).
+    `n_prototypes`, `bank_temperature`, `temp_decay`: the bank; from the start of stage 2 to the end, epoch by epoch,
+    its temperature falls to a tenth ("linear", "exp") or not ("fixed").
+    `n_queries`, `decoder_layers`: sentences that the BERT decoder writes, and all that stage 3 keeps of a report.
+    `stage_epochs`: epochs of the stages; () shares all out as 20 : 30 : 50. A stage without an epoch is skipped.
+    An objective that was never told a plan, such as a loaded one, is at the end: stage 3, last temperature.
+    `behavior`, with the faults of the released code that "corrected" mends:
+    - regions: "published" reads the channels-first map of regions as if it were R rows (a view, no transpose): a row
+      mixes channels of all positions, and the maps of `attention` have **no place in the image**.
+    - matching: "published" takes P[j] for the permutation j instead of its inverse, which pairs P with wrong Q.
+    - report decoder: "published" is causal over its queries.
+    - noise: "published" draws Gumbel noise in evaluation mode too, so every score is random.
+    - scale: outside the loss "published" weighs cosines by s, not e^s; "corrected" also holds e^s to 100 at most.
+
+    Shape: images B, texts N, sentences S, regions R
+    """
+
+    needs = Needs(sentence_ids=True, sentence=False, pixels=True)
+    rows = AttentionRows(unit="sentence", normalisation="sigmoid")
+    attention_formula = r"a_{sr} = \sigma\,( q_2(Q_s) \cdot k_1(Z_r) / \sqrt{D} )"
+    encoders = MappingProxyType({"region_stage": "layer4", "last_layers": 1, "max_tokens": 256, "text_section": "both"})
+
+    def __init__(
+        self,
+        *,
+        pooled_dim: int,
+        region_dim: int,
+        text_dim: int,
+        behavior: Behavior = "corrected",
+        embed_dim: int = 0,
+        n_prototypes: int = 512,
+        n_queries: int = 16,
+        decoder_layers: int = 8,
+        bank_temperature: float = 0.9,
+        temp_decay: Decay = "fixed",
+        stage_epochs: Sequence[int] = (),
+    ) -> None:
+        super().__init__()
+        if behavior not in ("published", "corrected"):
+            raise ValueError(f'behavior must be "published" or "corrected", got {behavior!r}')
+        if embed_dim < 0 or min(n_prototypes, n_queries, decoder_layers) < 1 or bank_temperature <= 0:
+            raise ValueError("sizes and bank_temperature must be positive")
+        if stage_epochs and (len(stage_epochs) != 3 or min(stage_epochs) < 0 or stage_epochs[2] < 1):
+            raise ValueError(f"stage_epochs must be three numbers, the last at least 1, got {stage_epochs!r}")
+        dim, published = embed_dim or text_dim, behavior == "published"
+        self.behavior, self.n_queries = behavior, n_queries
+        self.bank_temperature, self.temp_decay = bank_temperature, temp_decay
+        self.stage_epochs, self.stage = tuple(stage_epochs), 3
+        self._plan: tuple[int, int, int] | None = None
+        self.image_heads = ImageHeads(pooled_dim, region_dim, dim, mixed=published)
+        self.text_head, self.text_pool = nn.Linear(text_dim, dim), AttentionPool(dim)
+        self.predictor = nn.Sequential(nn.Linear(dim, dim // 2), nn.ReLU(), nn.Linear(dim // 2, dim))
+        for layer in (self.image_heads.whole, self.image_heads.local, self.text_head, self.predictor[0]):
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+        self.cross_attention = SentenceRegionAttention(dim)
+        last = decayed(bank_temperature, 1.0, temp_decay)
+        self.bank = PrototypeBank(n_prototypes, dim, temperature=last, noisy_in_eval=published)
+        self.image_decoder = ImageDecoder(dim)
+        self.report_decoder = SentenceDecoder(dim, n_queries=n_queries, layers=decoder_layers, causal=published)
+        self.logit_scale = nn.Parameter(torch.tensor(LOG_SCALE))
+        self.local_logit_scale = nn.Parameter(torch.tensor(LOG_SCALE))
+
+    def plan(self, epochs: int) -> tuple[int, ...]:
+        """First epochs of the stages that get one; the last epoch is always of stage 3.
+
+        Raises ValueError where `stage_epochs` add up to another number.
+        """
+        second, third = (2 * epochs + 5) // 10, min((5 * epochs + 5) // 10, epochs - 1)
+        if self.stage_epochs:
+            if sum(self.stage_epochs) != epochs:
+                raise ValueError(f"stage_epochs {self.stage_epochs} are {sum(self.stage_epochs)} epochs, not {epochs}")
+            second, third = self.stage_epochs[0], sum(self.stage_epochs[:2])
+        self._plan = (second, third, epochs)
+        return tuple(sorted({0, second, third}))
+
+    @torch.no_grad()
+    def on_epoch(self, epoch: int) -> None:
+        """Stage and bank temperature of this epoch. Raises RuntimeError before `plan`."""
+        if self._plan is None:
+            raise RuntimeError("PRIOR trains in stages: call plan(epochs) before on_epoch")
+        second, third, epochs = self._plan
+        self.stage = 1 + (epoch >= second) + (epoch >= third)
+        share = max(0, epoch - second) / max(1, epochs - second)
+        self.bank.temperature = decayed(self.bank_temperature, share, self.temp_decay)
+
+    def forward(self, images: ImageFeatures, texts: TextFeatures, batch: Batch | None = None) -> ObjectiveOutput:
+        """Loss of B pairs in the present stage; stage 3 reads `batch.pixels`.
+
+        Raises ValueError where images and texts differ in number, a text has no sentence, or stage 3 has no batch.
+        """
+        if len(images.pooled) != len(texts.tokens):
+            raise ValueError(f"PRIOR pairs images with texts: got {len(images.pooled)} and {len(texts.tokens)}")
+        if self.stage == 3 and batch is None:
+            raise ValueError("stage 3 of PRIOR reconstructs the images: it needs the batch with their pixels")
+        sentences, packed, logits = self._sentences(texts)
+        used, grid = sentences.padded(packed), images.regions.shape[1:3]
+        whole, regions = self.image_heads(images)
+        report = self.text_pool.of_set(used, sentences.mask)
+        cross = self.cross_attention(regions, used, sentences.mask)
+        terms = {
+            "global": _nce(whole, report, self._scale(self.logit_scale)),
+            "local_image": mutual_prediction(regions, cross.told, self.predictor),
+            "local_text": local_nce(used, cross.seen, sentences.mask, self._scale(self.local_logit_scale)),
+        }
+        if self.stage > 1:
+            terms["prototype"] = (packed - sentences.packed).abs().mean()
+        if self.stage == 3:
+            target = batch.pixels.flatten(0, 1).mean(dim=1, keepdim=True)
+            maps = (self.image_heads.as_map(rows, grid) for rows in (regions, cross.told))
+            terms["image"] = (self.image_decoder(*maps, size=target.shape[-2:]) - target).abs().mean()
+            terms |= self._report_terms(regions, sentences, packed, logits, report)
+        total = sum(WEIGHTS[self.stage][name] * term for name, term in terms.items())
+        with torch.no_grad():
+            attention = sentences.at(cross.of_sentence, texts.word_sentence)[0].unflatten(2, grid)
+        return ObjectiveOutput(total=total, terms=terms, attention=attention)
+
+    def _report_terms(
+        self, regions: Tensor, sentences: Sentences, packed: Tensor, logits: Tensor, report: Tensor
+    ) -> dict[str, Tensor]:
+        """Terms of the report that the decoder writes; queries without a sentence are to give zero vectors."""
+        inverse = self.behavior == "corrected"
+        written, targets = self.report_decoder.in_order_of(sentences.padded(packed), regions, inverse=inverse)
+        kept = written[:, : sentences.mask.shape[1]].flatten(0, 1)[sentences.place]
+        true, (mixture, found) = logits.log_softmax(dim=1), self.bank(kept)
+        again = self.text_pool.of_set(sentences.padded(mixture), sentences.mask)
+        return {
+            "report": (written - targets).abs().mean(),
+            "consistency": (true.exp() * (true - found.log_softmax(dim=1))).sum(dim=1).mean(),
+            "report_global": _nce(again, report, self._scale(self.logit_scale)),
+        }
+
+    def _scale(self, logarithm: Tensor) -> Tensor:
+        if self.behavior == "published":
+            return logarithm.exp()
+        # the gradient passes the limit, so that a scale beyond it can come back
+        return (logarithm - (logarithm - logarithm.clamp(max=LOG_SCALE)).detach()).exp()
+
+    def similarity(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
+        """(B, N): (c cos(G, T) + a / 2) / (c + 1/2), with the terms of `zero_shot_logits`, c its scale.
+
+        Near chance, classes rank by it as by `zero_shot_scores`; but it compares any text with any image, and is
+        nearly a cosine. The local part a (0 to 1) counts for little: no term of the loss makes it large for a pair.
+        """
+        whole, local, scale = self._pair_scores(images, texts)
+        return (scale * whole + local / 2) / (scale + 0.5)
+
+    def zero_shot_scores(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
+        """(B, N) scores of N classes, one prompt each: softmax_n(global) + softmax_n(local) / 2 (released code)."""
+        whole, local = self.zero_shot_logits(images, texts)
+        return whole.softmax(dim=1) + local.softmax(dim=1) / 2
+
+    def zero_shot_logits(self, images: ImageFeatures, texts: TextFeatures) -> tuple[Tensor, Tensor]:
+        """(B, N) each: c cos(G, T), and the mean sigmoid weight a of regions and sentences, both ways.
+
+        "published": c = s, and a prompt is one sentence that includes `[SEP]`. "corrected": c = e^s, and sentences are
+        those of training.
+        """
+        if self.behavior == "published":
+            numbers = (texts.token_mask.long() - 1).index_fill(1, texts.token_words.new_zeros(1), -1)
+            texts = replace(texts, token_sentences=numbers)
+        whole, local, scale = self._pair_scores(images, texts)
+        return scale * whole, local
+
+    def attention(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
+        """(N, W, h, w) `of_sentence`: for every word the sigmoid map of its sentence; zero for words outside sentences.
+
+        With behavior "published" the last two axes are the R rows folded to the shape of the grid: no places.
+        """
+        sentences, packed, _ = self._sentences(texts)
+        regions = self.image_heads(images)[1]
+        if len(regions) == 1:
+            regions = regions.expand(len(texts.words), -1, -1)
+        if len(regions) != len(texts.words):
+            raise ValueError(f"attention pairs images with texts: got {len(regions)} and {len(texts.words)}")
+        cross = self.cross_attention(regions, sentences.padded(packed), sentences.mask)
+        return sentences.at(cross.of_sentence, texts.word_sentence)[0].unflatten(2, images.regions.shape[1:3])
+
+    def local_embeddings(self, images: ImageFeatures, texts: TextFeatures) -> tuple[Tensor, Tensor, Tensor]:
+        """Z as (B, h, w, D), for every word Q of its sentence (N, W, D), and the mask (N, W) of words that have one."""
+        sentences, packed, _ = self._sentences(texts)
+        words, there = sentences.at(sentences.padded(packed), texts.word_sentence)
+        return self.image_heads(images)[1].unflatten(1, images.regions.shape[1:3]), words, there
+
+    def global_embeddings(self, images: ImageFeatures, texts: TextFeatures) -> tuple[Tensor, Tensor]:
+        """G (B, D) and T (N, D), unnormalised."""
+        sentences, packed, _ = self._sentences(texts)
+        return self.image_heads(images)[0], self.text_pool.of_set(sentences.padded(packed), sentences.mask)
+
+    def _pair_scores(self, images: ImageFeatures, texts: TextFeatures) -> tuple[Tensor, Tensor, Tensor]:
+        sentences, packed, _ = self._sentences(texts)
+        used, mask = sentences.padded(packed), sentences.mask
+        whole, regions = self.image_heads(images)
+        scale = self.logit_scale if self.behavior == "published" else self._scale(self.logit_scale)
+        local = self.cross_attention.pair_scores(regions, used, mask)
+        return cosine_matrix(whole, self.text_pool.of_set(used, mask)), local, scale
+
+    def _sentences(self, texts: TextFeatures) -> tuple[Sentences, Tensor, Tensor | None]:
+        """The sentences X, what stands for them in the present stage (X or Q, packed), and the bank's logits."""
+        most = self.n_queries if self.stage == 3 else None
+        sentences = gather_sentences(self.text_head(texts.tokens), texts.token_sentences, most=most)
+        return (sentences, sentences.packed, None) if self.stage == 1 else (sentences, *self.bank(sentences.packed))
+
+
+def _nce(left: Tensor, right: Tensor, scale: Tensor) -> Tensor:
+    """NCE_s of B pairs."""
+    return sum(contrastive_terms(scale * cosine_matrix(left, right))) / 2
