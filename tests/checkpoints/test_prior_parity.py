@@ -292,9 +292,7 @@ def small():
         last_layers=1,
         channels=1,
     )
-    text = BertConfig(
-        vocab_size=40, hidden_size=64, num_hidden_layers=1, num_attention_heads=1, intermediate_size=96
-    )
+    text = BertConfig(vocab_size=40, hidden_size=64, num_hidden_layers=1, num_attention_heads=1, intermediate_size=96)
     model = assemble(config, text, None).eval()
     tensors = {theirs_of(name): value for name, value in model.state_dict().items()}
     for name in ("text_encoder.encoder", "sentence_decoder"):

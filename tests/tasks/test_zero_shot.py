@@ -2,9 +2,19 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from sklearn.metrics import cohen_kappa_score, precision_recall_fscore_support
 
 from gloria_core.tasks.embedding import image_features, text_features
-from gloria_core.tasks.zero_shot import combine, evaluate, exclusive_accuracy, prompt_list, scores, similarities
+from gloria_core.tasks.zero_shot import (
+    combine,
+    evaluate,
+    exclusive_accuracy,
+    multiclass_rows,
+    prompt_list,
+    scores,
+    similarities,
+)
+from gloria_core.tasks.zero_shot_scoring import biovil_prompts, no_x_prompts, observed_prompts
 
 PROMPTS = {
     "Pleural Effusion": {"pos": ["left effusion", "small effusion"], "neg": ["no effusion"], "unc": ["maybe"]},
@@ -137,3 +147,105 @@ def test_against_normal_subtracts_the_mean_normal_prompt():
     np.testing.assert_allclose(found, [[0.5 - 0.2, 0.3], [0.9 - 0.9, 1.0]])
     with pytest.raises(ValueError, match="No Finding"):
         combine(similarity[:, :2], texts[:2], {"Pleural Effusion": texts[:2]}, scoring="against_normal")
+
+
+def test_pair_is_the_softmax_of_two_cosines():
+    prompts = {"A": {"pos": ["a1"], "neg": ["no a"]}}
+    found = combine(SIMILARITY, TEXTS, prompts, scoring="pair")[:, 0]
+    expected = torch.tensor(SIMILARITY[:, [2, 0]]).softmax(dim=1)[:, 1]
+    np.testing.assert_allclose(found, expected)
+    np.testing.assert_array_equal(found > 0.5, SIMILARITY[:, 0] > SIMILARITY[:, 2])
+    # several prompts a side: of their means
+    both = {"A": {"pos": ["a1", "a2"], "neg": ["no a"]}}
+    np.testing.assert_allclose(combine(SIMILARITY, TEXTS, both, scoring="pair")[0, 0], 0.5)
+    with pytest.raises(ValueError, match="no negative prompts"):
+        combine(SIMILARITY, TEXTS, {"A": ["a1"]}, scoring="pair")
+
+
+def test_the_papers_sentences():
+    assert no_x_prompts(["Pneumothorax", "No Finding"]) == {
+        "Pneumothorax": {"pos": ["Pneumothorax"], "neg": ["No Pneumothorax"]}
+    }
+    pair = biovil_prompts(["Pneumonia"])["Pneumonia"]
+    assert pair == {"pos": ["Findings suggesting pneumonia."], "neg": ["No evidence of pneumonia"]}
+    assert observed_prompts(["Edema"]) == {"Edema": ["Edema is observed"]}
+
+
+def test_global_similarity_is_the_cosine_of_the_embeddings(model, frame, cache):
+    texts = ["left effusion", "no opacity"]
+    found = similarities(model, frame, cache, texts, kind="global", batch_size=3, precision="float32")
+    images = image_features(model, frame, cache, precision="float32").embedding
+    words = text_features(model, texts, precision="float32").embedding
+    unit = [part / np.linalg.norm(part, axis=1, keepdims=True) for part in (images, words)]
+    np.testing.assert_allclose(found, unit[0] @ unit[1].T, atol=1e-5)
+    with pytest.raises(ValueError, match="unknown kind"):
+        similarities(model, frame, cache, texts, kind="local")
+
+
+def test_prior_scoring_needs_its_objective(model, frame, cache):
+    with pytest.raises(ValueError, match="no zero-shot scores of its own"):
+        scores(model, frame, cache, {"A": ["left effusion"], "B": ["opacity"]}, scoring="prior")
+    with pytest.raises(ValueError, match="one prompt a label"):
+        scores(model, frame, cache, PROMPTS, scoring="prior")
+
+
+def test_prior_scores_see_all_labels_at_once(model, frame, cache, monkeypatch):
+    """Labels compete in PRIOR's softmax: they may not be split into chunks."""
+
+    def competing(images, texts):
+        return model.objective.similarity(images, texts).softmax(dim=1)
+
+    monkeypatch.setattr(model.objective, "zero_shot_scores", competing, raising=False)
+    prompts = observed_prompts([f"Finding{i}" for i in range(70)])
+    found = scores(model, frame, cache, prompts, scoring="prior", batch_size=3)
+    np.testing.assert_allclose(found.sum(axis=1), 1, atol=1e-5)
+    assert list(found.columns) == list(prompts)
+
+
+def one_of(truth, answers, patients=None):
+    names = [f"s{i}" for i in range(len(truth))]
+    frame = pd.DataFrame({c: [float(t == c) for t in truth] for c in "ABC"})
+    frame = frame.assign(study_id=names, patient_id=patients or names)
+    values = pd.DataFrame({c: [float(a == c) for a in answers] for c in "ABC"}, index=names)
+    return multiclass_rows(values, frame, n_bootstrap=200).set_index(["metric", "target"])
+
+
+def test_multiclass_is_that_of_scikit_learn():
+    rng = np.random.default_rng(0)
+    truth = rng.choice(list("ABC"), 60, p=[0.5, 0.3, 0.2])
+    answers = np.where(rng.random(60) < 0.6, truth, rng.choice(list("ABC"), 60))
+    rows = one_of(truth, answers)
+    precision, recall, f1, count = precision_recall_fscore_support(truth, answers, labels=list("ABC"))
+    for name, values in (("precision", precision), ("sensitivity", recall), ("f1", f1)):
+        np.testing.assert_allclose([rows.loc[(name, c), "value"] for c in "ABC"], values)
+        assert rows.loc[(name, "macro"), "value"] == pytest.approx(values.mean())
+    assert [rows.loc[("f1", c), "n"] for c in "ABC"] == count.tolist()
+    assert rows.loc[("accuracy", "macro"), "value"] == pytest.approx((truth == answers).mean())
+    assert rows.loc[("kappa", "macro"), "value"] == pytest.approx(cohen_kappa_score(truth, answers))
+    row = rows.loc[("accuracy", "macro")]
+    assert row["ci_low"] < row["value"] < row["ci_high"] and row["n"] == 60
+
+
+def test_multiclass_limits():
+    perfect = one_of("AABBCC", "AABBCC")
+    assert (perfect["value"] == 1).all() and (perfect["ci_low"].dropna() == 1).all()
+    constant = one_of("AABBCC", "AAAAAA")
+    assert constant.loc[("accuracy", "macro"), "value"] == constant.loc[("accuracy", "macro"), "chance"]
+    assert constant.loc[("kappa", "macro"), "value"] == 0
+    assert constant.loc[("precision", "B"), "value"] == 0 and constant.loc[("f1", "A"), "value"] == pytest.approx(0.5)
+    # a class without studies has no recall, even where it is answered, and the macro is over the others
+    absent = one_of("AABB", "AABC")
+    assert (
+        np.isnan(absent.loc[("sensitivity", "C"), "value"])
+        and absent.loc[("f1", "C"), "note"] == "no study of this class"
+    )
+    assert absent.loc[("sensitivity", "macro"), "value"] == pytest.approx(0.75)
+
+
+def test_multiclass_refuses_another_order_and_nothing():
+    frame = pd.DataFrame({"study_id": ["x", "y"], "patient_id": ["p", "q"], "A": [1, 0], "B": [0, 1]})
+    values = pd.DataFrame({"A": [1.0, 0], "B": [0.0, 1]}, index=["y", "x"])
+    with pytest.raises(ValueError, match="same order"):
+        multiclass_rows(values, frame)
+    with pytest.raises(ValueError, match="no studies"):
+        multiclass_rows(values.iloc[:0], frame.iloc[:0])

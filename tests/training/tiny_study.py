@@ -79,7 +79,8 @@ def model(objective: str = "gloria", *, seed: int = 0, dropout: float = 0.1) -> 
         image_size=32,
         crop=28,
         seed=seed,
-        **{"last_layers": 2, **objectives.objective_class(objective).encoders},
+        # layer4 would have a single region, which nothing attends to more or less than to others
+        **{"last_layers": 2, **objectives.objective_class(objective).encoders, "region_stage": "layer3"},
     )
     return build_model(config, TOKENIZER)
 
