@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, PreTrainedTokenizerBase
 
 from gloria_core import objectives
+from gloria_core.data.images import Norm
 from gloria_core.models.image_encoder import ImageEncoder
 from gloria_core.models.text_encoder import PRESETS, TextEncoder, preset_config
 from gloria_core.types import Batch, Behavior, ImageFeatures, ObjectiveOutput, TextBatch, TextFeatures
@@ -67,7 +68,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _check_choice("behavior", self.behavior, ("published", "corrected"))
         _check_choice("objective", self.objective, objectives.available())
-        _check_choice("norm", self.norm, ("half", "imagenet"))
+        _check_choice("norm", self.norm, get_args(Norm))
         _check_choice("channels", self.channels, (1, 3))
         _check_choice("text_section", self.text_section, ("impression", "findings", "both"))
         if "behavior" in self.objective_options:

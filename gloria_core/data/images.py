@@ -22,7 +22,8 @@ from gloria_core.data.geometry import Geometry, center_crop, crop_box
 
 __all__ = ["Geometry", "ImageError", "center_crop", "crop_box", "decode_gray", "read_gray", "to_tensor"]
 
-Norm = Literal["half", "imagenet"]
+Norm = Literal["half", "imagenet", "prior"]
+PRIOR_MEAN, PRIOR_STD = 0.4755, 0.3011
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -84,7 +85,8 @@ def stretch_to_byte(values: NDArray, low: float, high: float) -> NDArray[np.uint
 def to_tensor(images: NDArray[np.uint8] | Tensor, *, channels: int = 3, norm: Norm = "half") -> Tensor:
     """Gray bytes to what an encoder takes: scaled to [0, 1], repeated over channels, normalised.
 
-    "half" is (v - 0.5) / 0.5, GLoRIA's default; "imagenet" the three channels' mean and deviation.
+    "half" is (v - 0.5) / 0.5, GLoRIA's default; "imagenet" the three channels' mean and deviation; "prior" the mean and
+    deviation with which PRIOR was pretrained (released code; its zero-shot script has 0.50627 and 0.28947 instead).
 
     Shape: (..., H, W) uint8 -> (..., channels, H, W) float32.
     Raises: ValueError for another dtype, an unknown norm, or "imagenet" without three channels.
@@ -95,14 +97,15 @@ def to_tensor(images: NDArray[np.uint8] | Tensor, *, channels: int = 3, norm: No
     if channels not in (1, 3):
         raise ValueError(f"channels={channels}: a gray image becomes 1 or 3 channels")
     scaled = pixels.to(torch.float32).div_(255).unsqueeze(-3)
-    if norm == "half":
-        return scaled.sub_(0.5).div_(0.5).repeat_interleave(channels, dim=-3)
+    if norm in ("half", "prior"):
+        mean, std = (0.5, 0.5) if norm == "half" else (PRIOR_MEAN, PRIOR_STD)
+        return scaled.sub_(mean).div_(std).repeat_interleave(channels, dim=-3)
     if norm == "imagenet":
         if channels != 3:
             raise ValueError("norm='imagenet' has three means: use channels=3, or norm='half' for one channel")
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
         return (scaled - mean) / std
-    raise ValueError(f"norm={norm!r} is unknown: use 'half' or 'imagenet'")
+    raise ValueError(f"norm={norm!r} is unknown: use 'half', 'imagenet' or 'prior'")
 
 
 def _decode_picture(data: bytes, name: str | Path) -> NDArray[np.uint8]:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from typing import Literal
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedTokenizerFast
 
-from gloria_core.data.images import to_tensor
+from gloria_core.data.images import Norm, to_tensor
 from gloria_core.data.studies import Images, StudyDataset, StudyItem
 from gloria_core.data.tokenizer import tokenize
 from gloria_core.types import Batch
@@ -31,7 +30,7 @@ class Collate:
         tokenizer: PreTrainedTokenizerFast,
         *,
         channels: int = 3,
-        norm: Literal["half", "imagenet"] = "half",
+        norm: Norm = "half",
         max_tokens: int = 97,
     ) -> None:
         self.tokenizer, self.channels, self.norm, self.max_tokens = tokenizer, channels, norm, max_tokens

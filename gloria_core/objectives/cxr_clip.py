@@ -72,7 +72,7 @@ class CXRCLIP(Objective):
 
     needs = Needs(views=2, texts=2, sentence=False)
     encoders: ClassVar[Mapping[str, Any]] = MappingProxyType(
-        {"last_layers": 1, "text_pieces": "mean", "region_stage": "layer4", "max_tokens": 256}
+        {"last_layers": 1, "text_pieces": "mean", "region_stage": "layer4", "max_tokens": 256, "text_section": "both"}
     )
 
     def __init__(

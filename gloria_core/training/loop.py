@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 
 import pandas as pd
 import torch
@@ -53,7 +54,9 @@ class Run:
         progress: Progress,
         accelerator: Accelerator,
         precision: str,
+        after_epoch: Callable[[int, VisionLanguageModel], None] | None = None,
     ) -> None:
+        self.after_epoch = after_epoch
         self.model, self.train, self.valid, self.config, self.files = model, train, valid, config, files
         self.collate, self.progress, self.accelerator, self.precision = collate, progress, accelerator, precision
         self.device, self.rank, self.processes = (
@@ -263,6 +266,8 @@ class Run:
         if valid["total"] < state.best:
             state.best, state.best_epoch = valid["total"], state.epoch
             self.files.save_best(self.model, {"epoch": state.epoch, **{f"valid_{n}": v for n, v in valid.items()}})
+        if self.after_epoch is not None:
+            self.after_epoch(state.epoch, self.model)
         self.began = time.monotonic()
         self._save_last()
         state.seconds = 0.0

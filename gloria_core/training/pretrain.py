@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -32,6 +33,7 @@ def pretrain(
     collate: Collate | None = None,
     progress: Progress | None = None,
     device: torch.device | str | None = None,
+    after_epoch: Callable[[int, VisionLanguageModel], None] | None = None,
 ) -> pd.DataFrame:
     """Train `model` in place and return the history, one row an epoch.
 
@@ -45,6 +47,8 @@ def pretrain(
     mode, batches of `batch_size` in fixed order), gradient_norm (mean norm before clipping), images_per_second
     (training only), seconds (of the epoch, validation included).
 
+    `after_epoch(epoch, model)` is called at the end of every epoch (from 1), before its checkpoint is written, by the
+    first process alone; it may look at the model and must leave it, and the random states, as they were.
     `device` is "cpu", "cuda" or None for the GPU if there is one. Raises TrainingError for a loss that is not finite
     (with epoch, step and studies), for too few studies, and for a `last.pt` of another run, naming what differs.
     """
@@ -72,6 +76,7 @@ def pretrain(
                 progress=(progress or Progress()) if main else Silence(),
                 accelerator=accelerator,
                 precision=precision,
+                after_epoch=after_epoch if main else None,
             )
             return run.to_the_end()
     finally:

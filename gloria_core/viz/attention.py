@@ -90,6 +90,43 @@ def attention_row(
     return figure
 
 
+def film_strip(
+    images: Sequence[np.ndarray],
+    epochs: Sequence[int],
+    maps: Sequence[Sequence[np.ndarray]],
+    *,
+    titles: Sequence[str],
+    outlines: Sequence[np.ndarray] = (),
+    title: str = "Maps while training",
+) -> Figure:
+    """One row a study, one column an epoch: signed maps over the image, on one scale for the whole figure.
+
+    images: (H, W) uint8 each; maps[e][i]: (H, W) of image i after epochs[e], NaN outside the crop; outlines: the truth.
+    Raises ValueError where the numbers of images, titles and maps differ.
+    """
+    fits = len(maps) == len(epochs) and all(len(row) == len(images) == len(titles) for row in maps)
+    if not epochs or not fits:
+        raise ValueError("a film strip takes one title an image, and for every epoch one map an image")
+    figure, axes = new_figure(len(images), len(epochs), width=1.9 * len(epochs) + 1.6, height=2.2 * len(images) + 0.9)
+    known = np.concatenate([values[np.isfinite(values)] for row in maps for values in row])
+    reach = max(float(np.abs(known).max()) if len(known) else 0.0, 1e-12)
+    for i, (image, name) in enumerate(zip(images, titles, strict=True)):
+        for e, epoch in enumerate(epochs):
+            axis = axes[i, e]
+            axis.imshow(image, cmap="gray", vmin=0, vmax=255)
+            values = np.ma.masked_invalid(maps[e][i])
+            picture = axis.imshow(values, cmap="PuOr_r", vmin=-reach, vmax=reach, alpha=0.55)
+            axis.set(xticks=[], yticks=[])
+            if i == 0:
+                axis.set_title(f"epoch {epoch}", fontsize=9)
+            if e == 0:
+                axis.set_ylabel(wrapped(name, 24), fontsize=8)
+            _draw_truth(axis, outlines[i : i + 1], ())
+    figure.colorbar(picture, ax=axes[:, -1], shrink=0.7, pad=0.02).set_label("cosine, one scale for all", fontsize=8)
+    figure.suptitle(f"{title} (n = {len(images)} images, {len(epochs)} epochs)", fontsize=10)
+    return figure
+
+
 def control_bars(
     rows: pd.DataFrame, *, title: str = "Grounding", metrics: Sequence[str] = ("cnr", "pointing_game")
 ) -> Figure:

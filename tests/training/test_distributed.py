@@ -69,12 +69,11 @@ def test_loss_and_gradients_equal_those_of_one_process(tmp_path, objective):
         )
         assert set(wanted) <= set(gradients)  # DDP fills the others with zeros
         whole = torch.stack([gradient.norm() for gradient in wanted.values()]).norm()
+        alive = sum(float(gradient.norm() > 1e-8 * whole) for gradient in wanted.values())
+        assert alive > 0.8 * len(wanted)  # zeros agree with anything
         for name, gradient in wanted.items():
-            # a key's bias has no gradient but rounding: softmax does not see it
             off = (gradients[name] - gradient).norm()
             assert off <= 1e-4 * gradient.norm() + 1e-9 * whole, name
-            if not name.endswith(("attention.self.key.bias", "k_proj.bias")):
-                assert gradient.norm() > 1e-8 * whole or "embeddings" in name, name
 
 
 def gathering(folder):

@@ -250,3 +250,18 @@ def test_too_little_data_is_said_plainly(tmp_path):
 def test_bad_settings_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
         PretrainConfig(**{"epochs": 1, "batch_size": 2, **changes})
+
+
+def test_after_every_epoch_somebody_may_look(tmp_path):
+    train, valid = tiny_study.datasets()
+    seen, histories = [], []
+
+    def look(epoch, model):
+        seen.append((epoch, model.training))
+
+    for name, hook in (("a", look), ("b", None)):
+        model = tiny_study.model("gloria")
+        settings = {"folder": tmp_path / name, "progress": Silence(), "device": "cpu", "after_epoch": hook}
+        histories.append(pretrain(model, train, valid, tiny_study.config(epochs=2), **settings))
+    assert [epoch for epoch, _ in seen] == [1, 2]
+    assert histories[0]["train_total"].tolist() == histories[1]["train_total"].tolist()

@@ -4,7 +4,7 @@ The released loader takes what fits and says nothing of the rest; here a name to
 projections were once sequences of one layer, so both `X_projection.weight` and `X_projection.0.weight` are read.
 
 The file does not say how pixels were normalised: by mean 0.4755 and deviation 0.3011 for pretraining, by 0.50627 and
-0.28947 for zero-shot (released code). The model asks for the study's "half", 0.5 and 0.5.
+0.28947 for zero-shot (released code). The model asks for the former, `norm="prior"`.
 """
 
 from __future__ import annotations
@@ -104,6 +104,7 @@ def _config(shapes: Shapes) -> ModelConfig:
         last_layers=1,
         image_size=224,
         crop=224,
+        norm="prior",
         channels=shapes[f"{trunk}conv1.weight"][1],
         max_tokens=256,
         text_section="both",
