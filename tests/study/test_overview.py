@@ -1,0 +1,44 @@
+"""The overview takes one number a task, and says who stands apart only where intervals do not touch."""
+
+import pandas as pd
+import pytest
+
+from gloria_core.study.overview import HEADLINES, headlines, overview, separated
+from gloria_core.study.tables import TableError
+
+
+def row(which=0, **changes):
+    notebook, task, metric, target = HEADLINES[which]
+    base = {"notebook": notebook, "task": task, "metric": metric, "target": target, "dataset": "phantom"}
+    base |= {"split": "test", "objective": "gloria", "label_fraction": float("nan"), "seed": 0}
+    return base | {"value": 0.8, "ci_low": 0.7, "ci_high": 0.9, "n": 50} | changes
+
+
+def frame(*rows):
+    return pd.DataFrame(list(rows))
+
+
+def test_only_headlines_of_the_test_split():
+    rows = frame(row(1, label_fraction=0.1), row(), row(split="valid"), row(target="Edema"), row(dataset="nih not a=1"))
+    assert headlines(rows)["task"].tolist() == ["zero_shot", "classification"]
+    table = overview(frame(row(), row(seed=1, value=0.6)))
+    assert table["mean"].tolist() == [pytest.approx(0.7)]
+    with pytest.raises(TableError, match="no run has a number of any task"):
+        headlines(frame(row(target="Edema")))
+
+
+def test_apart_only_where_intervals_do_not_touch():
+    near, far = {"objective": "random", "ci_high": 0.7}, {"objective": "random", "ci_high": 0.69, "value": 0.6}
+    assert separated(frame(row(), row(**near)))["apart"].tolist() == [False]
+    found = separated(frame(row(), row(**far)))
+    assert found["apart"].tolist() == [True]
+    assert found.loc[0, "baseline"] == 0.6 and found.loc[0, "interval"] == "0.700-0.900"
+
+
+def test_smallest_fraction_and_first_seed():
+    random = {"objective": "random", "ci_high": 0.1}
+    rows = [row(1, label_fraction=f, seed=s, value=f + s) for f in (0.01, 1.0) for s in (3, 1)]
+    rows += [row(1, label_fraction=0.01, **random), row(1, label_fraction=1.0, **random)]
+    found = separated(frame(*rows))
+    assert found[["label_fraction", "value"]].to_numpy().tolist() == [[0.01, 1.01]]
+    assert separated(frame(row())).empty  # no baseline, nothing to stand apart from
