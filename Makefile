@@ -3,7 +3,9 @@
 # make study FORCE=07_zero_shot       repeat the runs whose ids begin so, and what depends on them (FORCE=all: all)
 # make study SNAKEMAKE_ARGS="--executor slurm --jobs 40"    one cluster job for each notebook
 # make study SNAKEMAKE_ARGS="--resources gpu=1" CORES=8    at most one notebook at a time that asks for a GPU
+# make explore                        click a word, see the region: the quickstart's models as a web page (STUDY=...)
 # make test | lint | lab              tests | style check | JupyterLab on the notebooks
+# make test-browser                   the explorer in JupyterLab and Voila, driven in Debian's chromium
 #
 # The first call makes .venv from requirements.txt; later calls do so only when requirements.txt or pyproject.toml changed.
 
@@ -19,7 +21,7 @@ SNAKEMAKE_ARGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: study test lint lab install
+.PHONY: study explore test test-browser lint lab install
 .DEFAULT_GOAL := study
 
 install: $(INSTALLED)
@@ -35,8 +37,14 @@ study: $(INSTALLED)
 		$(if $(FORCE),--force '$(FORCE)') $(foreach pair,$(SET),--set '$(pair)') \
 		--snakemake='$(if $(PROFILE),--profile $(PROFILE)) $(SNAKEMAKE_ARGS)'
 
+explore: $(INSTALLED)
+	GLORIA_EXPLORE='$(CURDIR)/results/runs/$(STUDY)' $(BIN)/voila gloria_core/viz/app/explore.ipynb
+
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-browser: $(INSTALLED)
+	GLORIA_BROWSER_TESTS=1 $(BIN)/python -m pytest -n 0 tests/browser
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check
