@@ -1,8 +1,8 @@
-"""Object detectors on a pretrained ResNet trunk: torchvision's RetinaNet and Faster R-CNN with a feature pyramid.
+"""Object detectors on a pretrained ResNet trunk: what they share, and torchvision's RetinaNet with a feature pyramid.
 
-RetinaNet: Lin et al. 2017, https://arxiv.org/abs/1708.02002. Faster R-CNN: Ren et al. 2015,
-https://arxiv.org/abs/1506.01497. Feature pyramid: Lin et al. 2017, https://arxiv.org/abs/1612.03144. The trunk's own
-modules are used (copied, so that the pretrained model stays as it was): stages C3, C4, C5 at stride 8, 16, 32.
+RetinaNet: Lin et al. 2017, https://arxiv.org/abs/1708.02002. Feature pyramid: Lin et al. 2017,
+https://arxiv.org/abs/1612.03144. The trunk's own modules are used (copied, so that the pretrained model stays as it
+was): stages C3, C4, C5 at stride 8, 16, 32.
 
 Work is cut in two, `stages` (trunk) and `losses` or `detect` (everything behind it), because the stages of a frozen
 trunk can be computed once and kept. Radiographs are small here, so anchors are sized by the image and not by COCO's
@@ -22,14 +22,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
-from torchvision.models.detection import FasterRCNN, RetinaNet
+from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import (
     FeaturePyramidNetwork,
-    MultiScaleRoIAlign,
     batched_nms,
     box_iou,
     clip_boxes_to_image,
@@ -108,7 +106,7 @@ class Detector(nn.Module):
             getattr(self, f"shift_{number}").copy_(mean)
             getattr(self, f"scale_{number}").copy_(torch.where(deviation > 1e-6, deviation, 1.0))
 
-    def _standardised(self, stages: Sequence[Tensor]) -> OrderedDict[str, Tensor]:
+    def standardised(self, stages: Sequence[Tensor]) -> OrderedDict[str, Tensor]:
         """By the names that the pyramid uses."""
         pairs = [(getattr(self, f"shift_{n}"), getattr(self, f"scale_{n}")) for n in range(len(stages))]
         scaled = [(stage.float() - shift) / scale for stage, (shift, scale) in zip(stages, pairs, strict=True)]
@@ -122,7 +120,7 @@ class Detector(nn.Module):
         """Detections of each image by falling score, at most `most`, none below `least_score`."""
         raise NotImplementedError
 
-    def _image_list(self, count: int) -> ImageList:
+    def image_list(self, count: int) -> ImageList:
         """What torchvision's parts want to know of the images: their sizes."""
         return ImageList(torch.empty(count, 0, self.side, self.side), [(self.side, self.side)] * count)
 
@@ -141,15 +139,15 @@ class RetinaDetector(Detector):
         batch_norm: BatchNorm = "eval",
     ) -> None:
         super().__init__(encoder, side=side, frozen=frozen, batch_norm=batch_norm)
-        anchors, norm = _anchors(side), _group_norm(width)
+        anchors, norm = anchor_generator(side), _group_norm(width)
         head = RetinaNetHead(width, anchors.num_anchors_per_location()[0], classes, norm_layer=norm)
-        self.net = RetinaNet(_pyramid(self.widths, width), classes, anchor_generator=anchors, head=head)
+        self.net = RetinaNet(feature_pyramid(self.widths, width), classes, anchor_generator=anchors, head=head)
 
     def _outputs(self, stages: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Logits (B, A, K), box changes (B, A, 4) and anchors (A, 4), float32, all levels one after another."""
-        levels = list(self.net.backbone(self._standardised(stages)).values())
+        levels = list(self.net.backbone(self.standardised(stages)).values())
         found = self.net.head(levels)
-        anchors = self.net.anchor_generator(self._image_list(1), [level.float() for level in levels])[0]
+        anchors = self.net.anchor_generator(self.image_list(1), [level.float() for level in levels])[0]
         return found["cls_logits"].float(), found["bbox_regression"].float(), anchors
 
     def losses(self, stages: Sequence[Tensor], targets: Sequence[Target]) -> dict[str, Tensor]:
@@ -201,63 +199,8 @@ def retina_losses(
     return {"classification": focal.mean(), "boxes": away.sum() / count}
 
 
-class FasterDetector(Detector):
-    """Faster R-CNN: pyramid, region proposals, two fully connected layers on 7 x 7 pooled regions.
-
-    Numbers of proposals and samples are a quarter of torchvision's, which are made for images of 800 pixels.
-    """
-
-    def __init__(
-        self,
-        encoder: ImageEncoder,
-        *,
-        classes: int,
-        side: int,
-        width: int = 64,
-        frozen: bool = True,
-        batch_norm: BatchNorm = "eval",
-    ) -> None:
-        super().__init__(encoder, side=side, frozen=frozen, batch_norm=batch_norm)
-        names = list(STAGES.values())
-        pool = MultiScaleRoIAlign(names, 7, 2, canonical_scale=side // 2)
-        self.net = FasterRCNN(
-            _pyramid(self.widths, width),
-            rpn_anchor_generator=_anchors(side),
-            rpn_pre_nms_top_n_train=500,
-            rpn_pre_nms_top_n_test=250,
-            rpn_post_nms_top_n_train=250,
-            rpn_post_nms_top_n_test=100,
-            rpn_batch_size_per_image=64,
-            box_roi_pool=pool,
-            box_head=TwoMLPHead(width * 49, 4 * width),
-            box_predictor=FastRCNNPredictor(4 * width, classes + 1),
-            box_score_thresh=self.least_score,
-            box_detections_per_img=self.most,
-            box_batch_size_per_image=128,
-        )
-
-    def _levels(self, stages: Sequence[Tensor]) -> OrderedDict[str, Tensor]:
-        levels = self.net.backbone(self._standardised(stages))
-        return OrderedDict((name, level.float()) for name, level in levels.items())
-
-    def losses(self, stages: Sequence[Tensor], targets: Sequence[Target]) -> dict[str, Tensor]:
-        levels, images = self._levels(stages), self._image_list(len(targets))
-        with torch.autocast(stages[0].device.type, enabled=False):
-            # class 0 is torchvision's background
-            targets = [{"boxes": t["boxes"], "labels": t["labels"] + 1} for t in targets]
-            proposals, of_proposals = self.net.rpn(images, levels, targets)
-            _, of_boxes = self.net.roi_heads(levels, proposals, images.image_sizes, targets)
-        return of_proposals | of_boxes
-
-    def detect(self, stages: Sequence[Tensor]) -> list[Target]:
-        levels, images = self._levels(stages), self._image_list(len(stages[0]))
-        with torch.autocast(stages[0].device.type, enabled=False):
-            proposals, _ = self.net.rpn(images, levels)
-            found, _ = self.net.roi_heads(levels, proposals, images.image_sizes)
-        return [{"boxes": f["boxes"], "labels": f["labels"] - 1, "scores": f["scores"]} for f in found]
-
-
-def _pyramid(widths: Sequence[int], width: int) -> FeaturePyramidNetwork:
+def feature_pyramid(widths: Sequence[int], width: int) -> FeaturePyramidNetwork:
+    """Pyramid of `width` channels on stages of the given `widths`, group-normalised."""
     pyramid = FeaturePyramidNetwork(list(widths), width, norm_layer=_group_norm(width))
     pyramid.out_channels = width
     return pyramid
@@ -269,7 +212,8 @@ def _group_norm(width: int) -> partial:
     return partial(nn.GroupNorm, max(8, width // 8))
 
 
-def _anchors(side: int) -> AnchorGenerator:
+def anchor_generator(side: int) -> AnchorGenerator:
+    """Three sizes times three shapes at each of the three strides, see `ANCHOR_SHARES`."""
     sizes = tuple(tuple(side * share * 2 ** (third / 3) for third in range(3)) for share in ANCHOR_SHARES)
     return AnchorGenerator(sizes, (RATIOS,) * len(sizes))
 

@@ -1,0 +1,168 @@
+import copy
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from gloria_core.data.cache import ImageCache
+from gloria_core.tasks import detection
+from gloria_core.tasks.detection import MGCA, Settings, box_data, label_fractions, train_detector
+
+QUICK = Settings(width=16, epochs=0.1, least_steps=30, batch_size=8, learning_rate=5e-3, checks=2, precision="float32")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Sixty studies of thirty patients: a bright square (Lung Opacity) in every second image, a bar in some."""
+    folder, rng, rows = tmp_path_factory.mktemp("squares"), np.random.default_rng(0), []
+    for study in range(60):
+        image = rng.integers(0, 60, (64, 64), dtype=np.uint8)
+        boxes = []
+        if study % 2:
+            x, y = rng.integers(2, 34, 2)
+            image[y : y + 26, x : x + 26] = 250
+            boxes.append({"label": "Lung Opacity", "image": 0, "xywh": [int(x), int(y), 26, 26]})
+        if study % 20 == 19:
+            image[2:8, 4:60] = 180
+            boxes.append({"label": "Edema", "image": 0, "xywh": [4, 2, 56, 6]})
+        Image.fromarray(image).save(folder / f"{study}.png")
+        split = ["train", "train", "train", "valid", "test"][study // 2 % 5]
+        row = {"study_id": f"s{study}", "patient_id": f"p{study // 2}", "split": split, "images": f"{study}.png"}
+        row |= {"views": "PA", "label_rank": study // 2 / 30, "Edema": 0.0, "Lung Opacity": float(study % 2)}
+        rows.append(row | {"boxes": str(boxes).replace("'", '"') if boxes else "", "masks": ""})
+    frame = pd.DataFrame(rows)
+    cache = ImageCache.build(frame, folder, size=64, folder=folder / "cache", workers=1, progress=False)
+    return box_data(frame, cache)
+
+
+def test_the_protocol_end_to_end(data, model):
+    before = copy.deepcopy(model.state_dict())
+    result = label_fractions(model, data, QUICK, fractions=(0.2, 1.0), seeds=(0, 1), n_bootstrap=20)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    rows = result.rows
+    runs = rows.groupby(["label_fraction", "seed"]).ngroups
+    assert runs == 3 == len(result.detections) == len(result.detectors) == len(result.histories)  # 100 % once
+    assert set(rows["metric"]) == {"map_40_75", "map_50_95", "ap_50", "recall_40_75", "map_40_75_published"}
+    assert (rows.loc[~rows["metric"].str.endswith("published"), "n"] == 12).all()
+    first = rows[(rows["label_fraction"] == 0.2) & (rows["seed"] == 0)]
+    assert (first["n_train"] == 8).all() and (first["n_train_boxes"] == 4).all()
+    edema = first[(first["target"] == "Edema") & (first["metric"] == "map_40_75")].iloc[0]
+    assert np.isnan(edema["value"]) and "training subset" in edema["note"]
+    again = detection.score(data, result.detections[0.2, 0], trained_on=result.trained_on[0.2, 0], n_bootstrap=20)
+    pd.testing.assert_frame_equal(again, first[again.columns].reset_index(drop=True))
+    history = result.histories[1.0, 0]
+    assert history["step"].tolist() == [15, 30] and history["train_loss"].iloc[1] < history["train_loss"].iloc[0]
+    assert [len(found) for found in result.detections.values()] == [12] * 3
+
+
+def test_squares_are_found_and_beat_the_baselines(data, model):
+    settings = Settings(width=32, least_steps=120, batch_size=8, learning_rate=5e-3, checks=1, precision="float32")
+    found, _ = train_detector(model, data, data.rows("train"), data.rows("valid"), settings)
+    test = data.rows("test")
+
+    def reached(boxes):
+        rows = detection.score(data, boxes, n_bootstrap=0).query("metric == 'ap_50' and target == 'Lung Opacity'")
+        return rows["value"].iloc[0]
+
+    prior = reached(detection.centre_prior(data, data.rows("train"), len(test)))
+    assert reached(detection.empty(len(test))) == 0
+    assert reached(detection.detect(found, model, data, test)) > prior + 0.25
+
+
+def test_kept_stages_give_the_same_detector(data, model):
+    stages = detection.frozen_stages(model, data, QUICK)
+    assert [len(stage) for stage in stages] == [60] * 3
+    rows, valid = data.rows("train"), data.rows("valid")
+    kept, history = train_detector(model, data, rows, valid, QUICK, stages=stages)
+    plain, again = train_detector(model, data, rows, valid, QUICK)
+    pd.testing.assert_frame_equal(history, again, rtol=1e-3)
+    other, _ = train_detector(model, data, rows, valid, QUICK, stages=stages)
+    assert all(torch.equal(v, kept.state_dict()[n]) for n, v in other.state_dict().items())  # the seed is all there is
+    assert not kept.training and not plain.training
+    assert detection.frozen_stages(model, data, Settings(stage_bytes=1000)) is None
+    for options in ({"frozen": False}, {"batch_norm": "train"}):
+        assert detection.frozen_stages(model, data, Settings(**options)) is None
+
+
+def test_frozen_trunk_stays_and_a_learning_one_moves(data, model):
+    for frozen in (True, False):
+        settings = Settings(width=16, frozen=frozen, epochs=0.1, least_steps=2, checks=1, precision="float32")
+        detector, _ = train_detector(model, data, data.rows("train"), data.rows("valid"), settings)
+        same = [
+            torch.equal(v, model.image_encoder.trunk.state_dict()[n]) for n, v in detector.trunk.state_dict().items()
+        ]
+        assert all(same) == frozen
+
+
+@pytest.mark.parametrize("name", ["faster_rcnn", "yolov3_mgca"])
+def test_other_detectors_run_the_protocol(data, model, name):
+    settings = Settings(name, width=16, epochs=0.1, least_steps=2, batch_size=4, checks=1)
+    rows = label_fractions(model, data, settings, fractions=(1.0,), n_bootstrap=5).rows
+    assert rows["value"].dropna().between(0, 1).all() and len(rows) == 15
+
+
+def test_published_settings(data, model):
+    assert (MGCA.detector, MGCA.frozen, MGCA.batch_norm, MGCA.epochs, MGCA.batch_size) == (
+        "yolov3_mgca", True, "train", 50, 16,
+    )  # fmt: skip
+    assert (MGCA.learning_rate, MGCA.weight_decay, MGCA.schedule, MGCA.patience) == (5e-4, 1e-6, "constant", 10)
+    detector = detection.build_detector(model, data, MGCA)
+    assert detector.least_score == 0.5 and detector.batch_norm == "train" and detector.frozen
+
+
+def test_the_best_state_is_kept(data, model, monkeypatch):
+    from gloria_core.tasks import detection_training
+
+    said, states = iter([0.1, 0.4, 0.3, 0.2, 0.9]), []
+
+    def validate(detector, *_):
+        states.append(copy.deepcopy(detector.state_dict()))
+        return next(said)
+
+    monkeypatch.setattr(detection_training, "_validation_map", validate)
+    settings = Settings(width=16, epochs=0.1, least_steps=10, checks=5, patience=2, precision="float32")
+    detector, history = train_detector(model, data, data.rows("train"), data.rows("valid"), settings)
+    assert history["valid_map"].tolist() == [0.1, 0.4, 0.3, 0.2]  # two checks without a better one end it
+    assert all(torch.equal(value, states[1][name]) for name, value in detector.state_dict().items())
+
+
+def test_studies_can_be_left_out_of_the_judgement(data):
+    test = data.rows("test")
+    found = [detection.Boxes(t.boxes, t.labels, np.ones(len(t))) for t in (data.truths[row] for row in test)]
+    found[0] = detection.Boxes(np.array([[0.0, 0, 5, 5]]), np.array([1]), np.array([2.0]))  # a false alarm
+    all_of_them = detection.score(data, found, n_bootstrap=0)
+    without = detection.score(data, found, without=np.arange(len(test)) == 0, n_bootstrap=0)
+    lung = "target == 'Lung Opacity' and metric == 'map_40_75'"
+    assert all_of_them.query(lung)["value"].iloc[0] < 1 == without.query(lung)["value"].iloc[0]
+    assert without.query(lung)["n"].iloc[0] == len(test) - 1
+    with pytest.raises(ValueError, match="1 images for 12"):
+        detection.score(data, found[:1])
+
+
+def test_centre_prior_is_the_mean_box(data):
+    rows = [1, 3, 19]
+    (prior,) = detection.centre_prior(data, rows, 1)
+    own = np.concatenate([data.truths[i].boxes[data.truths[i].labels == 1] for i in rows])
+    np.testing.assert_allclose(prior.boxes[prior.labels == 1], own.mean(0, keepdims=True), rtol=1e-6)
+    np.testing.assert_allclose(prior.scores, [1 / 3, 1.0])
+    assert len(detection.centre_prior(data, [0], 2)[1]) == 0  # no box to take the mean of
+
+
+def test_errors(data, model, make_model):
+    for options, word in (
+        ({"detector": "ssd"}, "retinanet"),
+        ({"schedule": "step"}, "schedule"),
+        ({"checks": 0}, "checks"),
+        ({"epochs": 0}, "epochs"),
+    ):
+        with pytest.raises(ValueError, match=word):
+            Settings(**options)
+    with pytest.raises(ValueError, match="needs both"):
+        train_detector(model, data, [], [1], QUICK)
+    broken = make_model()
+    with torch.no_grad():
+        broken.image_encoder.trunk.conv1.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"not finite.*s\d"):
+        train_detector(broken, data, [1, 3], [1], QUICK)
