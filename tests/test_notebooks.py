@@ -24,15 +24,27 @@ stages:
   - notebook: 01_data_preparation
     parameters: {n_patients: 60, image_size: 64}
   - notebook: 02_pretraining
-    parameters: {epochs: 1, batch_size: 16, image_encoder: resnet_tiny}
-    grid: {objective: [gloria, random]}
+    parameters: {epochs: 1, batch_size: 16, image_encoder: resnet_tiny, film_every: 1}
+    grid: {objective: [gloria, mgca, cxr_clip, convirt, random]}
+  - notebook: 02_pretraining
+    parameters: {epochs: 3, batch_size: 16, image_encoder: resnet_tiny, options: {decoder_layers: 1}}
+    grid: {objective: [prior]}
   - notebook: 03_attention_maps
     parameters: {n_studies: 6}
-    grid: {objective: [gloria]}
+    grid: {objective: [gloria, mgca, cxr_clip, convirt, prior]}
   - notebook: 04_finetune_classification
-    parameters: {subsets: 1}  # 60 patients have no second 1 % subset
+    parameters: {subsets: 1, finetune_epochs: 1}  # 60 patients have no second 1 % subset
+    grid: {objective: [gloria, random]}
+  - notebook: 05_segmentation
+    parameters: {fractions: [0.5], subsets: 1, steps: 2, validate_every: 1, channels: [8, 8, 8, 8, 8]}
+    grid: {objective: [gloria, random]}
+  - notebook: 06_detection
+    parameters: {fractions: [0.5], subsets: 1, epochs: 0.1, least_steps: 2, width: 16}
     grid: {objective: [gloria, random]}
   - notebook: 07_zero_shot
+    grid: {objective: [gloria, random]}
+  - notebook: 08_retrieval
+    parameters: {shortlist: 5}
     grid: {objective: [gloria, random]}
   - notebook: 09_paper_tables
 """
@@ -76,13 +88,21 @@ def test_the_promised_numbers_are_there(study):
         macro = rows[(rows["task"] == task) & (rows["target"] == "macro") & (rows["notebook"] != "00_tour")]
         assert set(macro["objective"]) == {"gloria", "random"}
         assert macro["value"].dropna().between(0, 1).all() and len(macro["value"].dropna())
-    probe = rows[rows["task"] == "classification"]
+    probe = rows[(rows["task"] == "classification") & (rows["metric"] == "auroc")]
     assert set(probe["label_fraction"]) == {0.01, 0.1, 1.0}
+    assert {"finetuned_auroc", "f1", "ece"} <= set(rows.loc[rows["task"] == "classification", "metric"])
+    for task, metric in (("segmentation", "dice_positives"), ("detection", "map_40_75"), ("retrieval", "recall_at_10")):
+        found = rows[(rows["task"] == task) & (rows["metric"] == metric)]
+        assert set(found["objective"]) == {"gloria", "random"}, task
+        assert found["value"].dropna().between(0, 1).all() and found["value"].notna().any(), task
     maps = rows[(rows["task"] == "grounding") & (rows["target"] == "macro")]["metric"]
     assert {"cnr_attention", "cnr_cosine", "cnr_word_softmax", "pointing_game_prior_centre"} <= set(maps)
+    convirt = rows[(rows["task"] == "grounding") & (rows["objective"] == "convirt")]
+    assert not any(name.startswith("cnr_attention") for name in convirt["metric"])  # its loss has none
 
 
 def test_figures_are_pictures(study):
     pictures = [path for run in study for path in (study.folder / run.run_id / "figures").glob("*.png")]
-    assert len(pictures) >= 15
+    assert len(pictures) >= 40
+    assert any(path.name == "film.png" for path in pictures)
     assert all(path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for path in pictures)

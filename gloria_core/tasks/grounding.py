@@ -53,17 +53,21 @@ __all__ = [
     "words_of_span",
 ]
 
-SCORES = ("cnr", "pointing_game", "mass_inside", "miou")
+SCORES = ("cnr", "pointing_game", "mass_inside", "miou", "mdice")
 
 
 def score_map(values: np.ndarray, mask: np.ndarray) -> dict[str, float]:
-    """The four scores of one pixel map: cnr, pointing_game, mass_inside, miou. See `map_scores` for each."""
+    """The scores of one pixel map: cnr, pointing_game, mass_inside, miou, mdice. See `map_scores` for each.
+
+    "mdice" is the mean Dice, 2 IoU / (1 + IoU), over the thresholds of "miou".
+    """
     overlap = iou(values, mask)
     return {
         "cnr": cnr(values, mask),
         "pointing_game": pointing_hit(values, mask),
         "mass_inside": mass_inside(values, mask),
         "miou": float(overlap.mean()),
+        "mdice": float((2 * overlap / (1 + overlap)).mean()),
     }
 
 
@@ -84,7 +88,7 @@ def score_phrases(
 
     Controls: "" the map itself; "inverted"; "shuffled_text" (a phrase of another label from another study, drawn with
     `seed`); "swapped_side" (only for phrases that name a side); and, with kind "prior", "centre" and "uniform".
-    Columns: study_id, patient_id, label, section, phrase, kind, control, cnr, pointing_game, mass_inside, miou, area
+    Columns: study_id, patient_id, label, section, phrase, kind, control, cnr, pointing_game, mass_inside, miou, mdice, area
     (chance of the pointing game), note. Scores are NaN, and the note says why, where the region lies outside the crop
     or the words beyond the token limit. "swapped_side" covers fewer phrases than the rest: compare it with the rows ""
     of the same phrases.
@@ -123,7 +127,7 @@ def summarise(
     scores: pd.DataFrame,
     *,
     macro: Sequence[str] = (),
-    metrics: Sequence[str] = ("cnr", "pointing_game", "mass_inside", "miou"),
+    metrics: Sequence[str] = SCORES,
     n_bootstrap: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -154,7 +158,7 @@ def _means(known: pd.DataFrame, metric: str, macro: Sequence[str], n_bootstrap: 
     total, count = np.zeros((2, len(patients), len(labels)))
     np.add.at(total, (patient_of, label_of), known[metric].to_numpy(dtype=float))
     np.add.at(count, (patient_of, label_of), 1.0)
-    drawn = []
+    drawn = [np.full((0, len(labels)), np.nan)]
     for weights in resamples(len(patients), n_bootstrap=n_bootstrap, seed=seed):
         with np.errstate(invalid="ignore"):
             drawn.append((weights @ total) / (weights @ count))

@@ -18,6 +18,7 @@ import pandas as pd
 from gloria_core.data.geometry import Geometry
 from gloria_core.data.images import read_gray
 from gloria_core.data.manifest import boxes_of, masks_of
+from gloria_core.data.reports import sentences
 from gloria_core.tasks.embedding import frontal_image
 
 Span = tuple[int, int]
@@ -137,6 +138,23 @@ def swap_sides(phrase: Phrase) -> Phrase | None:
         spans.append((begin, begin + len(changed)))
         done, length = end, begin + len(changed)
     return replace(phrase, text="".join([*pieces, phrase.text[done:]]), spans=tuple(spans))
+
+
+def whole_sentences(phrases: Sequence[Phrase]) -> list[Phrase]:
+    """The same regions named by whole sentences: every span grows to the sentences of its text that it touches.
+
+    A sentence that names several regions then stands for each of them, so that a map of it can be right for one at most
+    in part.
+    """
+    grown = []
+    for phrase in phrases:
+        touched = {
+            sentence
+            for sentence in sentences(phrase.text)
+            if any(sentence[0] < end and start < sentence[1] for start, end in phrase.spans)
+        }
+        grown.append(replace(phrase, spans=tuple(sorted(touched)) or phrase.spans))
+    return grown
 
 
 def another_text(phrases: Sequence[Phrase], *, seed: int = 0) -> list[Phrase | None]:

@@ -15,7 +15,14 @@ from gloria_core.tasks.grounding import (
     upsample,
     words_of_span,
 )
-from gloria_core.tasks.phrases import original_region, phrases_from_boxes, phrases_from_masks, region
+from gloria_core.tasks.phrases import (
+    Phrase,
+    original_region,
+    phrases_from_boxes,
+    phrases_from_masks,
+    region,
+    whole_sentences,
+)
 from gloria_core.types import ImageFeatures
 
 TEXTS = ["Small left effusion.", "Large right opacity, no effusion.", "opacity"]
@@ -225,3 +232,23 @@ def test_summary_resamples_patients():
     by_study = summarise(_scores(values, "A", np.arange(200).astype(str)), metrics=("cnr",)).iloc[0]
     by_patient = summarise(_scores(values, "A", np.repeat(np.arange(20), 10).astype(str)), metrics=("cnr",)).iloc[0]
     assert by_patient["ci_high"] - by_patient["ci_low"] > 2 * (by_study["ci_high"] - by_study["ci_low"])
+
+
+def test_mean_dice_follows_from_the_overlaps():
+    mask = np.zeros((4, 4), dtype=bool)
+    mask[:2] = True
+    assert score_map(mask.astype(float), mask)["mdice"] == 1.0
+    half = mask.astype(float)
+    half[2] = 1.0  # three rows called, two right: IoU 2/3 at every threshold, Dice 4/5
+    assert score_map(half, mask)["mdice"] == pytest.approx(0.8)
+    assert np.isnan(score_map(half, np.zeros_like(mask))["mdice"])
+
+
+def test_whole_sentences_grow_to_their_ends_and_keep_the_region():
+    text = "Heart is large. Small left effusion, no edema. Stable."
+    phrase = Phrase(0, "Pleural Effusion", "impression", text, ((22, 35),), "a.png", masks=("m.png",))
+    (grown,) = whole_sentences([phrase])
+    assert grown.words == "Small left effusion, no edema."
+    assert (grown.masks, grown.label, grown.row) == (phrase.masks, phrase.label, phrase.row)
+    across = Phrase(0, "Edema", "impression", text, ((9, 14), (47, 53)), "a.png")
+    assert whole_sentences([across])[0].words == "Heart is large. … Stable."

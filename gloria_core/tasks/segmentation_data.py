@@ -1,0 +1,179 @@
+"""From the `masks` of a manifest to what a segmentation network is trained on and judged by.
+
+Truth lies on the pixels that the model sees: the centre crop of the cached square. A label's truth in one study is the
+union of its masks on the frontal image. What a study without a mask means is said once, by `unmarked`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+from torch import Tensor, nn
+
+from gloria_core.data.geometry import Geometry, center_crop
+from gloria_core.data.images import ImageError, read_gray, to_tensor
+from gloria_core.data.manifest import ManifestError, masks_of
+from gloria_core.tasks.embedding import frontal_image
+
+Unmarked = Literal["by_label", "empty", "unknown"]
+UNMARKED = ("by_label", "empty", "unknown")
+
+
+@dataclass(frozen=True)
+class SegmentationData:
+    """Images and masks of n studies and K labels, `crop` pixels wide, ready to be asked for by row.
+
+    `frame`: the studies, index 0..n-1. `images`: path of each study's frontal image in `cache`. `packed`: masks, eight
+    pixels a byte. `known` (n, K) bool: False where nobody says what the mask is; such a pair is left out of training
+    and scores. `channels`, `norm`: how the model wants its pixels.
+    """
+
+    frame: pd.DataFrame
+    labels: tuple[str, ...]
+    images: tuple[str, ...]
+    cache: object
+    packed: np.ndarray
+    known: np.ndarray
+    crop: int
+    channels: int = 3
+    norm: str = "half"
+
+    def __len__(self) -> int:
+        return len(self.frame)
+
+    def rows(self, split: str) -> np.ndarray:
+        """Row numbers of a split. Raises ValueError where it is empty."""
+        found = np.flatnonzero((self.frame["split"] == split).to_numpy())
+        if not len(found):
+            raise ValueError(f"no study in split {split!r}; segmentation needs train, valid and test")
+        return found
+
+    def bytes_of(self, rows: Sequence[int]) -> np.ndarray:
+        """The pixels that the model sees, not normalised. Shape: -> (b, crop, crop) uint8."""
+        return np.stack([center_crop(np.asarray(self.cache[self.images[row]]), self.crop) for row in rows])
+
+    def pixels(self, rows: Sequence[int]) -> Tensor:
+        """Shape: -> (b, C, crop, crop) float32."""
+        return to_tensor(self.bytes_of(rows), channels=self.channels, norm=self.norm)
+
+    def truth(self, rows: Sequence[int]) -> np.ndarray:
+        """Shape: -> (b, K, crop, crop) bool."""
+        return np.unpackbits(self.packed[np.asarray(rows, dtype=int)], axis=-1, count=self.crop).astype(bool)
+
+    def areas(self, rows: Sequence[int]) -> np.ndarray:
+        """Pixels of each mask. Shape: -> (b, K) int64."""
+        return np.bitwise_count(self.packed[np.asarray(rows, dtype=int)]).sum(axis=(2, 3), dtype=np.int64)
+
+    def has_foreground(self, rows: Sequence[int]) -> np.ndarray:
+        """Whether a class has a mask in any of these studies. Shape: -> (K,) bool."""
+        return ((self.areas(rows) > 0) & self.known[np.asarray(rows, dtype=int)]).any(axis=0)
+
+    def on_original(self, row: int, mask: np.ndarray) -> np.ndarray:
+        """A mask of the crop on the pixels of the image file; empty where the crop did not reach.
+
+        Shape: (crop, crop) bool -> (height, width) bool
+        """
+        square = np.zeros((self.cache.size, self.cache.size), bool)
+        center_crop(square, self.crop)[...] = mask
+        return self.cache.geometry(self.images[row]).mask_to_original(square)
+
+
+def segmentation_data(
+    model: nn.Module,
+    frame: pd.DataFrame,
+    cache,
+    root: Path | str,
+    labels: Sequence[str],
+    *,
+    unmarked: Unmarked = "by_label",
+) -> SegmentationData:
+    """Read the masks of `labels` in every study of `frame` (all splits) and place them on the model's crop.
+
+    `unmarked` says what a study without a mask of a label is. "by_label": an empty mask, except that the truth is
+    unknown where the label's column says 1 (somebody saw it, nobody drew it). "empty": always an empty mask.
+    "unknown": left out, for data of which only a part was drawn.
+    A mask outside the crop is an empty mask: in the pixels that the model sees there is nothing to find.
+
+    Raises: ManifestError naming row and file for a mask that is missing, damaged or of other pixels than its image;
+    ValueError for a label without any mask, naming those that have some.
+    """
+    if unmarked not in UNMARKED:
+        raise ValueError(f"unmarked must be one of {', '.join(UNMARKED)}, not {unmarked!r}")
+    there = mask_counts(frame).index
+    missing = [label for label in labels if label not in there]
+    if missing or not labels:
+        wrong = f"no study has a mask of {missing[0]!r}" if missing else "no label is given"
+        raise ValueError(f"{wrong}; masks there are: {', '.join(there) or 'none'}")
+    crop, config = model.config.crop, model.config
+    packed = np.zeros((len(frame), len(labels), crop, -(-crop // 8)), np.uint8)
+    drawn, images = np.zeros((len(frame), len(labels)), bool), []
+    for position, (row, study) in enumerate(zip(frame.index, frame.to_dict("records"), strict=True)):
+        number, image = frontal_image(study)
+        images.append(image)
+        geometry = cache.geometry(image)
+        for entry in masks_of(study):
+            if entry["label"] in labels and entry["image"] == number:
+                column = labels.index(entry["label"])
+                mask = _read_mask(
+                    Path(root), entry["path"], geometry, where=f"row {row + 2}, study {study['study_id']}"
+                )
+                packed[position, column] |= np.packbits(geometry.mask_from_original(mask, crop=crop), axis=-1)
+                drawn[position, column] = True
+    known = drawn | _known_empty(frame, labels, unmarked)
+    kept = frame.reset_index(drop=True)
+    return SegmentationData(
+        kept, tuple(labels), tuple(images), cache, packed, known, crop, config.channels, config.norm
+    )
+
+
+def mask_counts(frame: pd.DataFrame) -> pd.DataFrame:
+    """Studies with a mask on their frontal image: one row a label, one column a split, and how many lack one.
+
+    The last column, "positive without mask", counts studies whose label is 1 although nothing is drawn.
+    """
+    found: dict[str, np.ndarray] = {}
+    for position, study in enumerate(frame[["study_id", "images", "views", "masks"]].to_dict("records")):
+        if study["masks"]:
+            number = frontal_image(study)[0]
+            for entry in masks_of(study):
+                if entry["image"] == number:
+                    found.setdefault(entry["label"], np.zeros(len(frame), bool))[position] = True
+    splits = [name for name in ("train", "valid", "test") if (frame["split"] == name).any()]
+    table = {
+        label: [int((has & (frame["split"] == split).to_numpy()).sum()) for split in splits]
+        + [int((~has & _says_one(frame, label)).sum())]
+        for label, has in found.items()
+    }
+    counts = pd.DataFrame.from_dict(table, orient="index", columns=[*splits, "positive without mask"])
+    return counts.rename_axis("label").sort_index()
+
+
+def _known_empty(frame: pd.DataFrame, labels: Sequence[str], unmarked: Unmarked) -> np.ndarray:
+    """(n, K) bool: where a study without a mask is known to have nothing to draw."""
+    if unmarked == "by_label":
+        return ~np.stack([_says_one(frame, label) for label in labels], axis=1)
+    return np.full((len(frame), len(labels)), unmarked == "empty")
+
+
+def _says_one(frame: pd.DataFrame, label: str) -> np.ndarray:
+    if label not in frame:
+        return np.zeros(len(frame), bool)
+    return (pd.to_numeric(frame[label], errors="coerce") == 1).to_numpy(bool)
+
+
+def _read_mask(root: Path, path: str, geometry: Geometry, *, where: str) -> np.ndarray:
+    try:
+        mask = read_gray(root / path) > 0
+    except ImageError as error:
+        raise ManifestError(f"{where}, column 'masks': {error}") from None
+    if mask.shape != (geometry.height, geometry.width):
+        raise ManifestError(
+            f"{where}, column 'masks': {path} has {mask.shape[0]} x {mask.shape[1]} pixels, its image "
+            f"{geometry.height} x {geometry.width}; a mask is drawn on the pixels of its image file"
+        )
+    return mask
