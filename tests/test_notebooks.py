@@ -93,7 +93,7 @@ def test_the_promised_numbers_are_there(study):
     assert {"finetuned_auroc", "f1", "ece"} <= set(rows.loc[rows["task"] == "classification", "metric"])
     for task, metric in (("segmentation", "dice_positives"), ("detection", "map_40_75"), ("retrieval", "recall_at_10")):
         found = rows[(rows["task"] == task) & (rows["metric"] == metric)]
-        assert set(found["objective"]) == {"gloria", "random"}, task
+        assert {"gloria", "random"} <= set(found["objective"]), task
         assert found["value"].dropna().between(0, 1).all() and found["value"].notna().any(), task
     maps = rows[(rows["task"] == "grounding") & (rows["target"] == "macro")]["metric"]
     assert {"cnr_attention", "cnr_cosine", "cnr_word_softmax", "pointing_game_prior_centre"} <= set(maps)
