@@ -89,9 +89,9 @@ def score_phrases(
     Controls: "" the map itself; "inverted"; "shuffled_text" (a phrase of another label from another study, drawn with
     `seed`); "swapped_side" (only for phrases that name a side); and, with kind "prior", "centre" and "uniform".
     Columns: study_id, patient_id, label, section, phrase, kind, control, cnr, pointing_game, mass_inside, miou, mdice,
-    area (chance of the pointing game), note. Scores are NaN, and the note says why, where the region lies outside the crop
-    or the words beyond the token limit. "swapped_side" covers fewer phrases than the rest: compare it with the rows ""
-    of the same phrases.
+    area (chance of the pointing game), note. Scores are NaN, and the note says why, where the region lies outside the
+    crop or the words beyond the token limit. "swapped_side" covers fewer phrases than the rest: compare it with the
+    rows "" of the same phrases.
     """
     columns = ["study_id", "patient_id", "label", "section", "phrase", "kind", "control", *SCORES, "area", "note"]
     others, crop = another_text(phrases, seed=seed), model.config.crop

@@ -21,18 +21,24 @@ def available() -> list[str]:
     return sorted(name for module in pkgutil.iter_modules(__path__) if not (name := module.name).endswith("_tables"))
 
 
-def prepare(dataset: str, root: str | Path, options: Mapping[str, object] | None = None) -> pd.DataFrame:
-    """Turn the raw folder `root` of `dataset` into one checked manifest frame.
-
-    Raises ValueError for a dataset without a module here, TypeError for an option that the source does not have.
-    """
+def options_of(dataset: str) -> tuple[str, ...]:
+    """Names of the options that the source of `dataset` takes. Raises ValueError for a dataset without a module."""
     if dataset not in available():
         near = difflib.get_close_matches(dataset, available(), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"unknown dataset {dataset!r}{hint} available: {', '.join(available())}")
     function = importlib.import_module(f"{__name__}.{dataset}").prepare
-    known = list(inspect.signature(function).parameters)[1:]
+    return tuple(inspect.signature(function).parameters)[1:]
+
+
+def prepare(dataset: str, root: str | Path, options: Mapping[str, object] | None = None) -> pd.DataFrame:
+    """Turn the raw folder `root` of `dataset` into one checked manifest frame.
+
+    Raises ValueError for a dataset without a module here, TypeError for an option that the source does not have.
+    """
+    known = options_of(dataset)
     for option in options or {}:
         if option not in known:
             raise TypeError(f"dataset {dataset!r} has no option {option!r}; it has: {', '.join(known)}")
+    function = importlib.import_module(f"{__name__}.{dataset}").prepare
     return function(Path(root), **(options or {}))

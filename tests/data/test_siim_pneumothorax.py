@@ -1,0 +1,156 @@
+"""SIIM-ACR pneumothorax: stage 1, stage 2 and PNG trees made here, and the owner's full table of runs."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from owner_trees import prepared_twice, refusal, write_dicom, write_picture
+from PIL import Image
+
+from gloria_core.data.manifest import masks_of
+from gloria_core.data.rle import decode_rle
+from gloria_core.data.sources.siim_pneumothorax import prepare
+
+RUNS = ("1024 3 1021 2", "20 5", "300000 10 1014 10")
+
+
+def rows_of(n: int, prefix: str = "1.2.3.") -> list[str]:
+    """Every third image is positive, of these every other in two rows."""
+    rows = []
+    for i in range(n):
+        name = f"{prefix}{i}"
+        if i % 3:
+            rows.append(f"{name}, -1")
+        else:
+            rows += [f"{name},{RUNS[0]}"] + ([f"{name}, {RUNS[2]}"] if i % 2 else [])
+    return rows
+
+
+def make_stage1(root: Path, n: int = 24) -> list[str]:
+    for i in range(n):
+        write_dicom(root / f"dicom-images-train/study{i}/series{i}/1.2.3.{i}.dcm")
+    rows = rows_of(n)
+    write_table(root, rows)
+    return rows
+
+
+def write_table(
+    root: Path, rows: list[str], header: str = "ImageId, EncodedPixels", name: str = "train-rle.csv"
+) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    (root / name).write_text("\n".join([header, *rows]) + "\n")
+
+
+def test_stage_1_with_its_odd_header(tmp_path):
+    root = tmp_path / "root"
+    make_stage1(root)
+    frame = prepared_twice(prepare, root, tmp_path).set_index("study_id")
+    assert len(frame) == 24 and frame["Pneumothorax"].sum() == 8 and (frame["masks"] != "").sum() == 8
+    assert frame.loc["1.2.3.3", "images"] == "dicom-images-train/study3/series3/1.2.3.3.dcm"
+    mask = np.asarray(Image.open(root / masks_of(frame.loc["1.2.3.3"])[0]["path"]))
+    union = [decode_rle(RUNS[k], 1024, 1024, format="siim") for k in (0, 2)]
+    assert (mask == (union[0] | union[1])).all() and mask.sum() == 25
+    # the runs go down the columns: 1024 pixels are one column
+    assert mask[:3, 1].all() and not mask[3, 1] and mask[0:2, 2].all()
+
+
+def test_stage_2_and_masks_that_are_there(tmp_path):
+    root = tmp_path / "root"
+    for i in range(12):
+        write_dicom(root / f"stage_2_images/ID_{i}.dcm")
+    write_table(root, rows_of(12, "ID_"), "ImageId,EncodedPixels", "stage_2_train.csv")
+    frame = prepared_twice(prepare, root, tmp_path)
+    assert set(frame["images"].str.split("/").str[0]) == {"stage_2_images"}
+    assert (prepare(root, masks=False)["masks"] == "").all()
+    (root / "masks_siim_pneumothorax/ID_0.png").write_bytes(b"mine")
+    prepare(root)
+    assert (root / "masks_siim_pneumothorax/ID_0.png").read_bytes() == b"mine"
+
+
+def test_png_version(tmp_path):
+    root, header = tmp_path / "root", "new_filename,ImageId,has_pneumo"
+    for split in ("train", "test"):
+        rows = []
+        for i in range(16 if split == "train" else 6):
+            file = f"{i}_{split}_{i % 2}_.png"
+            write_picture(root / "png_images" / file)
+            write_picture(root / "png_masks" / file, gray=255 * (i % 2))
+            rows.append(f"{file},1.{split}.{i},{i % 2}")
+        write_table(root, rows, header, f"stage_1_{split}_images.csv")
+    frame = prepared_twice(prepare, root, tmp_path, split_rule="published")
+    assert frame["split"].value_counts().to_dict() == {"train": 14, "test": 6, "valid": 2}
+    row = frame.set_index("study_id").loc["1.train.3"]
+    assert row["images"] == "png_images/3_train_1_.png" and masks_of(row)[0]["path"] == "png_masks/3_train_1_.png"
+    assert (frame["masks"] != "").sum() == 11 and not (root / "masks_siim_pneumothorax").exists()
+    write_table(root, ["0_train_0_.png,1.train.0,0"], header, "stage_1_test_images.csv")
+    assert "is in both" in refusal(prepare, root)
+
+
+def test_published_rows_leak_and_the_manifest_does_not(tmp_path):
+    root = tmp_path / "root"
+    make_stage1(root, n=60)
+    frame = prepared_twice(prepare, root, tmp_path, split_rule="published", masks=False)
+    leaks = frame.attrs["leaks"]
+    assert leaks["images in train and test"] > 0 and frame["study_id"].is_unique and len(frame) == 60
+    assert leaks["test rows"] == 10 and leaks["test rows whose image is in train"] >= leaks["images in train and test"]
+
+
+BAD = {
+    "words": ("1.2.3.0,five 5", "pairs of whole numbers"),
+    "odd": ("1.2.3.0,1 2 3", "pairs of whole numbers"),
+    "negative": ("1.2.3.0,1 -2", "pairs of whole numbers"),
+    "blank": ("1.2.3.0,", "pairs of whole numbers"),
+    "past_the_end": ("1.2.3.0,1048570 20", "row 2, column 'EncodedPixels', image '1.2.3.0': a run ends at pixel"),
+    "length_0": ("1.2.3.0,5 0", "length 0"),
+    "twice": ("1.2.3.1,-1", "there twice"),
+    "outside": ("../1.2.3.0,-1", "escapes the root"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_broken_runs(tmp_path, case):
+    first, expected = BAD[case]
+    write_table(tmp_path, [first, *make_stage1(tmp_path, n=4)[1:]])
+    text = refusal(prepare, tmp_path, on_error="exclude") if case == "outside" else refusal(prepare, tmp_path)
+    assert expected in text and "train-rle.csv" in text
+
+
+def test_wrong_folder_missing_image_and_column(tmp_path):
+    assert "lacks train-rle.csv or stage_2_train.csv" in refusal(prepare, tmp_path)
+    assert "lacks mine.csv" in refusal(prepare, tmp_path, table="mine.csv")
+    assert "not a folder" in refusal(prepare, tmp_path / "nowhere")
+    rows = make_stage1(tmp_path)
+    (tmp_path / "dicom-images-train/study5/series5/1.2.3.5.dcm").unlink()
+    assert "1.2.3.5" in refusal(prepare, tmp_path)
+    frame = prepare(tmp_path, on_error="exclude", masks=False)
+    assert len(frame) == 23 and frame.attrs["excluded"][0]["study_id"] == "1.2.3.5"
+    write_dicom(tmp_path / "dicom-images-test/x/1.2.3.6.dcm")
+    assert "there twice" in refusal(prepare, tmp_path)
+    write_table(tmp_path, rows, "ImageId,Pixels")
+    assert "EncodedPixels" in refusal(prepare, tmp_path)
+
+
+def test_the_owners_full_table(tmp_path):
+    """12,047 images; GLoRIA's and MGCA's split of rows has 154 images in train and in test."""
+    found = importlib.util.find_spec("torchxrayvision")
+    source = Path(found.origin).parent / "data/siim-pneumothorax-train-rle.csv.gz" if found else None
+    if source is None or not source.is_file():
+        pytest.skip("torchxrayvision, whose wheel holds SIIM's table, is not installed")
+    (tmp_path / "train-rle.csv").write_bytes(gzip.decompress(source.read_bytes()))
+    (tmp_path / "dicom-images-train").mkdir()
+    for name in pd.read_csv(tmp_path / "train-rle.csv")["ImageId"].unique():
+        (tmp_path / f"dicom-images-train/{name}.dcm").touch()
+    frame = prepare(tmp_path, masks=False)
+    assert len(frame) == 12_047 and frame["Pneumothorax"].sum() == 2_669
+    assert frame["split"].value_counts().to_dict() == {"train": 8432, "test": 2410, "valid": 1205}
+    frame = prepare(tmp_path, masks=False, split_rule="published")
+    assert frame["split"].value_counts().to_dict() == {"train": 8296, "test": 1903, "valid": 1848}
+    assert frame.loc[frame["split"] == "test", "Pneumothorax"].sum() == 476
+    leaks = frame.attrs["leaks"]
+    assert leaks["images in train and test"] == 154 and leaks["images in train and valid"] == 161
+    assert leaks["test rows"] == 1943 and leaks["test rows whose image is in train"] == 176
