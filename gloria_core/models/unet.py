@@ -28,9 +28,8 @@ _EFFICIENTNET_STAGES = (0, 1, 2, 4, 6)  # the last blocks of stride 2, 4, 8, 16 
 def has_pyramid(encoder: nn.Module) -> bool:
     """Whether the encoder is a convolutional network with stages of stride 2, 4, 8, 16 and 32 that are known here."""
     trunk = getattr(encoder, "trunk", None)
-    return all(hasattr(trunk, name) for name in ("conv1", "layer1", "layer4")) or all(
-        hasattr(trunk, name) for name in ("conv_stem", "bn1", "blocks")
-    )
+    families = (("conv1", "layer1", "layer4"), ("conv_stem", "bn1", "blocks"), ("features",))  # the last is DenseNet's
+    return any(all(hasattr(trunk, name) for name in family) for family in families)
 
 
 def pyramid(encoder: nn.Module, pixels: Tensor) -> tuple[Tensor, ...]:
@@ -46,6 +45,8 @@ def pyramid(encoder: nn.Module, pixels: Tensor) -> tuple[Tensor, ...]:
             if number in _EFFICIENTNET_STAGES:
                 found.append(x)
         return tuple(found)
+    if hasattr(trunk, "features"):
+        return _densenet_pyramid(trunk.features, pixels)
     x = trunk.relu(trunk.bn1(trunk.conv1(pixels)))
     found.append(x)
     x = trunk.maxpool(x)
@@ -55,8 +56,23 @@ def pyramid(encoder: nn.Module, pixels: Tensor) -> tuple[Tensor, ...]:
     return tuple(found)
 
 
+def _densenet_pyramid(layers: nn.Module, pixels: Tensor) -> tuple[Tensor, ...]:
+    """Before each halving what the transition reads after its norm, as segmentation-models-pytorch has it."""
+    x = layers.relu0(layers.norm0(layers.conv0(pixels)))
+    found, x = [x], layers.pool0(x)
+    for number in (1, 2, 3):
+        transition = getattr(layers, f"transition{number}")
+        x = transition.relu(transition.norm(getattr(layers, f"denseblock{number}")(x)))
+        found.append(x)
+        x = transition.pool(transition.conv(x))
+    return (*found, layers.norm5(layers.denseblock4(x)))
+
+
 def decoder_kind(encoder: nn.Module, decoder: Decoder = "auto") -> Literal["unet", "setr"]:
-    """ "auto" made definite. Raises ValueError for an unknown name, or "unet" on an encoder without known stages."""
+    """The decoder that "auto" stands for, or the one named.
+
+    Raises: ValueError for an unknown name, or "unet" on an encoder without known stages.
+    """
     if decoder not in ("auto", "unet", "setr"):
         raise ValueError(f'decoder must be "auto", "unet" or "setr", not {decoder!r}')
     if decoder == "unet" and not has_pyramid(encoder):
