@@ -146,7 +146,8 @@ def test_open_i_as_one_raw_text(open_i):
 @given(TEXTS)
 def test_no_text_crashes_the_rules(text):
     for part in sections(text).values():
-        assert part.strip() and all(piece in text for piece in part.split("\n\n"))  # what joins a section that came twice
+        # a blank line joins a section that came twice
+        assert part.strip() and all(piece in text for piece in part.split("\n\n"))
     for name, part in mimic_sections(text).items():
         assert name and "".join(part.split()) in "".join(text.split())
     assert "".join(unwrapped(text).split()) == "".join(text.split())
