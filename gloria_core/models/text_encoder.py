@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, BertConfig, BertModel
 
 from gloria_core.models.weights import PACKAGE, WeightsError, fill, package_folder, read_tensors
+from gloria_core.models.words import extent, word_masks, words_from_pieces
 from gloria_core.types import Behavior, TextBatch, TextFeatures
 
 Pooling = Literal["sum", "mean"]
@@ -122,7 +123,7 @@ class TextEncoder(nn.Module):
         return [self.bert.embeddings, *self.bert.encoder.layer[:count]] if count else []
 
     def forward(self, texts: TextBatch) -> TextFeatures:
-        n_tokens, n_words = _extent(texts)
+        n_tokens, n_words = extent(texts)
         ids, mask, types, word_ids, unknown = (
             value[:, :n_tokens]
             for value in (texts.input_ids, texts.attention_mask, texts.token_type_ids, texts.word_ids, texts.unknown)
@@ -157,7 +158,7 @@ class TextEncoder(nn.Module):
             words=words,
             sentence=sentence,
             cls_attention=attention,
-            **_word_masks(texts, word_ids, unknown, n_tokens, n_words),
+            **word_masks(texts, word_ids, unknown, n_tokens, n_words),
         )
 
     def _cls_attention(self, entering: Tensor, mask: Tensor) -> Tensor:
@@ -179,54 +180,6 @@ class TextEncoder(nn.Module):
         return total / (
             PUBLISHED_TOKENS if self.behavior == "published" else kept.sum(dim=1, keepdim=True).clamp(min=1)
         )
-
-
-def words_from_pieces(tokens: Tensor, word_ids: Tensor, n_words: int) -> tuple[Tensor, Tensor]:
-    """Add the pieces of every word: one `scatter_add`, bit-identical to a loop over tokens.
-
-    Shape: tokens (N, L, D), word_ids (N, L) with -1 for padding -> words (N, W, D), number of pieces (N, W)
-    """
-    n, _, dim = tokens.shape
-    kept = word_ids >= 0
-    index = word_ids.clamp(min=0)
-    words = tokens.new_zeros(n, n_words, dim)
-    words = words.scatter_add(1, index[..., None].expand(-1, -1, dim), tokens * kept[..., None])
-    counts = torch.zeros(n, n_words, dtype=torch.int64, device=tokens.device).scatter_add(1, index, kept.long())
-    return words, counts
-
-
-def _extent(texts: TextBatch) -> tuple[int, int]:
-    """Longest number of tokens and of words in the batch, in one transfer from the device."""
-    length = texts.input_ids.shape[1]
-    position = torch.arange(1, length + 1, device=texts.input_ids.device)
-    n_tokens = ((texts.attention_mask > 0) * position).max()
-    n_tokens, last_word = torch.stack([n_tokens, texts.word_ids.max()]).tolist()
-    if last_word < 0:
-        raise ValueError("a batch of texts without a single token")
-    return n_tokens, last_word + 1
-
-
-def _word_masks(texts: TextBatch, word_ids: Tensor, unknown: Tensor, n_tokens: int, n_words: int) -> dict[str, Tensor]:
-    """Masks (N, W) of words, specials and unknown words, and the sentence of every word."""
-    kept, index = word_ids >= 0, word_ids.clamp(min=0)
-    last = word_ids.max(dim=1, keepdim=True).values
-    column = torch.arange(n_words, device=word_ids.device)[None]
-    first = torch.ones_like(word_ids, dtype=torch.bool)
-    first[:, 1:] = word_ids[:, 1:] != word_ids[:, :-1]
-    begins = (first & kept).long()
-
-    def at_word(value: Tensor) -> Tensor:
-        """The value of a word's first piece."""
-        return torch.zeros(len(index), n_words, dtype=torch.int64, device=index.device).scatter_add(1, index, value)
-
-    word_mask = column <= last
-    sentence = at_word(begins * (texts.sentence_ids[:, :n_tokens] + 1)) - 1
-    return {
-        "word_mask": word_mask,
-        "special_mask": word_mask & ((column == 0) | (column == last)),
-        "unknown_mask": at_word(begins * unknown).bool(),
-        "word_sentence": sentence,
-    }
 
 
 def _folder(source: str) -> str:

