@@ -20,6 +20,7 @@ from PIL import Image
 from gloria_core.data.manifest import ManifestError, OnError, validate
 from gloria_core.data.manifest_rules import ExcludedRows, Failure, raise_failures
 from gloria_core.data.sources.nih_tables import read_columns, read_extra, require
+from gloria_core.data.sources.rsna_tables import nih_patient
 from gloria_core.data.splits import assign_label_ranks, assign_splits
 
 LABEL = "Pneumonia"
@@ -105,7 +106,7 @@ def _row(
     stem = match["image"].rsplit(".", 1)[0]
     return {
         "study_id": stem,
-        "patient_id": stem.split("_", 1)[0],
+        "patient_id": nih_patient(match["image"]),  # as the nih source names them, so that leaks between the two show
         "image": match["image"],
         "images": match["file"],
         "views": "FRONTAL",
