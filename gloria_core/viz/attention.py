@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 
-from gloria_core.viz.plots import new_figure, wrapped
+from gloria_core.viz.plots import new_figure, reaches, wrapped
 
 TRUTH = "#00e5ff"
 """Colour of outlines: in no colour map used here, and bright on dark lungs and on white bone."""
@@ -150,7 +150,7 @@ def control_bars(
             for kind, control in zip(part["kind"], part["control"], strict=True)
         ]
         axis.barh(place, value, color=colours)
-        axis.errorbar(value, place, xerr=[value - low, high - value], fmt="none", color="black", capsize=2, linewidth=1)
+        axis.errorbar(value, place, xerr=reaches(value, low, high), fmt="none", color="black", capsize=2, linewidth=1)
         reference = 0.0 if metric == "cnr" else float(part["chance"].mean())
         axis.axvline(reference, color="black", linestyle="--", linewidth=1)
         names = [

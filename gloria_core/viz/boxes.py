@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from gloria_core.viz.plots import colour_of, new_figure, wrapped
+from gloria_core.viz.plots import colour_of, new_figure, reaches, wrapped
 
 
 class BoxesLike(Protocol):
@@ -110,7 +110,7 @@ def ap_by_fraction(
             - (part.groupby("label_fraction")["seed"].transform("size") - 1) / 2
         )
         place = part["label_fraction"] * 1.06 ** (turn + 0.3 * number)
-        away = [part["value"] - part["ci_low"], part["ci_high"] - part["value"]]
+        away = reaches(*(part[name].to_numpy(dtype=float) for name in ("value", "ci_low", "ci_high")))
         axis.errorbar(place, part["value"], yerr=away, fmt="o", color=colour, capsize=2, markersize=4, linewidth=1)
     for (name, value), dash in zip((baselines or {}).items(), ("--", ":", "-."), strict=False):
         axis.axhline(value, color="0.4", linestyle=dash, linewidth=1, label=f"{name} ({value:.3f})")
@@ -141,7 +141,7 @@ def ap_bars(rows: pd.DataFrame, *, metric: str = "map_40_75", title: str = "Aver
         place = np.arange(len(targets)) - 0.4 + (number + 0.5) * thickness
         value, low, high = (part[name].to_numpy(dtype=float) for name in ("value", "ci_low", "ci_high"))
         axis.barh(place, np.nan_to_num(value), thickness, color=_colour(objective), label=objective)
-        axis.errorbar(value, place, xerr=[value - low, high - value], fmt="none", color="black", capsize=2, linewidth=1)
+        axis.errorbar(value, place, xerr=reaches(value, low, high), fmt="none", color="black", capsize=2, linewidth=1)
         for y, v, end in zip(place, value, high, strict=True):
             text = f"{v:.2f}" if np.isfinite(v) else "not defined"
             axis.text((end if np.isfinite(end) else 0) + 0.01, y, text, va="center", fontsize=8)

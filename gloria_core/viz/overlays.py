@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from gloria_core.viz.plots import colour_of, new_figure, wrapped
+from gloria_core.viz.plots import colour_of, new_figure, reaches, wrapped
 
 TRUTH, PREDICTION = "#00e5ff", "#ffb000"
 """Outlines: cyan and amber differ in every form of colour blindness, and so do solid and dashed."""
@@ -116,7 +116,7 @@ def dice_by_fraction(
         # subsets side by side, so that their intervals can be told apart
         shift = 1.06 ** (part["seed"] - part["seed"].mean())
         value, low, high = (part[name].to_numpy(dtype=float) for name in ("value", "ci_low", "ci_high"))
-        reach = np.nan_to_num(np.stack([value - low, high - value]))
+        reach = np.nan_to_num(reaches(value, low, high))
         x = part["label_fraction"] * shift
         axis.errorbar(x, value, yerr=reach, fmt="o", color=colour_of(objective), capsize=2, markersize=4, alpha=0.7)
         mean = part.groupby("label_fraction")["value"].mean()

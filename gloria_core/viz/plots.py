@@ -34,6 +34,15 @@ def colour_of(objective: str) -> tuple[float, float, float]:
     return sns.color_palette("colorblind")[_FIXED_COLOURS.get(objective, 6)]
 
 
+def reaches(value: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """(2, n) lengths of error bars below and above, at least zero.
+
+    A percentile interval need not hold its own point: the bootstrap of a biased statistic lies beside it. The bar then
+    ends at the point on that side.
+    """
+    return np.maximum([value - low, high - value], 0.0)
+
+
 def contact_sheet(
     images: Sequence[np.ndarray], titles: Sequence[str] = (), *, title: str = "Studies", columns: int = 5
 ) -> Figure:
@@ -155,7 +164,7 @@ def auroc_bars(rows: pd.DataFrame, *, title: str = "AUROC", metric: str = "auroc
         place = np.arange(len(targets)) - 0.4 + (number + 0.5) * thickness
         value, low, high = (part[name].to_numpy(dtype=float) for name in ("value", "ci_low", "ci_high"))
         axis.barh(place, value - 0.5, thickness, left=0.5, color=colour_of(objective), label=objective)
-        axis.errorbar(value, place, xerr=[value - low, high - value], fmt="none", color="black", capsize=2, linewidth=1)
+        axis.errorbar(value, place, xerr=reaches(value, low, high), fmt="none", color="black", capsize=2, linewidth=1)
         for y, v, end in zip(place, value, high, strict=True):
             known = np.isfinite(v)
             text = f"{v:.2f}" if known else "not defined"

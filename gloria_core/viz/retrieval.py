@@ -10,7 +10,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
 
-from gloria_core.viz.plots import new_figure
+from gloria_core.viz.plots import new_figure, reaches
 
 
 def recall_curves(
@@ -52,7 +52,7 @@ def precision_bars(rows: pd.DataFrame, *, title: str = "Precision") -> Figure:
         place = np.arange(len(targets)) - 0.4 + (number + 0.5) * thickness
         value, low, high = (part[name].to_numpy(dtype=float) for name in ("value", "ci_low", "ci_high"))
         axis.barh(place, np.nan_to_num(value), thickness, color=colour, alpha=0.8, label=metric.replace("_", " "))
-        axis.errorbar(value, place, xerr=[value - low, high - value], fmt="none", color="0.3", capsize=2, linewidth=1)
+        axis.errorbar(value, place, xerr=reaches(value, low, high), fmt="none", color="0.3", capsize=2, linewidth=1)
         axis.scatter(part["chance"], place, marker="|", color="black", s=90, zorder=3)
         for y, v in zip(place, value, strict=True):
             if not np.isfinite(v):

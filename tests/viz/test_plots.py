@@ -137,3 +137,10 @@ def test_objectives_keep_their_colours_and_unknown_ones_get_none_of_theirs():
     known = ["gloria", "convirt", "mgca", "prior", "cxr_clip", "imagenet", "random"]
     assert len({plots.colour_of(name) for name in known}) == len(known)
     assert plots.colour_of("mine") not in {plots.colour_of(name) for name in known}
+
+
+def test_an_interval_beside_its_point_draws_a_bar_to_the_point():
+    np.testing.assert_allclose(plots.reaches(np.array([0.5]), np.array([0.52]), np.array([0.6])), [[0.0], [0.1]])
+    rows = _rows()
+    rows.loc[0, ["ci_low", "ci_high"]] = [0.91, 0.95]  # the point is 0.9
+    plots.auroc_bars(rows).draw_without_rendering()
