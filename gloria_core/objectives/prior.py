@@ -43,7 +43,7 @@ from gloria_core.models.sentence_region import (
 from gloria_core.objectives.base import Objective
 from gloria_core.types import AttentionRows, Batch, Behavior, ImageFeatures, Needs, ObjectiveOutput, TextFeatures
 
-LOG_SCALE = math.log(100.0)  # temperature 0.01, and the largest scale when corrected
+LOG_SCALE = math.log(100.0)  # the largest scale when corrected
 ALIGNMENT = {"global": 1.0, "local_image": 1.0, "local_text": 1.0}
 WEIGHTS = {
     1: ALIGNMENT,
@@ -57,6 +57,7 @@ class PRIOR(Objective):
     """Global, sentence-region and prototype alignment, then reconstruction of image and report, in three stages.
 
     `embed_dim`: D; 0 takes the text encoder's width, as published (768).
+    `temperature`: 1 / e^s that both contrasts start from; from random weights 0.01 stops the global one from learning.
     `n_prototypes`, `bank_temperature`, `temp_decay`: the bank; from the start of stage 2 to the end, epoch by epoch,
     its temperature falls to a tenth ("linear", "exp") or not ("fixed").
     `n_queries`, `decoder_layers`: sentences that the BERT decoder writes, and all that stage 3 keeps of a report.
@@ -89,6 +90,7 @@ class PRIOR(Objective):
         n_prototypes: int = 512,
         n_queries: int = 16,
         decoder_layers: int = 8,
+        temperature: float = 0.01,
         bank_temperature: float = 0.9,
         temp_decay: Decay = "fixed",
         stage_epochs: Sequence[int] = (),
@@ -96,8 +98,8 @@ class PRIOR(Objective):
         super().__init__()
         if behavior not in ("published", "corrected"):
             raise ValueError(f'behavior must be "published" or "corrected", got {behavior!r}')
-        if embed_dim < 0 or min(n_prototypes, n_queries, decoder_layers) < 1 or bank_temperature <= 0:
-            raise ValueError("sizes and bank_temperature must be positive")
+        if embed_dim < 0 or min(n_prototypes, n_queries, decoder_layers) < 1 or min(temperature, bank_temperature) <= 0:
+            raise ValueError("sizes and temperatures must be positive")
         if stage_epochs and (len(stage_epochs) != 3 or min(stage_epochs) < 0 or stage_epochs[2] < 1):
             raise ValueError(f"stage_epochs must be three numbers, the last at least 1, got {stage_epochs!r}")
         dim, published = embed_dim or text_dim, behavior == "published"
@@ -115,8 +117,9 @@ class PRIOR(Objective):
         self.bank = PrototypeBank(n_prototypes, dim, temperature=last, noisy_in_eval=published)
         self.image_decoder = ImageDecoder(dim)
         self.report_decoder = SentenceDecoder(dim, n_queries=n_queries, layers=decoder_layers, causal=published)
-        self.logit_scale = nn.Parameter(torch.tensor(LOG_SCALE))
-        self.local_logit_scale = nn.Parameter(torch.tensor(LOG_SCALE))
+        self.logit_scale, self.local_logit_scale = (
+            nn.Parameter(torch.tensor(-math.log(temperature))) for _ in range(2)
+        )
 
     def plan(self, epochs: int) -> tuple[int, ...]:
         """First epochs of the stages that get one; the last epoch is always of stage 3.

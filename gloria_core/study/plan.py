@@ -114,8 +114,8 @@ def load_study(path: str | Path, *, overrides: Mapping[str, Any] | None = None, 
     """Reads a study file and checks all of it: names, types, wiring. Nothing is run.
 
     `overrides` replace the value of a parameter in every notebook that has it. `data_root` fills a blank parameter of
-    that name, and a relative one lies below it. For the phantom that parameter stays blank: it is drawn, not read, and
-    nobody's folder is touched.
+    that name, and a relative one lies below it; as an override it also takes the place of an absolute one. For the
+    phantom that parameter stays blank: it is drawn, not read, and nobody's folder is touched.
     Raises `StudyError` or `ParameterError`; the message names file, key and the nearest name.
     """
     path = Path(path).resolve()
@@ -164,14 +164,19 @@ def _drafts(
     for combination in product(*grid.values()):
         given = {key: value for key, value in common.items() if key in known}
         given |= fixed | dict(zip(grid, combination, strict=True))
-        given |= {key: value for key, value in overrides.items() if key in known}
+        given |= {key: value for key, value in overrides.items() if key in known and key != "data_root"}
         values = notebook_parameters.check(file, given)
         if "data_root" in values:
             drawn = values.get("dataset", common.get("dataset", "phantom")) == "phantom"
-            # several datasets in one study: each is a folder below the one that the user names
-            below = str(Path(data_root) / values["data_root"]) if data_root else values["data_root"]
-            values["data_root"] = "" if drawn else below
+            values["data_root"] = "" if drawn else _folder(values["data_root"], overrides.get("data_root"), data_root)
         yield Draft(notebook, values, resources)
+
+
+def _folder(written: str, typed: str | None, usual: str) -> str:
+    """Where a dataset lies. Several of one study are folders with written names below the one that the user names."""
+    if typed:
+        return typed if Path(written).is_absolute() else str(Path(typed) / written)
+    return str(Path(usual) / written) if usual else written
 
 
 def _finish(study: str, drafts: list[Draft], common_resources: Mapping[str, int], root: Path) -> tuple[Run, ...]:

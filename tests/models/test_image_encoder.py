@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import save_file
 from torchvision.models import resnet18
 
+from gloria_core.data.packages import PACKAGE
 from gloria_core.models.image_encoder import LITE_PACKAGE, ImageEncoder
-from gloria_core.models.weights import PACKAGE, WeightsError
+from gloria_core.models.weights import WeightsError
 
 lite = pytest.mark.skipif(not importlib.util.find_spec(LITE_PACKAGE), reason=f"{LITE_PACKAGE} is not installed")
 

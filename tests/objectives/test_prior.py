@@ -43,6 +43,15 @@ def pairs(make_features):
     return images, texts, Batch(pixels, None, torch.zeros(len(WORDS), 0), torch.arange(len(WORDS)))
 
 
+@pytest.mark.parametrize(("options", "scale"), [({}, 100.0), ({"temperature": 0.07}, 1 / 0.07)])
+def test_both_contrasts_start_at_the_temperature(options, scale):
+    pooled, region, text = WIDTHS
+    objective = build("prior", pooled_dim=pooled, region_dim=region, text_dim=text, embed_dim=8, **options)
+    assert objective.logit_scale.exp().item() == pytest.approx(scale)
+    assert objective.local_logit_scale.exp().item() == pytest.approx(scale)
+    assert objective.logit_scale is not objective.local_logit_scale
+
+
 # ------------------------------------------------------------------------------------------ the naive reference
 
 
@@ -267,6 +276,7 @@ def test_wrong_input_is_named(pairs):
         {"behavior": "original"},
         {"n_queries": 0},
         {"bank_temperature": 0.0},
+        {"temperature": 0.0},
         {"temp_decay": "cosine"},
         {"stage_epochs": (1, 2)},
         {"stage_epochs": (1, 2, 0)},

@@ -10,7 +10,8 @@ from typing import ClassVar, Literal
 from torch import Tensor, nn
 from torchvision.models import get_model_weights
 
-from gloria_core.models.weights import PACKAGE, WeightsError
+from gloria_core.data.packages import PACKAGE
+from gloria_core.models.weights import WeightsError
 from gloria_core.types import ImageFeatures
 
 RegionStage = Literal["layer2", "layer3", "layer4"]

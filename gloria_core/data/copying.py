@@ -1,0 +1,109 @@
+"""A part of a dataset as a folder of its own: the files of listed studies under the same names, and their manifest."""
+
+from __future__ import annotations
+
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pandas as pd
+
+from gloria_core.data.manifest import ManifestError, masks_of, write_manifest
+
+LISTS = ("study_id", "images", "Path", "path", "image")
+"""Columns by which a list may name studies: their id, or the path of one of their images (CheXpert's is `Path`)."""
+
+
+def copy_studies(frame: pd.DataFrame, root: str | Path, target: str | Path, *, listed: pd.DataFrame) -> pd.DataFrame:
+    """Copies images and masks of the listed studies from `root` to `target/`, writes `target/manifest.csv`; returns it.
+
+    `listed` names studies in a column of `LISTS`; a path counts with or without its leading folders (CheXpert's tables
+    begin with `CheXpert-v1.0/`). Studies keep their order, split and label rank. A second call completes a first that
+    was cut; a file of the same length and time is not copied again.
+    Raises ManifestError, before anything is copied, for names that no study or several have, for files that are not
+    there, and for a target inside the root, around it, or with a manifest of other studies.
+    """
+    root, target = Path(root).resolve(), Path(target).resolve()
+    if target == root or root in target.parents or target in root.parents:
+        raise ManifestError(f"{target} and the dataset's root {root} hold each other; copy to a folder beside it")
+    rows = frame[frame["study_id"].isin(_named(frame, listed))].reset_index(drop=True)
+    files = sorted({file for row in rows.to_dict("records") for file in _files(row)})
+    missing = [file for file in files if not (root / file).is_file()]
+    if missing:
+        raise ManifestError(
+            f"{len(missing)} of {len(files)} files are not below {root}: {_shown(missing)}; "
+            "complete the download, or take these studies off the list"
+        )
+    manifest = target / "manifest.csv"
+    if manifest.is_file():
+        there = set(pd.read_csv(manifest, dtype=str, usecols=["study_id"])["study_id"])
+        if there != set(rows["study_id"]):
+            raise ManifestError(f"{manifest} lists {len(there)} other studies; choose a new folder")
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda file: _copy(root / file, target / file), files))
+    write_manifest(rows, manifest)  # last: a folder with a manifest is whole
+    return rows
+
+
+def _named(frame: pd.DataFrame, listed: pd.DataFrame) -> set[str]:
+    """The ids of the studies that the list names."""
+    column = next((name for name in LISTS if name in listed), None)
+    if column is None:
+        raise ManifestError(
+            f"the list has the columns {', '.join(map(str, listed))}; it needs one of {', '.join(LISTS)}"
+        )
+    names = list(dict.fromkeys(listed[column].dropna().astype(str)))
+    if not names:
+        raise ManifestError(f"column {column!r} of the list is empty")
+    if column == "study_id":
+        owners = {study: [study] for study in frame["study_id"]}
+    else:
+        names = list(dict.fromkeys(path for cell in names for path in cell.split(";")))
+        owners = _by_path(frame, names)
+    unknown = [name for name in names if not owners.get(name)]
+    if unknown:
+        raise ManifestError(f"{len(unknown)} of {len(names)} names of the list are no {column} here: {_shown(unknown)}")
+    several = [name for name in names if len(owners[name]) > 1]
+    if several:
+        raise ManifestError(
+            f"{len(several)} paths of the list name several studies: {_shown(several)}; give more of the path, "
+            "or a list of study_id"
+        )
+    return {owners[name][0] for name in names}
+
+
+def _by_path(frame: pd.DataFrame, names: list[str]) -> dict[str, list[str]]:
+    """For each path of the list its studies, whichever of list and manifest has more leading folders."""
+    endings: dict[str, set[str]] = {}
+    whole: dict[str, set[str]] = {}
+    for study, cell in zip(frame["study_id"], frame["images"], strict=True):
+        for path in cell.split(";"):
+            whole.setdefault(path, set()).add(study)
+            parts = path.split("/")
+            for start in range(1, len(parts)):
+                endings.setdefault("/".join(parts[start:]), set()).add(study)
+    found = {}
+    for name in names:
+        parts = name.split("/")
+        inner = ("/".join(parts[start:]) for start in range(len(parts)))
+        exact = next((whole[path] for path in inner if path in whole), None)
+        found[name] = sorted(exact if exact is not None else endings.get(name, ()))
+    return found
+
+
+def _files(row: dict) -> list[str]:
+    return [*row["images"].split(";"), *(mask["path"] for mask in masks_of(row))]
+
+
+def _copy(source: Path, target: Path) -> None:
+    known = source.stat()
+    if target.is_file() and (target.stat().st_size, target.stat().st_mtime_ns) == (known.st_size, known.st_mtime_ns):
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.part")  # a cut copy never has the name of a whole one
+    shutil.copy2(source, temporary)
+    temporary.replace(target)
+
+
+def _shown(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
