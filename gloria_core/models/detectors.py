@@ -1,4 +1,4 @@
-"""Object detectors on a pretrained ResNet trunk: what they share, and torchvision's RetinaNet with a feature pyramid.
+"""Object detectors on a pretrained trunk: what they share, and torchvision's RetinaNet with a feature pyramid.
 
 RetinaNet: Lin et al. 2017, https://arxiv.org/abs/1708.02002. Feature pyramid: Lin et al. 2017,
 https://arxiv.org/abs/1612.03144. The trunk's own modules are used (copied, so that the pretrained model stays as it
@@ -13,7 +13,6 @@ without it the comparison would be one of scales. Group normalisation (Wu and He
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
@@ -21,7 +20,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
@@ -52,7 +50,8 @@ apart. 8 to 51 pixels in an image of 96, 19 to 119 in one of 224."""
 class Detector(nn.Module):
     """What all detectors share: the trunk, how it is frozen, and the promise of `losses` and `detect`.
 
-    encoder: an ImageEncoder with a ResNet. side: height and width of the images in pixels, a multiple of 32.
+    encoder: an ImageEncoder with maps at strides 8, 16 and 32: a ResNet, DenseNet or EfficientNet.
+    side: height and width of the images in pixels, a multiple of 32.
     frozen: no gradient reaches the trunk. batch_norm: "eval" keeps the stored statistics of the trunk; "train" uses
         the batch's and moves the stored ones, which the released code of MGCA does even with a frozen trunk.
     Raises ValueError for another encoder, a side that does not fit or an unknown option.
@@ -65,19 +64,14 @@ class Detector(nn.Module):
         self, encoder: ImageEncoder, *, side: int, frozen: bool = True, batch_norm: BatchNorm = "eval"
     ) -> None:
         super().__init__()
-        if not all(hasattr(encoder.trunk, name) for name in ("conv1", "maxpool", "layer1", *STAGES)):
-            raise ValueError(
-                f"detectors need the stages of a ResNet, and this image encoder is {encoder.name!r}: "
-                "use a checkpoint with resnet18, resnet34 or resnet50"
-            )
+        trunk, widths = encoder.pyramid()
         if side % STRIDE or side < STRIDE:
             raise ValueError(f"the images' side is {side}; it must be a multiple of {STRIDE}: pad or resize them")
         if batch_norm not in ("eval", "train"):
             raise ValueError(f"batch_norm must be 'eval' or 'train', not {batch_norm!r}")
         self.side, self.frozen, self.batch_norm = side, frozen, batch_norm
-        self.trunk = IntermediateLayerGetter(copy.deepcopy(encoder.trunk), STAGES)
-        self.trunk.requires_grad_(not frozen)
-        self.widths = [_width(self.trunk[name]) for name in STAGES]
+        self.trunk = trunk.requires_grad_(not frozen)
+        self.widths = [widths[name] for name in STAGES]
         for number, width in enumerate(self.widths):
             self.register_buffer(f"shift_{number}", torch.zeros(1, width, 1, 1))
             self.register_buffer(f"scale_{number}", torch.ones(1, width, 1, 1))
@@ -97,7 +91,8 @@ class Detector(nn.Module):
         if pixels.shape[-2:] != (self.side, self.side):
             raise ValueError(f"this detector was made for images of {self.side} pixels, got {tuple(pixels.shape)}")
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            return list(self.trunk(pixels.contiguous(memory_format=torch.channels_last)).values())
+            maps = self.trunk(pixels.contiguous(memory_format=torch.channels_last))
+            return [maps[name] for name in STAGES]
 
     def standardise(self, stages: Sequence[Tensor]) -> None:
         """Fix mean and deviation of each channel at those of these stages; a constant channel keeps its scale."""
@@ -216,8 +211,3 @@ def anchor_generator(side: int) -> AnchorGenerator:
     """Three sizes times three shapes at each of the three strides, see `ANCHOR_SHARES`."""
     sizes = tuple(tuple(side * share * 2 ** (third / 3) for third in range(3)) for share in ANCHOR_SHARES)
     return AnchorGenerator(sizes, (RATIOS,) * len(sizes))
-
-
-def _width(stage: nn.Module) -> int:
-    block = stage[-1]
-    return (block.conv3 if hasattr(block, "conv3") else block.conv2).out_channels

@@ -7,6 +7,7 @@ section 3.2), or from the tokens of a transformer, as MGCA and CXR-CLIP take the
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import torch
@@ -88,6 +89,13 @@ class ImageEncoder(nn.Module):
     def train(self, mode: bool = True) -> ImageEncoder:
         """Training mode, except that a frozen encoder stays in evaluation mode."""
         return super().train(mode and not self.frozen)
+
+    def pyramid(self) -> tuple[nn.Module, dict[str, int]]:
+        """A copy of the trunk up to its last map, pixels -> {stage: (B, C, h, w)}, and the width C of each stage.
+
+        Raises ValueError for a network without maps at strides 8, 16 and 32.
+        """
+        return self._backbone.pyramid(copy.deepcopy(self.trunk)), self._backbone.widths(self.trunk)
 
     def forward(self, pixels: Tensor) -> ImageFeatures:
         if pixels.ndim != 4 or pixels.shape[1] != self.in_channels:

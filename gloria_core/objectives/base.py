@@ -62,3 +62,7 @@ class Objective(nn.Module, ABC):
         the loss of another stage is another loss.
         """
         return (0,)
+
+    def stage_rates(self) -> tuple[float, ...]:
+        """Learning rate of each stage of the plan, as a share of the configured one; () is all ones."""
+        return ()

@@ -61,7 +61,8 @@ class PRIOR(Objective):
     `n_prototypes`, `bank_temperature`, `temp_decay`: the bank; from the start of stage 2 to the end, epoch by epoch,
     its temperature falls to a tenth ("linear", "exp") or not ("fixed").
     `n_queries`, `decoder_layers`: sentences that the BERT decoder writes, and all that stage 3 keeps of a report.
-    `stage_epochs`: epochs of the stages; () shares all out as 20 : 30 : 50. A stage without an epoch is skipped.
+    `stage_epochs`, `stage_rates`: epochs of the stages (() shares all out as 20 : 30 : 50; a stage without an epoch is
+    skipped), and their shares of the learning rate.
     An objective that was never told a plan, such as a loaded one, is at the end: stage 3, last temperature.
     `behavior`, with the faults of the released code that "corrected" mends:
     - regions: "published" reads the channels-first map of regions as if it were R rows (a view, no transpose): a row
@@ -94,6 +95,7 @@ class PRIOR(Objective):
         bank_temperature: float = 0.9,
         temp_decay: Decay = "fixed",
         stage_epochs: Sequence[int] = (),
+        stage_rates: Sequence[float] = (1.0, 1.0, 0.5),
     ) -> None:
         super().__init__()
         if behavior not in ("published", "corrected"):
@@ -102,10 +104,12 @@ class PRIOR(Objective):
             raise ValueError("sizes and temperatures must be positive")
         if stage_epochs and (len(stage_epochs) != 3 or min(stage_epochs) < 0 or stage_epochs[2] < 1):
             raise ValueError(f"stage_epochs must be three numbers, the last at least 1, got {stage_epochs!r}")
+        if len(stage_rates) != 3 or min(stage_rates) <= 0:
+            raise ValueError(f"stage_rates must be three positive numbers, got {stage_rates!r}")
         dim, published = embed_dim or text_dim, behavior == "published"
         self.behavior, self.n_queries = behavior, n_queries
         self.bank_temperature, self.temp_decay = bank_temperature, temp_decay
-        self.stage_epochs, self.stage = tuple(stage_epochs), 3
+        self.stage_epochs, self._rates, self.stage = tuple(stage_epochs), tuple(stage_rates), 3
         self._plan: tuple[int, int, int] | None = None
         self.image_heads = ImageHeads(pooled_dim, region_dim, dim, mixed=published)
         self.text_head, self.text_pool = nn.Linear(text_dim, dim), AttentionPool(dim)
@@ -117,9 +121,8 @@ class PRIOR(Objective):
         self.bank = PrototypeBank(n_prototypes, dim, temperature=last, noisy_in_eval=published)
         self.image_decoder = ImageDecoder(dim)
         self.report_decoder = SentenceDecoder(dim, n_queries=n_queries, layers=decoder_layers, causal=published)
-        self.logit_scale, self.local_logit_scale = (
-            nn.Parameter(torch.tensor(-math.log(temperature))) for _ in range(2)
-        )
+        self.logit_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
+        self.local_logit_scale = nn.Parameter(self.logit_scale.detach().clone())
 
     def plan(self, epochs: int) -> tuple[int, ...]:
         """First epochs of the stages that get one; the last epoch is always of stage 3.
@@ -133,6 +136,11 @@ class PRIOR(Objective):
             second, third = self.stage_epochs[0], sum(self.stage_epochs[:2])
         self._plan = (second, third, epochs)
         return tuple(sorted({0, second, third}))
+
+    def stage_rates(self) -> tuple[float, ...]:
+        """Of the stages that get an epoch."""
+        second, third, _ = self._plan
+        return tuple(self._rates[(start >= second) + (start >= third)] for start in sorted({0, second, third}))
 
     @torch.no_grad()
     def on_epoch(self, epoch: int) -> None:

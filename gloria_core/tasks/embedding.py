@@ -66,16 +66,18 @@ class EncodedTexts:
         return len(self.texts)
 
 
-def frontal_image(row: Mapping[str, Any]) -> tuple[int, str]:
+def frontal_image(row: Mapping[str, Any], *, or_first: bool = False) -> tuple[int, str]:
     """Number and path of a study's first frontal image; the first image where no view is recorded.
 
-    Raises ValueError for a study that has lateral images only.
+    A study that has lateral images only raises ValueError; with `or_first` its first image stands for it.
     """
     paths = str(row["images"]).split(";")
     views = str(row["views"]).split(";") if isinstance(row.get("views"), str) and row["views"] else [""] * len(paths)
     for number, (path, view) in enumerate(zip(paths, views, strict=True)):
         if view.strip().upper() != "LATERAL":
             return number, path.strip()
+    if or_first:
+        return 0, paths[0].strip()
     raise ValueError(f"study {row['study_id']}: no frontal image among {row['images']!r}")
 
 
@@ -105,6 +107,7 @@ def image_batches(
     cache,
     *,
     crop: int | None = None,
+    or_first: bool = False,
     batch_size: int = 64,
     device: torch.device | str | None = None,
     precision: Precision = "auto",
@@ -112,11 +115,14 @@ def image_batches(
 ) -> Iterator[tuple[slice, ImageFeatures]]:
     """Encode the frontal image of each study; yields (rows of the frame, float32 features on the model's device).
 
+    `or_first`: a study without a frontal image is seen by its first one; without it, it is an error.
     `cache[path]` is the (S, S) uint8 image; the centre `crop` pixels of it are seen (default: the model's own).
     Raises ValueError naming the study where a feature is not finite.
     """
     config = model.config
-    paths = [frontal_image(row)[1] for row in frame[["study_id", "images", "views"]].to_dict("records")]
+    paths = [
+        frontal_image(row, or_first=or_first)[1] for row in frame[["study_id", "images", "views"]].to_dict("records")
+    ]
     crop = config.crop if crop is None else crop
     for first in range(0, len(paths), batch_size):
         rows = slice(first, min(first + batch_size, len(paths)))
@@ -140,6 +146,7 @@ def image_features(
     cache,
     *,
     crop: int | None = None,
+    or_first: bool = False,
     batch_size: int = 64,
     device: torch.device | str | None = None,
     precision: Precision = "auto",
@@ -154,9 +161,8 @@ def image_features(
         raise ValueError("no studies to encode: the frame is empty")
     blank = blank_texts(model)
     pooled, embedding, kept = [], [], []
-    for _, found in image_batches(
-        model, frame, cache, crop=crop, batch_size=batch_size, device=device, precision=precision, progress=progress
-    ):
+    settings = {"crop": crop, "or_first": or_first, "batch_size": batch_size, "device": device, "precision": precision}
+    for _, found in image_batches(model, frame, cache, **settings, progress=progress):
         with inference(model, None, "float32") as where:
             embedding.append(model.objective.global_embeddings(found, blank.to(where))[0].float().cpu())
         pooled.append(found.pooled.cpu())

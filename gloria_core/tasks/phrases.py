@@ -54,12 +54,13 @@ def phrases_from_masks(frame: pd.DataFrame, *, sections: Sequence[str] = ("impre
     """Every phrase that the `masks` of the frame ground in one of the report sections.
 
     Masks of one label that share their spans ("bilateral effusions") are one phrase, with their union as region.
-    Masks without spans in these sections name no words and give no phrase. Raises ValueError for a span that does not
+    Masks without spans in these sections name no words and give no phrase. A phrase is on the study's frontal image,
+    or on the first of a study that has none. Raises ValueError for a span that does not
     lie in its text.
     """
     found = []
     for position, row in enumerate(frame.to_dict("records")):
-        number, image = frontal_image(row)
+        number, image = frontal_image(row, or_first=True)
         grouped: dict[tuple, list[str]] = {}
         for mask in masks_of(row):
             for section in sections if mask.get("image", 0) == number else ():
@@ -83,7 +84,7 @@ def phrases_from_boxes(frame: pd.DataFrame, prompts: Mapping[str, str]) -> list[
     """
     found = []
     for position, row in enumerate(frame.to_dict("records")):
-        number, image = frontal_image(row)
+        number, image = frontal_image(row, or_first=True)
         grouped: dict[str, list[tuple]] = {}
         for box in boxes_of(row):
             if box["image"] == number and box["label"] in prompts:

@@ -169,6 +169,7 @@ def rerank(
     queries: np.ndarray,
     *,
     direction: Direction = "image_to_text",
+    or_first: bool = False,
     batch_size: int = 64,
     precision: Precision = "auto",
 ) -> Found:
@@ -176,13 +177,13 @@ def rerank(
 
     Global cosine is one product of matrices and searches everything; the objective's similarity (with its local
     part, where it has one) is dear and orders only the shortlist. What the shortlist missed keeps its rank behind it.
+    `or_first`: see `image_batches`.
     """
     k = found.nearest.shape[1]
     asked = np.repeat(queries, k)
     image, text = (asked, found.nearest.ravel()) if direction == "image_to_text" else (found.nearest.ravel(), asked)
-    fine = pair_similarities(
-        model, frame, cache, texts, np.stack([image, text], axis=1), batch_size=batch_size, precision=precision
-    )
+    pairs, settings = np.stack([image, text], axis=1), {"batch_size": batch_size, "precision": precision}
+    fine = pair_similarities(model, frame, cache, texts, pairs, or_first=or_first, **settings)
     group = text_groups(texts.texts)
     return reordered(found, fine.reshape(-1, k), group[found.nearest] == group[queries][:, None])
 
@@ -194,6 +195,7 @@ def pair_similarities(
     texts: EncodedTexts,
     pairs: np.ndarray,
     *,
+    or_first: bool = False,
     batch_size: int = 64,
     precision: Precision = "auto",
 ) -> np.ndarray:
@@ -202,9 +204,8 @@ def pair_similarities(
     order = np.argsort(pairs[:, 0], kind="stable")
     images_used, first = np.unique(pairs[order, 0], return_index=True)
     groups = np.split(order, first[1:])
-    for rows, images in image_batches(
-        model, frame.iloc[images_used], cache, batch_size=batch_size, precision=precision
-    ):
+    used, settings = frame.iloc[images_used], {"or_first": or_first, "batch_size": batch_size, "precision": precision}
+    for rows, images in image_batches(model, used, cache, **settings):
         with inference(model, None, "float32") as where:
             for place in range(rows.start, rows.stop):
                 one = _row(images, place - rows.start)

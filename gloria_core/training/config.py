@@ -14,7 +14,7 @@ class PretrainConfig:
 
     `batch_size` is the whole batch, over all processes. `weight_decay` is L2 for `adam`, decoupled for `adamw`.
     `gradient_clip` bounds the gradient's norm (0: no bound). `warmup_fraction` of all optimiser steps is warm-up.
-    `stage_factors` multiply the learning rate of each stage of an objective that has stages (PRIOR: 1, 1, 0.5).
+    `stage_factors` multiply the learning rate of each stage of an objective that has stages; () takes its own.
     `patience` ends the run after so many epochs without a better validation loss (0: never). Between the checkpoints
     at the ends of epochs there is one every `checkpoint_steps` steps and every `checkpoint_seconds` seconds (0: none);
     they change no number. Raises ValueError naming the field.

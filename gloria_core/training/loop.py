@@ -68,8 +68,10 @@ class Run:
         self.identity = run_identity(config, model.config, train, valid, precision=precision, processes=self.processes)
         self.state = TrainingState()
         model.to(self.device, memory_format=torch.channels_last)
+        starts = model.objective.plan(config.epochs)
+        rates = config.stage_factors or model.objective.stage_rates()
         optimizer, self.schedule = optimizer_and_schedule(
-            model, config, steps_per_epoch=self.steps_per_epoch, starts=model.objective.plan(config.epochs)
+            model, config, steps_per_epoch=self.steps_per_epoch, starts=starts, factors=rates
         )
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.forward = GlobalBatch(model)

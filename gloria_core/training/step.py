@@ -31,9 +31,16 @@ def steps_per_epoch(train: StudyDataset, valid: StudyDataset, config: PretrainCo
 
 
 def optimizer_and_schedule(
-    model: nn.Module, config: PretrainConfig, *, steps_per_epoch: int, starts: tuple[int, ...] = (0,)
+    model: nn.Module,
+    config: PretrainConfig,
+    *,
+    steps_per_epoch: int,
+    starts: tuple[int, ...] = (0,),
+    factors: tuple[float, ...] = (),
 ) -> tuple[torch.optim.Optimizer, StagedSchedule]:
-    """What `config` asks for, over the trainable parameters of `model`; `starts` are the first epochs of its stages."""
+    """What `config` asks for, over the trainable parameters of `model`; `starts` are the first epochs of its stages,
+    `factors` their shares of the learning rate.
+    """
     optimizer = make_optimizer(
         model,
         config.optimizer,
@@ -47,7 +54,7 @@ def optimizer_and_schedule(
         epochs=config.epochs,
         steps_per_epoch=steps_per_epoch,
         starts=starts,
-        factors=config.stage_factors,
+        factors=factors,
         warmup_fraction=config.warmup_fraction,
         plateau_factor=config.plateau_factor,
         plateau_patience=config.plateau_patience,

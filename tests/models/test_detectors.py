@@ -60,6 +60,23 @@ def test_the_trunk_is_the_checkpoints(kind, encoder, pixels):
     torch.testing.assert_close(stages[2].mean((2, 3)), features.pooled)
 
 
+@pytest.mark.parametrize("name", ["densenet121", "efficientnet_lite0"])
+def test_other_trunks_give_the_maps_of_their_regions(name, pixels):
+    for number, stage in enumerate(("layer2", "layer3", "layer4")):
+        torch.manual_seed(0)
+        other = ImageEncoder(name, region_stage=stage).eval()
+        detector = _make(RetinaDetector, other).eval()
+        with torch.no_grad():
+            found = detector.stages(pixels)
+            assert [tuple(s.shape[-2:]) for s in found] == [(8, 8), (4, 4), (2, 2)]
+            assert [s.shape[1] for s in found] == detector.widths
+            torch.testing.assert_close(found[number].permute(0, 2, 3, 1), other(pixels).regions)
+    losses = detector.train().losses(detector.stages(pixels), TARGETS)
+    sum(losses.values()).backward()
+    assert all(value.grad is not None for value in detector.net.parameters())
+    assert {len(found["boxes"]) for found in detector.eval().detect(detector.stages(pixels))} <= set(range(101))
+
+
 @pytest.mark.parametrize("kind", DETECTORS)
 @pytest.mark.parametrize("frozen", [True, False])
 def test_losses_reach_what_may_learn(kind, frozen, encoder, pixels):
@@ -208,8 +225,8 @@ def test_errors(encoder, pixels):
         RetinaDetector(encoder, classes=1, side=64, batch_norm="off")
     with pytest.raises(ValueError, match="width"):
         RetinaDetector(encoder, classes=1, side=64, width=30)
-    with pytest.raises(ValueError, match="efficientnet_lite0"):
-        RetinaDetector(ImageEncoder("efficientnet_lite0"), classes=1, side=64)
+    with pytest.raises(ValueError, match=r"strides 8, 16 and 32.*'swin_tiny'"):
+        RetinaDetector(ImageEncoder("swin_tiny"), classes=1, side=64)
     with pytest.raises(ValueError, match="made for images of 96"):
         RetinaDetector(encoder, classes=1, side=96).stages(pixels)
 

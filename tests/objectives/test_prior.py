@@ -278,6 +278,8 @@ def test_wrong_input_is_named(pairs):
         {"bank_temperature": 0.0},
         {"temperature": 0.0},
         {"temp_decay": "cosine"},
+        {"stage_rates": (1.0, 0.5)},
+        {"stage_rates": (1.0, 0.0, 1.0)},
         {"stage_epochs": (1, 2)},
         {"stage_epochs": (1, 2, 0)},
     ],
@@ -366,9 +368,20 @@ def test_given_stage_epochs():
     assert objective.plan(5) == (0, 1)
     objective.on_epoch(1)
     assert objective.stage == 3
-    assert make(stage_epochs=(0, 0, 3)).plan(3) == (0,)
+    alone = make(stage_epochs=(0, 0, 3), stage_rates=(1.0, 0.4, 0.2))
+    assert alone.plan(3) == (0,) and alone.stage_rates() == (0.2,)
     with pytest.raises(ValueError, match=r"\(1, 0, 4\) are 5 epochs, not 6"):
         objective.plan(6)
+
+
+def test_rates_are_those_of_the_stages_that_come():
+    objective = make()  # the paper's: the last stage at half
+    for epochs, rates in ((1, (0.5,)), (2, (1.0, 0.5)), (10, (1.0, 1.0, 0.5))):
+        objective.plan(epochs)
+        assert objective.stage_rates() == rates
+    skips = make(stage_epochs=(2, 0, 1), stage_rates=(1.0, 0.4, 0.2))
+    skips.plan(3)
+    assert skips.stage_rates() == (1.0, 0.2)
 
 
 def test_an_objective_without_a_plan_is_at_the_end():

@@ -67,6 +67,8 @@ def test_frontal_image_is_the_first_that_is_not_lateral():
     assert frontal_image({**row, "views": ""}) == (0, "a.png")
     with pytest.raises(ValueError, match="study s"):
         frontal_image({**row, "images": "a.png", "views": "LATERAL"})
+    assert frontal_image({**row, "images": "a.png", "views": "LATERAL"}, or_first=True) == (0, "a.png")
+    assert frontal_image(row, or_first=True) == (1, "b.png")
 
 
 def test_texts_do_not_depend_on_the_batch(model):

@@ -192,6 +192,13 @@ def test_objective_and_loader_are_told_the_epoch(tmp_path, monkeypatch):
     assert model.training is False  # the last thing it did was to validate
 
 
+@pytest.mark.parametrize(("given", "rates"), [((), [1.0, 1.0, 0.5]), ((0.2, 0.4, 0.6), [0.2, 0.4, 0.6])])
+def test_stages_peak_at_their_share_of_the_rate(tmp_path, given, rates):
+    settings = {"epochs": 3, "schedule": "constant", "warmup_fraction": 0.0, "stage_factors": given}
+    history = run(tmp_path, model=tiny_study.model("prior"), **settings)
+    assert history["learning_rate"].tolist() == pytest.approx([1e-3 * rate for rate in rates])
+
+
 @pytest.mark.parametrize("objective", ["gloria", "convirt"])
 def test_bfloat16_stays_close_to_float32(tmp_path, objective):
     losses = {}

@@ -59,6 +59,16 @@ class Backbone(ABC):
     ) -> ImageFeatures:
         """Shape: pixels (B, C, H, W) -> pooled (B, Dg), regions (B, h, w, Dr), cls_attention (B, h, w) or None."""
 
+    def pyramid(self, trunk: nn.Module) -> nn.Module:
+        """A module of the trunk's own parts, without those behind the last map: pixels -> {stage: (B, C, h, w)}.
+
+        Raises ValueError for a network that has no maps at strides 8, 16 and 32.
+        """
+        raise ValueError(
+            f"detectors need feature maps at strides 8, 16 and 32, and the image encoder {self.name!r} has none: use a "
+            "checkpoint with a ResNet, densenet121 or efficientnet_lite0"
+        )
+
     def imagenet(self) -> dict[str, Tensor]:
         """State dict of the public ImageNet weights. Raises WeightsError where there are none or no network."""
         raise WeightsError(

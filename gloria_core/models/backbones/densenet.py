@@ -48,9 +48,26 @@ class DenseNet(Backbone):
         last = F.relu(x)
         return from_maps(last, last if stage == "layer4" else maps[f"denseblock{stage[-1]}"])
 
+    def pyramid(self, trunk: nn.Module) -> nn.Module:
+        return _Stages(trunk.features)
+
     def translate(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """torchvision's download still has `denselayer1.norm.1.weight`, which its network calls `norm1.weight`."""
         return {OLD_NAME.sub(r"\1\2", name): value for name, value in tensors.items()}
 
     def imagenet(self) -> dict[str, Tensor]:
         return torchvision_imagenet(self.name)
+
+
+class _Stages(nn.Module):
+    """The maps of the regions, all three."""
+
+    def __init__(self, layers: nn.Sequential) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        maps, x = {}, pixels
+        for name, layer in self.layers.named_children():
+            x = maps[name] = layer(x)
+        return {"layer2": maps["denseblock2"], "layer3": maps["denseblock3"], "layer4": F.relu(x)}

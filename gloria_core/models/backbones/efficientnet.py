@@ -41,6 +41,9 @@ class EfficientNetLite(Backbone):
                 regions = x
         return from_maps(trunk.bn2(trunk.conv_head(x)), regions)
 
+    def pyramid(self, trunk: nn.Module) -> nn.Module:
+        return _Stages(trunk)
+
     def fill_from_package(self, trunk: nn.Module, package: str) -> None:
         if package != LITE_PACKAGE:
             super().fill_from_package(trunk, package)
@@ -48,3 +51,18 @@ class EfficientNetLite(Backbone):
         without_classifier = {name: value for name, value in tensors.items() if not name.startswith("_fc.")}
         # the package keeps the names of another implementation; order and shapes are timm's
         sources.fill_by_order(trunk, without_classifier, source=f"package {package}")
+
+
+class _Stages(nn.Module):
+    """The maps of the regions, all three; the head convolution behind them is left out."""
+
+    def __init__(self, trunk: nn.Module) -> None:
+        super().__init__()
+        self.conv_stem, self.bn1, self.blocks = trunk.conv_stem, trunk.bn1, trunk.blocks
+
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        x, maps = self.bn1(self.conv_stem(pixels)), []
+        for block in self.blocks:
+            x = block(x)
+            maps.append(x)
+        return {stage: maps[number] for stage, number in LAST_BLOCK.items()}

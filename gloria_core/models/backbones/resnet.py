@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 from torchvision.models import get_model
+from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.resnet import BasicBlock
 
 from gloria_core.models.backbones.base import STAGES, Backbone, from_maps, torchvision_imagenet
@@ -66,6 +67,9 @@ class ResNet(Backbone):
             if name == stage:
                 regions = x
         return from_maps(x, regions)
+
+    def pyramid(self, trunk: nn.Module) -> nn.Module:
+        return IntermediateLayerGetter(trunk, {name: name for name in STAGES})
 
     def imagenet(self) -> dict[str, Tensor]:
         return super().imagenet() if self.name == TINY else torchvision_imagenet(self.name)
