@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -176,3 +177,20 @@ def test_several_datasets_in_one_study(make_study, tmp_path):
     file.write_text(file.read_text().replace("{dataset: lungs}", "{seed: 0}"))
     with pytest.raises(StudyError, match="could read the manifest of 2 runs"):
         load_study(file)
+
+
+SHIPPED = sorted((Path(__file__).parents[2] / "notebooks" / "studies").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_studies_are_whole(file):
+    plan = load_study(file, data_root="/radiographs")
+    assert plan.runs[-1].notebook == "09_paper_tables" and len(plan.runs[-1].needs) == len(plan) - 1
+    trained = {run.parameters["objective"] for run in plan if run.notebook == "02_pretraining"}
+    assert {"gloria", "random"} <= trained
+    if file.stem in ("phantom", "nih", "real"):
+        assert {"gloria", "mgca", "prior", "cxr_clip", "convirt"} <= trained
+    if file.stem in ("quickstart", "phantom", "real"):
+        assert {run.notebook[:2] for run in plan} >= {f"{number:02}" for number in range(1, 10)}
+    roots = {run.parameters["data_root"] for run in plan if run.parameters.get("data_root")}
+    assert all(root.startswith("/radiographs") for root in roots) and (file.stem in ("nih", "real")) == bool(roots)
