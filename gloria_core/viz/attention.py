@@ -18,6 +18,8 @@ from gloria_core.viz.plots import new_figure, reaches, wrapped
 
 TRUTH = "#00e5ff"
 """Colour of outlines: in no colour map used here, and bright on dark lungs and on white bone."""
+FLAT = 1e-4
+"""A map that varies by less than this share of its largest value says nothing: colours would show rounding errors."""
 
 
 @dataclass(frozen=True)
@@ -175,9 +177,12 @@ def _draw_map(figure: Figure, axis: Axes, panel: MapPanel) -> None:
         )
         return
     low, high = float(known.min()), float(known.max())
+    meaning = "lowest to highest of this map"
+    reach = max(abs(low), abs(high), 1e-12)
     if panel.signed:
-        reach = max(abs(low), abs(high), 1e-12)
-        low, high = -reach, reach
+        low, high, meaning = -reach, reach, "0 in the middle: the sign counts"
+    elif high - low < FLAT * reach:
+        low, high, meaning = low - reach / 2, low + reach / 2, "the same everywhere"
     picture = axis.imshow(
         np.ma.masked_invalid(panel.values),
         cmap="PuOr_r" if panel.signed else "viridis",
@@ -185,7 +190,6 @@ def _draw_map(figure: Figure, axis: Axes, panel: MapPanel) -> None:
         vmax=high,
         alpha=0.55,
     )
-    meaning = "0 in the middle: the sign counts" if panel.signed else "lowest to highest of this map"
     _draw_bar(figure, axis, picture, f"{panel.unit}\n({meaning})")
 
 

@@ -47,6 +47,18 @@ def test_signed_maps_are_centred_and_unseen_pixels_are_transparent():
     assert (rgba[:5, :, 3] == 0).all() and (rgba[5:, :, 3] > 0).all()
 
 
+def test_rounding_errors_of_a_flat_map_get_no_colours():
+    flat = np.full(IMAGE.shape, 0.25)
+    flat[3:9, 4:7] += 1e-7
+    figure = attention_row(IMAGE, [MapPanel(flat, "word softmax")], title="x")
+    low, high = _map_axes(figure)[0].images[1].get_clim()
+    assert low == pytest.approx(0.125) and high == pytest.approx(0.375)
+    assert "the same everywhere" in figure.axes[-1].get_xlabel()
+    flat[3:9, 4:7] += 1e-3
+    shown = _map_axes(attention_row(IMAGE, [MapPanel(flat, "word softmax")], title="x"))[0].images[1].get_clim()
+    assert shown == pytest.approx((0.25, 0.251), abs=1e-6)
+
+
 def test_outline_is_drawn_around_the_right_pixels():
     mask = np.zeros(IMAGE.shape, dtype=bool)
     mask[10:20, 0:8] = True
