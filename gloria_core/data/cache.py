@@ -19,7 +19,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from gloria_core.data.cache_build import Task, ensure
-from gloria_core.data.cache_files import FORMAT, CacheError, checksum, read_index, remedy
+from gloria_core.data.cache_files import FORMAT, CacheError, Entry, checksum, read_index, remedy
 from gloria_core.data.geometry import Geometry
 from gloria_core.data.images import ImageError
 from gloria_core.types import Behavior
@@ -77,11 +77,14 @@ class ImageCache:
         workers: int = 2,
         on_error: Literal["raise", "exclude"] = "raise",
         progress: bool | Callable[[int, int], None] = True,
+        known: Callable[[str, Path], tuple[Entry, NDArray[np.uint8]] | None] | None = None,
     ) -> ImageCache:
         """The cache of a frame's images: opened if there is a valid one in `folder`, made otherwise.
 
         A cache whose source files have changed since is made anew. `workers` are threads: decoding runs outside
         Python's lock. `progress` prints a line every few seconds, or calls `progress(done, total)` after each block.
+        `known(path, file)` gives the index entry and pixels of an image that was decoded before, or None; all threads
+        ask it (`gloria_core.data.shares.Shares.find`).
 
         Raises:
             ImageError: images cannot be used and on_error="raise" (all are counted, the first ten listed with study,
@@ -96,9 +99,8 @@ class ImageCache:
             raise ValueError("the frame has no images: an image cache needs at least one row")
         if size < 1 or workers < 1:
             raise ValueError(f"size={size} and workers={workers} must both be at least 1")
-        task = Task(
-            Path(root), Path(folder), cache_key(frame, size, behavior=behavior), size, behavior, workers, progress
-        )
+        key = cache_key(frame, size, behavior=behavior)
+        task = Task(Path(root), Path(folder), key, size, behavior, workers, progress, known)
         bad = ensure(task, paths, keep_bad=on_error == "exclude")
         excluded = _excluded(frame, bad)
         if bad and on_error == "raise":

@@ -47,6 +47,7 @@ class Task(NamedTuple):
     behavior: Behavior
     workers: int
     progress: bool | Callable[[int, int], None]
+    known: Callable[[str, Path], tuple[Entry, NDArray[np.uint8]] | None] | None = None  # images decoded before
 
     @property
     def index(self) -> Path:
@@ -119,6 +120,8 @@ def _decode(task: Task, path: str) -> tuple[Entry, NDArray[np.uint8]] | ImageErr
         if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
             raise ImageError(f"{path}: leads out of the root folder. Write paths relative to it, without '..'")
         file = task.root / path
+        if task.known and (ready := task.known(path, file)):
+            return ready
         data = read_bytes(file, name=path)
         image = decode_gray(data, path)
         try:

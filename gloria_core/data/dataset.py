@@ -20,6 +20,7 @@ from gloria_core.data.manifest import (
     read_manifest,
     write_manifest,
 )
+from gloria_core.data.shares import Shares
 
 COMPETITION_SYNONYMS = ("Effusion",)
 """The NIH tables' name for Pleural Effusion."""
@@ -77,11 +78,16 @@ def save_dataset(
     """Write `folder/manifest.csv` and `folder/dataset.json`, and build `folder/cache` from the images under `root`.
 
     `on_error="exclude"` leaves studies with unreadable images out of the manifest; they are listed, with the reason,
-    in `folder/excluded.csv`. Raises ManifestError or ImageError otherwise.
+    in `folder/excluded.csv`. `shares`: a folder that `gloria_core.data.shares` filled; its images need no decoding.
+    Raises ManifestError or ImageError otherwise, CacheError for a folder without shares of this size.
     """
     folder, root = Path(folder), Path(root).resolve()
+    found = Shares(shares, size=size) if str(shares) else None
     folder.mkdir(parents=True, exist_ok=True)
-    cache = ImageCache.build(frame, root, size=size, folder=folder / "cache", on_error=on_error)
+    decoded = found.find if found is not None else None
+    cache = ImageCache.build(frame, root, size=size, folder=folder / "cache", on_error=on_error, known=decoded)
+    if found is not None:
+        print(found.summary(len(cache)))
     frame = cache.usable(frame).reset_index(drop=True)
     excluded = frame.attrs["excluded"]
     if excluded:

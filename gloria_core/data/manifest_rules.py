@@ -114,7 +114,7 @@ def _cell_problems(frame: pd.DataFrame) -> dict[str, dict[int, str]]:
     return {
         "study_id": _differing(frame["study_id"], rows, "duplicate study_id; give every study its own"),
         "patient_id": _differing(patients, splits, "patient in two splits; keep a patient in one"),
-        "images": _shared_images(frame["images"], splits) | bad_images,
+        "images": _shared_images(frame["images"], splits, frame["patient_id"]) | bad_images,
         "views": bad_views,
         "label_rank": _differing(patients, ranks, "label_rank differs within the patient; use assign_label_ranks"),
         "boxes": json_problems(frame, "boxes", box_problem),
@@ -144,12 +144,40 @@ def _shown(value: object) -> str:
     return "" if isinstance(value, int) else f" with {value}"
 
 
-def _shared_images(images: pd.Series, splits: pd.Series) -> dict[int, str]:
-    """Rows with an image that an earlier row of another split has as well: a leak that patient ids do not show."""
+def torn_ids(patients: pd.Series, splits: pd.Series) -> pd.Series:
+    """Ids for what a published split tears apart: "p" becomes "p (train)" and "p (test)"."""
+    return patients + _torn_mark(splits)
+
+
+def _torn_mark(splits: pd.Series) -> pd.Series:
+    return " (" + splits.astype(str) + ")"
+
+
+def _torn_from(patients: pd.Series, splits: pd.Series) -> pd.Series:
+    """What each id was before `torn_ids`; missing for an id without the mark of its split."""
+    pairs = zip(patients.astype(str), _torn_mark(splits), strict=True)
+    return pd.Series([name.removesuffix(mark) if name.endswith(mark) else None for name, mark in pairs], patients.index)
+
+
+def _shared_images(images: pd.Series, splits: pd.Series, patients: pd.Series) -> dict[int, str]:
+    """Rows with an image that an earlier row of another split has as well: a leak that patient ids do not show.
+
+    It is no fault where they show it: all studies with that image are of one patient torn apart (`torn_ids`).
+    """
     paths = images.fillna("").str.split(";").explode()
     owners = paths.index.to_numpy()
     found = _differing(paths, splits.loc[owners], "image is in two splits; keep it in one")
-    return {int(owners[place]): text.partition(" (first seen")[0] for place, text in found.items()}
+    if not found:
+        return {}
+    paths = paths.reset_index(drop=True)
+    shared = paths[paths.isin(paths[list(found)])]
+    whole = _torn_from(patients, splits).loc[owners[shared.index]].groupby(shared.to_numpy(), dropna=False)
+    named = whole.agg(lambda names: names.notna().all() and names.nunique() == 1)
+    return {
+        int(owners[place]): text.partition(" (first seen")[0]
+        for place, text in found.items()
+        if not named[paths[place]]
+    }
 
 
 def _schema(frame: pd.DataFrame, problems: dict[str, dict[int, str]]) -> pa.DataFrameSchema:

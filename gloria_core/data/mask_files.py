@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,7 +41,7 @@ def write_mask(root: Path, path: str, make: Callable[[], NDArray[np.bool_]]) -> 
     if target.is_file():
         return path
     mask = Image.fromarray(np.asarray(make(), bool))
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         mask.save(temporary, format="PNG")

@@ -14,8 +14,7 @@ import pandas as pd
 from sklearn.model_selection import train_test_split
 
 from gloria_core.data.manifest import ManifestError
-
-_ORDER = ("test", "valid", "train")
+from gloria_core.data.manifest_rules import torn_ids
 
 
 def drawn_twice(n: int, *, held_out: float | int, seed: int = 0) -> np.ndarray:
@@ -44,12 +43,6 @@ def drawn_once(n: int, *, held_out: float, seed: int = 0) -> np.ndarray:
     return split
 
 
-def one_split_each(groups: Sequence[str], split: Sequence[str]) -> dict[str, str]:
-    """Group -> split, where the rows (n,) of a group were drawn apart: test comes before valid, valid before train."""
-    rank = pd.Series([_ORDER.index(name) for name in split]).groupby(np.asarray(groups, object), sort=False).min()
-    return {group: _ORDER[place] for group, place in rank.items()}
-
-
 def seen_in_training(units: Sequence[str], split: Sequence[str], *, rows: str, unit: str) -> dict[str, int]:
     """{"test images": n, "test images whose patient is in train": m} with `rows`="images", `unit`="patient".
 
@@ -65,9 +58,10 @@ def seen_in_training(units: Sequence[str], split: Sequence[str], *, rows: str, u
 def torn_patients(patients: pd.Series, split: Sequence[str]) -> pd.Series:
     """Patient ids for a published split that is not patient-disjoint: "p" becomes "p (train)" and "p (test)".
 
-    A manifest has no patient in two splits; so what was torn apart gets two names, and the leak is counted instead.
+    A manifest has no patient in two splits; so what was torn apart gets two names, and the leak is counted instead. An
+    image may then be in two splits, too, where all its studies are of one patient torn apart.
     """
     split = pd.Series(np.asarray(split, object), index=patients.index)
     torn = split.groupby(patients.to_numpy(object)).nunique()
     apart = patients.isin(torn.index[torn > 1])
-    return patients.mask(apart, patients + " (" + split.astype(str) + ")")
+    return patients.mask(apart, torn_ids(patients, split))

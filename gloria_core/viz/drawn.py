@@ -30,10 +30,14 @@ def drawn_findings(
     if not len(cases):
         raise ValueError("drawn_findings needs at least one case")
     labels = sorted({label for _, masks, boxes, _ in cases for label in (*masks, *boxes)})
-    colours = dict(zip(labels, sns.color_palette("colorblind", max(len(labels), 1)), strict=False))
+    colours = dict(zip(labels, _palette(len(labels)), strict=True))
     columns = min(columns, len(cases))
     rows = -(-len(cases) // columns)
-    figure, axes = new_figure(rows, columns, width=2.4 * columns + 0.2, height=2.7 * rows + 0.9)
+    width = 2.4 * columns + 0.2
+    # a constrained layout makes room for the legend, but lets one that is too wide run over the edges
+    across = min(max(int(width / (0.6 + 0.075 * max(map(len, labels), default=1))), 1), 4)
+    lines = -(-len(labels) // across)
+    figure, axes = new_figure(rows, columns, width=width, height=2.7 * rows + 0.6 + 0.19 * lines)
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, (image, masks, boxes, name) in zip(axes.flat, cases, strict=False):
@@ -49,6 +53,12 @@ def drawn_findings(
         axis.set_title(wrapped(name, 30), fontsize=8)
     handles = [Patch(facecolor=(*colours[label], alpha), edgecolor=colours[label], label=label) for label in labels]
     if handles:
-        figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+        figure.legend(handles=handles, loc="outside lower center", ncols=across, frameon=False, fontsize=8)
     figure.suptitle(f"{title} (n = {len(cases)})", fontsize=10)
     return figure
+
+
+def _palette(n: int) -> list[tuple[float, float, float]]:
+    """n colours that differ from each other and from gray: the colour-blind ones, while they last."""
+    named = [colour for colour in sns.color_palette("colorblind") if max(colour) - min(colour) > 0.05]
+    return named[:n] if n <= len(named) else sns.color_palette("husl", n)

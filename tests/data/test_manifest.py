@@ -23,6 +23,7 @@ from gloria_core.data.manifest import (
     validate,
     write_manifest,
 )
+from gloria_core.data.published_splits import torn_patients
 
 
 def make_frame(n: int = 6) -> pd.DataFrame:
@@ -133,6 +134,38 @@ def test_several_images_and_views_are_fine():
     frame = changed("images", 1, "a/1.png;a/2.png")
     frame.loc[1, "views"] = "PA;LATERAL"
     assert len(validate(frame, source="x")) == 6
+
+
+def torn_frame(*rows: tuple[str, str, str]) -> pd.DataFrame:
+    """Studies of (patient, split, images)."""
+    frame = make_frame(len(rows))
+    frame["patient_id"], frame["split"], frame["images"] = zip(*rows, strict=True)
+    frame["views"] = [";".join(["PA"] * len(cell.split(";"))) for cell in frame["images"]]
+    return frame.assign(label_rank=0.0)
+
+
+def test_an_image_may_be_in_two_splits_where_its_patient_was_torn_apart():
+    torn = torn_patients(pd.Series(["x", "y", "x"]), ["train", "valid", "test"]).tolist()
+    assert torn == ["x (train)", "y", "x (test)"]
+    rows = [(torn[0], "train", "x.png;only.png"), (torn[1], "valid", "y.png"), (torn[2], "test", "x.png")]
+    validate(torn_frame(*rows, (torn[0], "train", "x.png")), source="my.csv")
+
+
+@pytest.mark.parametrize(
+    ("rows", "bad"),
+    [
+        ([("x", "train", "x.png"), ("y", "test", "x.png")], 3),
+        ([("x (train)", "train", "x.png"), ("x", "test", "x.png")], 3),
+        ([("x (train)", "train", "x.png"), ("y (test)", "test", "x.png")], 3),  # two people
+        ([("x (train)", "train", "x.png"), ("x (valid)", "test", "x.png")], 3),  # the mark of another split
+        # a study of the first row's split that is not marked: it shares the image with the test set
+        ([("x (train)", "train", "x.png"), ("x (test)", "test", "x.png"), ("z", "train", "x.png")], 3),
+        ([("x (train)", "train", "x.png;z.png"), ("x (test)", "test", "x.png"), ("z", "valid", "z.png")], 4),
+    ],
+)
+def test_otherwise_an_image_is_in_one_split(rows, bad):
+    text = problem(torn_frame(*rows))
+    assert text.startswith("my.csv: 1 problem") and f"row {bad} " in text and "image is in two splits" in text
 
 
 def test_boxes_and_masks_of_a_row():

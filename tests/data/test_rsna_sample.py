@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from gloria_core.data.manifest import ManifestError, boxes_of
+from gloria_core.data.manifest import ManifestError, boxes_of, finding_columns
 from gloria_core.data.sources import available, prepare
 
 DATA = Path(os.environ.get("GLORIA_DATA", Path(__file__).parents[3] / "shared" / "data")) / "nih_sample"
@@ -60,6 +60,30 @@ def test_the_source_is_kept(root):
     assert frame.loc["00000000_000", "meta_source"] == "A" and frame.loc["00000000_001", "meta_source"] == ""
 
 
+def test_projection_sex_and_age_come_from_the_table_of_entries_and_move_no_split(root):
+    before = prepare("rsna_sample", root)
+    assert "is_male" not in before and set(before["views"]) == {"FRONTAL"}
+    header = "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position"
+    rows = ["00000000_000.png,No Finding,0,0,058Y,M,AP", "00000000_001.png,Mass,1,0,59,F,PA"]
+    table = root / "Data_Entry_2017_v2020.csv"
+    table.write_text("\n".join([header, *rows, "00000099_000.png,Mass,0,99,20,F,PA"]) + "\n")
+    frame = prepare("rsna_sample", root)
+    pd.testing.assert_frame_equal(frame[before.columns].assign(views="FRONTAL"), before)
+    assert finding_columns(frame) == ["Pneumonia"]
+    frame = frame.set_index("study_id")
+    found = frame.loc[["00000000_000", "00000000_001"], ["views", "is_ap_view", "is_male", "meta_age"]]
+    assert found.to_numpy().tolist() == [["AP", 1.0, 1.0, "58"], ["PA", 0.0, 0.0, "59"]]
+    others = frame.drop(found.index)  # not in that table: unknown, not absent
+    assert others[["is_ap_view", "is_male"]].isna().all(axis=None) and set(others["views"]) == {"FRONTAL"}
+    assert (others["meta_age"] == "").all() and len(others) == 10
+    _replace(table, ",M,AP", ",X,AP")
+    with pytest.raises(ManifestError, match="Patient Gender"):
+        prepare("rsna_sample", root)
+    (root / "Data_Entry_2017.csv").write_text(header)
+    with pytest.raises(ManifestError, match="several files"):
+        prepare("rsna_sample", root)
+
+
 def test_missing_images_are_named_or_left_out(root):
     (root / "images/00000007_001.jpg").unlink()
     _replace(root / "rsna_to_nih.csv", "rsna-8,", "rsna-x,")
@@ -105,3 +129,6 @@ def test_the_real_subset():
     assert len(frame) == 8153 and len(boxes) == 397
     assert all(b["xywh"][0] >= 0 and b["xywh"][0] + b["xywh"][2] <= 224.01 for b in boxes)
     assert ((frame["boxes"] != "") == (frame["Pneumonia"] == 1)).all()
+    assert frame["split"].value_counts().to_dict() == {"train": 5707, "test": 1631, "valid": 815}
+    assert frame[["is_ap_view", "is_male"]].notna().all(axis=None)
+    assert ((frame["views"] == "AP") == (frame["is_ap_view"] == 1)).all()

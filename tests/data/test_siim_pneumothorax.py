@@ -13,6 +13,7 @@ from owner_trees import prepared_twice, refusal, write_dicom, write_picture
 from PIL import Image
 
 from gloria_core.data.manifest import masks_of
+from gloria_core.data.published_splits import drawn_twice
 from gloria_core.data.rle import decode_rle
 from gloria_core.data.sources.siim_pneumothorax import prepare
 
@@ -91,13 +92,56 @@ def test_png_version(tmp_path):
     assert "is in both" in refusal(prepare, root)
 
 
-def test_published_rows_leak_and_the_manifest_does_not(tmp_path):
+def test_the_published_draw_tears_images_and_their_masks_apart(tmp_path):
     root = tmp_path / "root"
-    make_stage1(root, n=60)
-    frame = prepared_twice(prepare, root, tmp_path, split_rule="published", masks=False)
+    rows = make_stage1(root, n=60)
+    whole = prepare(root).set_index("study_id")
+    frame = prepared_twice(prepare, root, tmp_path, split_rule="published")
+    drawn = pd.DataFrame([row.replace(", ", ",").split(",") for row in rows], columns=["name", "runs"])
+    drawn["split"] = drawn_twice(len(drawn), held_out=0.3)
+    torn = drawn.groupby("name")["split"].nunique()
+    torn = set(torn.index[torn > 1])
     leaks = frame.attrs["leaks"]
-    assert leaks["images in train and test"] > 0 and frame["study_id"].is_unique and len(frame) == 60
+    assert len(torn) > 1 and leaks["images in train and test"] > 0
     assert leaks["test rows"] == 10 and leaks["test rows whose image is in train"] >= leaks["images in train and test"]
+    # a study of each image and split, which holds the rows of that split
+    expected = {
+        f"{name} ({split})" if name in torn else name: part for (name, split), part in drawn.groupby(["name", "split"])
+    }
+    assert set(frame["study_id"]) == set(expected) and (frame["study_id"] == frame["patient_id"]).all()
+    assert len(frame) == 60 + len(torn)
+    for row in frame.to_dict("records"):
+        part = expected[row["study_id"]]
+        assert row["split"] == part["split"].iloc[0] and row["images"] == whole.loc[part["name"].iloc[0], "images"]
+        runs = [text for text in part["runs"] if text != "-1"]
+        assert row["Pneumothorax"] == bool(runs) and len(masks_of(row)) == bool(runs)
+        if runs:
+            mask = np.asarray(Image.open(root / masks_of(row)[0]["path"]))
+            assert (mask == np.logical_or.reduce([decode_rle(text, 1024, 1024, format="siim") for text in runs])).all()
+
+
+def test_a_part_of_another_draw_is_not_taken_for_this_one(tmp_path):
+    """A torn image's file is named by its rows: a table with one row less draws other parts."""
+    rows = make_stage1(tmp_path, n=60)
+    first = prepare(tmp_path, split_rule="published")
+    write_table(tmp_path, rows[1:])
+    second = prepare(tmp_path, split_rule="published")
+    assert set(first["study_id"]) != set(second["study_id"])
+    for row in second[second["study_id"].str.contains("(", regex=False)].to_dict("records"):
+        mask = np.asarray(Image.open(tmp_path / masks_of(row)[0]["path"]))
+        assert any((mask == decode_rle(RUNS[k], 1024, 1024, format="siim")).all() for k in (0, 2))
+
+
+def test_without_masks_and_with_missing_torn_images(tmp_path):
+    make_stage1(tmp_path, n=60)
+    frame = prepare(tmp_path, split_rule="published", masks=False)
+    assert (frame["masks"] == "").all() and not (tmp_path / "masks_siim_pneumothorax").exists()
+    torn = frame[frame["study_id"].str.contains("(", regex=False)]
+    (tmp_path / torn["images"].iloc[0]).unlink()
+    rest = prepare(tmp_path, split_rule="published", masks=False, on_error="exclude")
+    name = torn["study_id"].iloc[0].split(" (")[0]
+    assert [item["study_id"].split(" (")[0] for item in rest.attrs["excluded"]] == [name, name]
+    assert len(rest) == len(frame) - 2
 
 
 BAD = {
@@ -149,7 +193,11 @@ def test_the_owners_full_table(tmp_path):
     assert len(frame) == 12_047 and frame["Pneumothorax"].sum() == 2_669
     assert frame["split"].value_counts().to_dict() == {"train": 8432, "test": 2410, "valid": 1205}
     frame = prepare(tmp_path, masks=False, split_rule="published")
-    assert frame["split"].value_counts().to_dict() == {"train": 8296, "test": 1903, "valid": 1848}
+    assert frame["split"].value_counts().to_dict() == {"train": 8578, "test": 1903, "valid": 1910}
+    trained = set(frame.loc[frame["split"] == "train", "images"])
+    positive = frame[(frame["split"] == "test") & (frame["Pneumothorax"] == 1)]
+    assert positive["images"].isin(trained).sum() == 154 and frame["images"].nunique() == 12_047
+    assert frame["study_id"].str.endswith((" (train)", " (valid)", " (test)")).sum() == 655
     assert frame.loc[frame["split"] == "test", "Pneumothorax"].sum() == 476
     leaks = frame.attrs["leaks"]
     assert leaks["images in train and test"] == 154 and leaks["images in train and valid"] == 161

@@ -95,9 +95,7 @@ def prepare(
     frame, failures = _gather(parts, tables, root, unit=unit, views=views, on_error=on_error, check=check_images)
     left += failures
     if split_rule == "patient":
-        learn = frame[frame["split"] == "train"]
-        cut = assign_splits(learn, fractions={"train": 1 - VALID_SHARE, "valid": VALID_SHARE}, seed=seed)
-        frame.loc[learn.index, "split"] = cut["split"]
+        frame = _with_valid(frame, seed=seed)
         leaks = patient_leaks(frame["patient_id"], frame["split"])
     elif paper != "cxr_clip":
         leaks = patient_leaks(frame["patient_id"], frame["split"]) | leaks
@@ -128,6 +126,14 @@ def _gather(
     if frame.empty:
         raise ManifestError(f"{tables['train']}: no image of view {views!r}; use views='all'")
     return frame, left
+
+
+def _with_valid(frame: pd.DataFrame, *, seed: int) -> pd.DataFrame:
+    """The frame with a share of the training patients in valid."""
+    learn = frame[frame["split"] == "train"]
+    cut = assign_splits(learn, fractions={"train": 1 - VALID_SHARE, "valid": VALID_SHARE}, seed=seed)
+    frame.loc[learn.index, "split"] = cut["split"]
+    return frame
 
 
 def published_parts(

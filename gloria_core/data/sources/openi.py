@@ -71,11 +71,7 @@ def prepare(
     files = _image_files(root) if check_images else None
     path, _ = report_files(root)
     reports = read_reports(path)
-    left = [
-        Failure(row.study, index + 2, "images", "()", "the report has no image")
-        for index, row in zip(reports.index, reports.itertuples(), strict=True)
-        if not row.images
-    ]
+    left = _without_images(reports)
     silent = (reports["findings"] == "") & (reports["impression"] == "") & texts_only
     left += _failures(reports[silent & (reports["images"].str.len() > 0)], "neither findings nor impression")
     images = _images(reports[~silent], projections(root))
@@ -91,6 +87,14 @@ def prepare(
     frame = assign_splits(frame, seed=seed) if split_rule == "patient" else frame.assign(split="test")
     leaks = patient_leaks(frame["patient_id"], frame["split"])
     return finish(frame, source=f"manifest of {root}", seed=seed, failures=left, leaks=leaks)
+
+
+def _without_images(reports: pd.DataFrame) -> list[Failure]:
+    return [
+        Failure(row.study, index + 2, "images", "()", "the report has no image")
+        for index, row in zip(reports.index, reports.itertuples(), strict=True)
+        if not row.images
+    ]
 
 
 def _with_files(images: pd.DataFrame, files: dict[str, str]) -> tuple[pd.DataFrame, list[Failure]]:

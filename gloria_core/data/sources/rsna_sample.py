@@ -3,7 +3,8 @@
 Article: https://doi.org/10.1148/ryai.2019180041. RSNA's radiologists drew boxes of opacities suspicious for pneumonia
 on 26,684 of the images of NIH ChestX-ray14. This source reads a folder with such images under NIH's names, and tables:
 `stage_2_train_labels.csv` (patientId, x, y, width, height, Target; one row a box, in pixels of 1024 x 1024),
-`rsna_to_nih.csv` (patientId, image_index, rsna_class), and if there, `image_source.csv` (image_index, source).
+`rsna_to_nih.csv` (patientId, image_index, rsna_class), and if there, `image_source.csv` (image_index, source) and NIH's
+`Data_Entry_2017*.csv` (projection, sex, age).
 RSNA gave every image a patient of its own; here a patient is NIH's (the number before the underscore), so that images
 of one person stay in one split. There are no reports: findings and impression are empty.
 """
@@ -19,11 +20,12 @@ from PIL import Image
 
 from gloria_core.data.manifest import ManifestError, OnError, validate
 from gloria_core.data.manifest_rules import ExcludedRows, Failure, raise_failures
-from gloria_core.data.sources.nih_tables import read_columns, read_extra, require
+from gloria_core.data.sources.nih_tables import find_table, read_columns, read_entries, read_extra, require
 from gloria_core.data.sources.rsna_tables import nih_patient
 from gloria_core.data.splits import assign_label_ranks, assign_splits
 
 LABEL = "Pneumonia"
+ENTRIES = "Data_Entry_2017*.csv"
 BOX_PIXELS = 1024
 SUFFIXES = (".jpg", ".jpeg", ".png")
 _LABELS = {name: name for name in ("patientId", "x", "y", "width", "height", "Target")}
@@ -33,7 +35,9 @@ _MATCHES = {"patientId": "patientId", "image_index": "image", "rsna_class": "rsn
 def prepare(root: Path | str, *, seed: int = 0, on_error: OnError = "raise") -> pd.DataFrame:
     """The checked manifest: label "Pneumonia" (RSNA's Target), boxes in pixels of the image files, one study an image.
 
-    Splits of 70/10/20 % and label ranks follow `seed`, patient-disjoint and stratified by the label.
+    Splits of 70/10/20 % and label ranks follow `seed`, patient-disjoint and stratified by the label. Where NIH's table
+    of entries is there, `is_ap_view`, `is_male` (blank for images that it lacks) and `meta_age` come from it, and the
+    views are PA or AP.
     on_error="exclude" leaves out patients without a known image, or whose image is not there, and lists them in
     `attrs["excluded"]`. Where the images come from several sources (`meta_source`), the source may give the label away:
     judge within a source.
@@ -69,10 +73,24 @@ def prepare(root: Path | str, *, seed: int = 0, on_error: OnError = "raise") -> 
     sources = read_extra(root / "image_source.csv", "image_index", "source")
     if sources:
         frame["meta_source"] = [sources.get(image, "") for image in frame["image"]]
-    frame = assign_splits(frame.drop(columns="image"), seed=seed)
-    frame = validate(assign_label_ranks(frame, seed=seed), source=f"manifest of {root}")
+    frame = assign_label_ranks(assign_splits(frame.drop(columns="image"), seed=seed), seed=seed)
+    frame = validate(_with_entries(frame, root), source=f"manifest of {root}")
     frame.attrs["excluded"] = ExcludedRows.of(failures)
     return frame
+
+
+def _with_entries(frame: pd.DataFrame, root: Path) -> pd.DataFrame:
+    """The frame with what NIH's table says of each image; added after the splits, which it does not move."""
+    if not any(root.glob(ENTRIES)):
+        return frame
+    of = read_entries(find_table(root, ENTRIES)).set_index("study").reindex(frame["study_id"])
+    view = of["view"].to_numpy(object)
+    return frame.assign(
+        views=np.where(pd.isna(view), frame["views"], view),
+        is_ap_view=of["view"].map({"AP": 1.0, "PA": 0.0}).to_numpy(float),
+        is_male=of["sex"].map({"M": 1.0, "F": 0.0}).to_numpy(float),
+        meta_age=of["age"].fillna("").to_numpy(object),
+    )
 
 
 def _theirs(name: str) -> str:

@@ -5,7 +5,7 @@ Three layouts are read:
 - stage 2: `stage_2_train.csv` and `stage_2_images/*.dcm`;
 - the PNG version: `stage_1_train_images.csv`, `stage_1_test_images.csv` (new_filename, ImageId, has_pneumo),
   `png_images/` and `png_masks/`.
-Runs become mask files below the root, in `masks_siim_pneumothorax/`, once; the rows of one image are one mask.
+Runs become mask files below the root, in `masks_siim_pneumothorax/`, once; the rows of one study are one mask.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import pandas as pd
 from gloria_core.data.image_places import DICOM, PICTURES, locate
 from gloria_core.data.manifest import ManifestError, OnError
 from gloria_core.data.owner_folder import absent, check_option, finish, patient_leaks, settle
-from gloria_core.data.published_splits import drawn_twice, one_split_each, seen_in_training
+from gloria_core.data.published_splits import drawn_twice, seen_in_training, torn_patients
 from gloria_core.data.sources.siim_tables import MASKS, read_pictures, read_runs, write_masks
 from gloria_core.data.splits import assign_splits
 
@@ -40,15 +40,15 @@ def prepare(
     seed: int = 0,
     on_error: OnError = "raise",
 ) -> pd.DataFrame:
-    """The checked manifest: one study an image, label "Pneumothorax", a mask "Pneumothorax" for each positive image.
+    """The checked manifest: one study an image, label "Pneumothorax", a mask "Pneumothorax" for each positive one.
 
     table: which of `train-rle.csv`, `stage_2_train.csv`, `stage_1_train_images.csv` (or another table of one of these
         forms below the root) is read; by default the one that is there.
     split_rule: "patient" draws 70/10/20 % of the images, stratified (every image has a patient of its own: the owner
-        gives no others). "published": of run-length tables the draw of GLoRIA and MGCA, 70/15/15 % of the *rows*, so
-        that an image with several rows falls into several splits; `attrs["leaks"]` counts these. A manifest has an
-        image in one split, so such an image stays whole in test before valid before train: the published test images
-        without the leak. Of the PNG version the owner's test list is test, and an eighth of the others is valid.
+        gives no others). "published": of run-length tables the draw of GLoRIA and MGCA, 70/15/15 % of the *rows*. An
+        image whose rows fall into several splits becomes a study in each, with the mask of its rows there, as MGCA's
+        released code groups them; their ids, and their patients', are "x (train)", "x (test)", and `attrs["leaks"]`
+        counts them. Of the PNG version the owner's test list is test, and an eighth of the others is valid.
     masks: write the masks of run-length tables to `masks_siim_pneumothorax/*.png` (those that are there are kept);
         False leaves masks out.
     on_error="exclude" leaves out images that are not there and lists them in `attrs["excluded"]`.
@@ -60,22 +60,23 @@ def prepare(
     path = _table(root, table)
     rows, pictures = _read(path)
     leaks: dict[str, int] = {}
-    images = rows.drop_duplicates("name").set_index("name", drop=False)
-    if split_rule == "published":
-        drawn = rows["split"] if pictures else pd.Series(drawn_twice(len(rows), held_out=0.3))
-        if not pictures:
-            leaks = patient_leaks(rows["name"], drawn, what="images")
-            leaks |= seen_in_training(rows["name"], drawn, rows="rows", unit="image")
-        images["split"] = images["name"].map(one_split_each(rows["name"], drawn))
+    rows["study"] = rows["name"]
+    if split_rule == "published" and pictures is None:
+        rows["split"] = drawn_twice(len(rows), held_out=0.3)
+        leaks = patient_leaks(rows["name"], rows["split"], what="images")
+        leaks |= seen_in_training(rows["name"], rows["split"], rows="rows", unit="image")
+        rows["study"] = torn_patients(rows["name"], rows["split"])
+    images = rows.drop_duplicates("study").set_index("study", drop=False)
     images["file"] = _files(root, images)
-    images["positive"] = rows.groupby("name")["positive"].any()
+    images["positive"] = rows.groupby("study")["positive"].any()
     images.index = images["row"]
-    gone = absent(images, images["file"] != "", key="name", value="name", column="ImageId")
+    gone = absent(images, images["file"] != "", key="study", value="name", column="ImageId")
     images = images[images["file"] != ""].reset_index(drop=True)
     settle(gone, source=str(path), on_error=on_error, left=len(images))
-    runs = rows[rows["name"].isin(images.loc[images["positive"], "name"]) & rows["positive"]]
-    written = pictures or write_masks(root, runs, source=str(path)) if masks else {}
-    frame = _split(_frame(images, written), images, split_rule, seed)
+    runs = rows[rows["study"].isin(images["study"]) & rows["positive"]]
+    if masks and pictures is None:
+        pictures = write_masks(root, runs, source=str(path))
+    frame = _split(_frame(images, pictures if masks else {}), images, split_rule, seed)
     return finish(frame, source=f"manifest of {root}", seed=seed, failures=gone, leaks=leaks)
 
 
@@ -95,11 +96,11 @@ def _table(root: Path, name: str) -> Path:
     )
 
 
-def _read(path: Path) -> tuple[pd.DataFrame, dict[str, str]]:
-    """Rows of name, positive, split, row (and runs, or stem); of the PNG version also name -> mask path."""
+def _read(path: Path) -> tuple[pd.DataFrame, dict[str, str] | None]:
+    """Rows of name, positive, stem, row, and runs or, of the PNG version, split; of that also name -> mask path."""
     header = path.open(encoding="utf-8-sig").readline()
     if "new_filename" not in header:
-        return read_runs(path), {}
+        return read_runs(path), None
     tables = [(path, "train")]
     other = path.with_name(path.name.replace("train", "test"))
     if other != path and other.is_file():
@@ -131,13 +132,13 @@ def _files(root: Path, images: pd.DataFrame) -> pd.Series:
 
 def _frame(images: pd.DataFrame, masks: dict[str, str]) -> pd.DataFrame:
     cells = [
-        json.dumps([{"label": LABEL, "image": 0, "path": masks[name]}]) if name in masks else ""
-        for name in images["name"]
+        json.dumps([{"label": LABEL, "image": 0, "path": masks[study]}]) if study in masks else ""
+        for study in images["study"]
     ]
     return pd.DataFrame(
         {
-            "study_id": images["name"],
-            "patient_id": images["name"],
+            "study_id": images["study"],
+            "patient_id": images["study"],
             "images": images["file"],
             "views": "FRONTAL",
             LABEL: images["positive"].astype(float),

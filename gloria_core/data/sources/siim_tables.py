@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -63,14 +64,20 @@ def read_pictures(tables: Sequence[tuple[Path, str]]) -> pd.DataFrame:
 
 
 def write_masks(root: Path, rows: pd.DataFrame, *, source: str) -> dict[str, str]:
-    """Image name -> path of its mask, the union of its rows, as 1-bit PNG of 1024 x 1024 below the root.
+    """Study -> path of its mask, the union of its rows, as 1-bit PNG of 1024 x 1024 below the root.
 
-    Files that are there are kept.
+    rows: as of `read_runs`, with `study`: the image, or a part of its rows. Files that are there are kept.
     Raises ManifestError for runs that are no mask of such an image, naming the row, and for a root one cannot write to.
     """
     paths: dict[str, str] = {}
-    for name, part in rows.groupby("name", sort=False):
-        paths[name] = write_mask(root, f"{MASKS}/{name}.png", lambda name=name, part=part: _union(name, part, source))
+    for study, part in rows.groupby("study", sort=False):
+        name = part["name"].iloc[0]
+        if study != name:
+            # which rows are a part's is drawn over the whole table, so the file of another table's part is not it
+            name = f"{name}-{hashlib.sha256(';'.join(part['runs']).encode()).hexdigest()[:12]}"
+        paths[study] = write_mask(
+            root, f"{MASKS}/{name}.png", lambda study=study, part=part: _union(study, part, source)
+        )
     return paths
 
 
