@@ -1,5 +1,5 @@
-# make study                          the quickstart: synthetic radiographs, two cores, about ten minutes
-# make study STUDY=nih DATA=/path     the same graph on real radiographs (or GLORIA_DATA=/path)
+# make study                          the quickstart: synthetic radiographs, two cores, about twelve minutes
+# make study STUDY=real DATA=/path    every task on real radiographs (or GLORIA_DATA=/path); STUDY=nih needs NIH alone
 # make study FORCE=07_zero_shot       repeat the runs whose ids begin so, and what depends on them (FORCE=all: all)
 # make study SNAKEMAKE_ARGS="--executor slurm --jobs 40"    one cluster job for each notebook
 # make study SNAKEMAKE_ARGS="--resources gpu=1" CORES=8    at most one notebook at a time that asks for a GPU

@@ -1,4 +1,4 @@
-"""What people drew on radiographs, in one picture: every label a colour, so that overlaps and gaps show."""
+"""What is marked on radiographs, in one picture: every label a colour, so that overlaps and gaps show."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def drawn_findings(
     *,
     columns: int = 5,
     alpha: float = 0.3,
-    title: str = "Drawn by people",
+    title: str = "Marked findings",
 ) -> Figure:
     """Images with their masks filled and outlined and their boxes as frames; a label has one colour in all of them.
 
