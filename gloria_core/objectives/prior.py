@@ -138,7 +138,7 @@ class PRIOR(Objective):
         return tuple(sorted({0, second, third}))
 
     def stage_rates(self) -> tuple[float, ...]:
-        """Of the stages that get an epoch."""
+        """Of the stages that get an epoch, once `plan` was told how many there are."""
         second, third, _ = self._plan
         return tuple(self._rates[(start >= second) + (start >= third)] for start in sorted({0, second, third}))
 
