@@ -38,7 +38,7 @@ study: $(INSTALLED)
 		--snakemake='$(if $(PROFILE),--profile $(PROFILE)) $(SNAKEMAKE_ARGS)'
 
 explore: $(INSTALLED)
-	GLORIA_EXPLORE='$(CURDIR)/results/runs/$(STUDY)' $(BIN)/voila gloria_core/viz/app/explore.ipynb
+	GLORIA_EXPLORE='$(CURDIR)/results/runs/$(STUDY)' $(BIN)/voila gloria_core/viz/explorer/explore.ipynb
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from gloria_core.checkpoints import layouts, native
-from gloria_core.checkpoints.foreign import CONTAINER, LoadReport, fill_reported, lookup, read_state
 from gloria_core.checkpoints.image_models import ImageClassifier
 from gloria_core.checkpoints.model import VisionLanguageModel
 from gloria_core.checkpoints.native import CheckpointError
+from gloria_core.checkpoints.untrusted import CONTAINER, LoadReport, fill_reported, lookup, read_state
 from gloria_core.models.image_encoder import ImageEncoder
 
 __all__ = ["LoadReport", "PublishedModel", "load_pretrained", "read_state"]

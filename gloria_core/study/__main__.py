@@ -21,10 +21,9 @@ from typing import Any
 
 from gloria_core.study.driver import Options, run_study
 from gloria_core.study.parameters import ParameterError
-from gloria_core.study.plan import Plan, load_study, study_file
+from gloria_core.study.plan import Plan, StudyError, load_study, parse, study_file
 from gloria_core.study.report import duration
 from gloria_core.study.run import EXECUTED, run_one, status_of
-from gloria_core.study.yaml_strict import StudyError, parse
 
 COMMANDS = ("run", "plan", "one")
 

@@ -17,10 +17,9 @@ from typing import Any
 
 from gloria_core.study.parameters import unknown
 from gloria_core.study.paths import PACKAGE_PARENT
-from gloria_core.study.plan import Plan, Run
+from gloria_core.study.plan import Plan, Run, StudyError
 from gloria_core.study.report import measured_study, report, summarise
 from gloria_core.study.run import is_done, status_of
-from gloria_core.study.yaml_strict import StudyError
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from typing import Any
 
 from gloria_core.study.paths import write_atomically
 from gloria_core.study.plan import Plan, Run
+from gloria_core.study.provenance import package_hash
 from gloria_core.study.run import EXECUTED, is_done, status_of
-from gloria_core.study.surroundings import package_hash
 
 
 @contextlib.contextmanager

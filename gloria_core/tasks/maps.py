@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gloria_core.objectives import Objective
-from gloria_core.tasks.embedding import (
+from gloria_core.tasks.features import (
     EncodedTexts,
     blank_images,
     blank_texts,

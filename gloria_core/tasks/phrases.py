@@ -19,7 +19,7 @@ from gloria_core.data.geometry import Geometry
 from gloria_core.data.images import read_gray
 from gloria_core.data.manifest import boxes_of, masks_of
 from gloria_core.data.reports import sentences
-from gloria_core.tasks.embedding import frontal_image
+from gloria_core.tasks.features import frontal_image
 
 Span = tuple[int, int]
 _SIDES = {"left": "right", "right": "left"}

@@ -6,7 +6,7 @@ Promise: at least 50 images/s at 128 px, report and masks included.
 import sys
 import time
 
-from gloria_core.data import phantom
+from gloria_core import phantom
 
 
 def rate(size: int, view: str, *, seconds: float = 4.0) -> float:

@@ -13,8 +13,8 @@ from PIL import Image
 
 from gloria_core.checkpoints import native
 from gloria_core.data.dataset import open_dataset
-from gloria_core.viz.explorer import Explorer
-from gloria_core.viz.explorer_data import unit_map
+from gloria_core.viz.explorer.scene import unit_map
+from gloria_core.viz.explorer.widget import Explorer
 
 CLICK_MS = 50
 

@@ -10,13 +10,13 @@ import pytest
 from looking import layer, load, stage
 from PIL import Image
 
-from gloria_core.viz.explorer_form import RUNS
+from gloria_core.viz.explorer.form import RUNS
 
 
 @pytest.fixture
 def notebook(tmp_path):
     """A notebook with nothing but the page of a study in it."""
-    cells = [nbformat.v4.new_code_cell("from gloria_core.viz.explorer_form import study_page\nstudy_page()")]
+    cells = [nbformat.v4.new_code_cell("from gloria_core.viz.explorer.form import study_page\nstudy_page()")]
     metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=metadata), tmp_path / "explore.ipynb")
     return tmp_path / "explore.ipynb"

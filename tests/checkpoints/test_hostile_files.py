@@ -15,9 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from gloria_core.checkpoints.foreign import CONTAINER, read_state
 from gloria_core.checkpoints.native import CheckpointError
-from gloria_core.checkpoints.stand_ins import plain
+from gloria_core.checkpoints.untrusted import CONTAINER, plain, read_state
 
 
 class Calls:

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from gloria_core.data import cache_build
+from gloria_core.data import cache as cache_build
 from gloria_core.data.cache import CacheError, ImageCache, cache_key
 from gloria_core.data.geometry import Geometry
 from gloria_core.data.images import ImageError

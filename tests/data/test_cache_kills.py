@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from gloria_core.data import cache_build
+from gloria_core.data import cache as cache_build
 from gloria_core.data.cache import ImageCache
 
 FORK = multiprocessing.get_context("fork")

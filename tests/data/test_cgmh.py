@@ -10,8 +10,7 @@ from PIL import Image
 from gloria_core.data import sources
 from gloria_core.data.manifest import ManifestError, read_manifest, write_manifest
 from gloria_core.data.prompts import PromptError, load_prompts
-from gloria_core.data.sources.cgmh import prepare
-from gloria_core.data.sources.cgmh_tables import CGMH_LABELS
+from gloria_core.data.sources.cgmh import CGMH_LABELS, prepare
 
 TASKS = ["Pneumothorax", "Foreign body"]
 TRAIN = """index,image,text_label

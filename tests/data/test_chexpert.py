@@ -14,9 +14,8 @@ from PIL import Image
 
 from gloria_core.data.manifest import CHEXPERT_LABELS, COMPETITION_LABELS, ManifestError, read_manifest, write_manifest
 from gloria_core.data.sources import prepare as prepare_by_name
-from gloria_core.data.sources.chexpert import prepare, published_parts
+from gloria_core.data.sources.chexpert import prepare, published_parts, read_images, ruled_5x200
 from gloria_core.data.sources.chexpert_5x200 import prepare as prepare_5x200
-from gloria_core.data.sources.chexpert_tables import read_images, ruled_5x200
 
 HEADER = ",".join(["Path,Sex,Age,Frontal/Lateral,AP/PA", *CHEXPERT_LABELS])
 

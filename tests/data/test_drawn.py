@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gloria_core.data.drawn import drawn_on
+from gloria_core.data.annotations import drawn_on
 from gloria_core.data.images import ImageError
 from gloria_core.data.manifest import ManifestError
 

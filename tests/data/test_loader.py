@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from gloria_core.data.cache import ImageCache
-from gloria_core.data.loader import Collate, StudyDataset, make_loader
+from gloria_core.data.dataset import Collate, StudyDataset, make_loader
 from gloria_core.data.manifest import read_manifest, write_manifest
 from gloria_core.data.reports import ReportError
 from gloria_core.data.tokenizer import train_wordpiece

@@ -23,7 +23,7 @@ from gloria_core.data.manifest import (
     validate,
     write_manifest,
 )
-from gloria_core.data.published_splits import torn_patients
+from gloria_core.data.splits import torn_patients
 
 
 def make_frame(n: int = 6) -> pd.DataFrame:

@@ -11,8 +11,7 @@ import pytest
 from PIL import Image
 
 from gloria_core.data.manifest import CHEXPERT_LABELS, ManifestError, read_manifest, write_manifest
-from gloria_core.data.mimic_reports import mimic_sections, section_name
-from gloria_core.data.sources.mimic_cxr import prepare
+from gloria_core.data.sources.mimic_cxr import mimic_sections, prepare, section_name
 
 TABLES = {name: f"mimic-cxr-2.0.0-{name}.csv.gz" for name in ("metadata", "split", "chexpert")}
 LONG = (

@@ -15,8 +15,7 @@ from PIL import Image
 
 from gloria_core.data.manifest import ManifestError, boxes_of, read_manifest, write_manifest
 from gloria_core.data.prompts import load_prompts
-from gloria_core.data.sources.nih import prepare
-from gloria_core.data.sources.nih_tables import NIH_LABELS, read_boxes, read_entries
+from gloria_core.data.sources.nih import NIH_LABELS, prepare, read_boxes, read_entries
 from gloria_core.data.splits import label_subset
 
 HEADER = (

@@ -16,8 +16,16 @@ from PIL import Image
 
 from gloria_core.data.download import DownloadError, fetch
 from gloria_core.data.manifest import ManifestError, read_manifest, write_manifest
-from gloria_core.data.sources.openi import IMAGES, REPORTS, download, prepare
-from gloria_core.data.sources.openi_tables import image_key, projections, read_reports, wheel_file
+from gloria_core.data.sources.openi import (
+    IMAGES,
+    REPORTS,
+    download,
+    image_key,
+    prepare,
+    projections,
+    read_reports,
+    wheel_file,
+)
 
 needs_wheel = pytest.mark.skipif(wheel_file(REPORTS) is None, reason="torchxrayvision is not installed")
 

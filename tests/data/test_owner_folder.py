@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from gloria_core.data.manifest import ManifestError
-from gloria_core.data.owner_folder import (
+from gloria_core.data.raw_folder import (
     absent,
     check_cells,
     check_option,
@@ -15,14 +15,16 @@ from gloria_core.data.owner_folder import (
     check_unique,
     existing,
     finish,
+    group_studies,
     open_zip,
     patient_leaks,
     read_member,
     read_table,
     require,
     settle,
+    unseen_studies,
+    wanted_views,
 )
-from gloria_core.data.owner_studies import group_studies, unseen_studies, wanted_views
 
 
 def said(function, *args, **options) -> str:

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from gloria_core.data import phantom
+from gloria_core import phantom
 from gloria_core.data.manifest import boxes_of, masks_of, read_manifest, split_cell, write_manifest
 from gloria_core.data.sources.phantom import prepare
 

@@ -19,7 +19,7 @@ from gloria_core.data.prompts import (
     report_from_labels,
     zero_shot_prompts,
 )
-from gloria_core.data.sources.nih_tables import NIH_LABELS
+from gloria_core.data.sources.nih import NIH_LABELS
 
 # what the released code of GLoRIA returns on the first call after its import (generate_chexpert_class_prompts(5))
 FIRST_CALL = {

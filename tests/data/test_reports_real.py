@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gloria_core.data.mimic_reports import mimic_sections, unwrapped
 from gloria_core.data.reports import clean_report, published_sentences, sections, sentences
+from gloria_core.data.sources.mimic_cxr import mimic_sections, unwrapped
 from gloria_core.data.tokenizer import tokenize, train_wordpiece
 from gloria_core.types import TextBatch
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gloria_core.data.resize import coverage, resize_area
+from gloria_core.data.geometry import coverage, resize_area
 
 side = st.integers(1, 400)
 

@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from gloria_core.data.rle import SIIM_SIDE, RleError, decode_rle, encode_rle, masks_of_table, table_of_masks
+from gloria_core.data.annotations import SIIM_SIDE, RleError, decode_rle, encode_rle, masks_of_table, table_of_masks
 
 MASK = np.array([[0, 1, 0], [1, 1, 0], [1, 0, 1]], bool)  # columns: 0 1 1, 1 1 0, 0 0 1
 BY_HAND = {"siim": "1 4 3 1", "kaggle": "2 4 9 1", "coco": "1 4 3 1"}

@@ -11,10 +11,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from gloria_core.data import cache_build
-from gloria_core.data.cache_files import CacheError
+from gloria_core.data import cache as cache_build
+from gloria_core.data.cache import CacheError, Shares, build_share, main, parse_part
 from gloria_core.data.dataset import save_dataset
-from gloria_core.data.shares import Shares, build_share, main, parse_part
 from gloria_core.data.sources import prepare
 
 N, SIZE = 11, 16
@@ -169,7 +168,7 @@ def test_the_command_line(root, tmp_path):
     (root / "studies.csv").rename(root / "mine.csv")
     table = pd.read_csv(root / "mine.csv").rename(columns={"image": "file"})
     table.to_csv(root / "mine.csv", index=False)
-    command = [sys.executable, "-m", "gloria_core.data.shares", "--dataset", "own_csv", "--data-root", root]
+    command = [sys.executable, "-m", "gloria_core.data.cache", "--dataset", "own_csv", "--data-root", root]
     command += ["--size", SIZE, "--folder", tmp_path / "shares", "--part", "2/2", "--workers", 1]
     command += ["--option", "table=mine.csv", "--option", "columns={image: file}", "--option", "seed=3"]
     repository = Path(__file__).parents[2]

@@ -12,10 +12,10 @@ import pytest
 from owner_trees import prepared_twice, refusal, write_dicom, write_picture
 from PIL import Image
 
+from gloria_core.data.annotations import decode_rle
 from gloria_core.data.manifest import masks_of
-from gloria_core.data.published_splits import drawn_twice
-from gloria_core.data.rle import decode_rle
 from gloria_core.data.sources.siim_pneumothorax import prepare
+from gloria_core.data.splits import drawn_twice
 
 RUNS = ("1024 3 1021 2", "20 5", "300000 10 1014 10")
 

@@ -145,7 +145,7 @@ def test_clinical_bert_is_read_with_lower_case(monkeypatch):
         seen.update(options, name=name)
         return TOKENIZER
 
-    monkeypatch.setattr("gloria_core.data.wordpiece.AutoTokenizer.from_pretrained", from_pretrained)
+    monkeypatch.setattr("gloria_core.data.tokenizer.AutoTokenizer.from_pretrained", from_pretrained)
     assert load_tokenizer(CLINICAL_BERT) is TOKENIZER
     assert seen == {"name": CLINICAL_BERT, "do_lower_case": True}
 

@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from gloria_core.data.dataset import StudyDataset
 from gloria_core.data.prompts import PromptError, PromptSet
 from gloria_core.data.reports import ReportError
-from gloria_core.data.studies import StudyDataset
 
 SIZE, CROP = 16, 12
 CLASSES = {

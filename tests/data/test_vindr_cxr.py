@@ -11,8 +11,7 @@ import pytest
 from owner_trees import prepared_twice, refusal, write_dicom
 
 from gloria_core.data.manifest import boxes_of
-from gloria_core.data.sources.vindr_cxr import prepare
-from gloria_core.data.sources.vindr_tables import labels_of_boxes, read_boxes
+from gloria_core.data.sources.vindr_cxr import labels_of_boxes, prepare, read_boxes
 
 BOXES, LABELS = "image_id,rad_id,class_name,x_min,y_min,x_max,y_max", "image_id,rad_id,Cardiomegaly,Nodule/Mass,COPD"
 TEST_BOXES, TEST_LABELS = "image_id,class_name,x_min,y_min,x_max,y_max", "image_id,Cardiomegaly,Nodule/Mass,COPD"

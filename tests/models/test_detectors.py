@@ -6,11 +6,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from gloria_core.models import yolo
-from gloria_core.models.detectors import RetinaDetector, retina_losses
-from gloria_core.models.faster_rcnn import FasterDetector
+from gloria_core.models import yolov3 as yolo
+from gloria_core.models.detection import FasterDetector, RetinaDetector, retina_losses
 from gloria_core.models.image_encoder import ImageEncoder
-from gloria_core.models.yolo import YoloDetector, YoloNeck, assign, decode, nms_plus_one, yolo_losses
+from gloria_core.models.yolov3 import YoloDetector, YoloNeck, assign, decode, nms_plus_one, yolo_losses
 
 DETECTORS = (RetinaDetector, FasterDetector, YoloDetector)
 SIDE = 64

@@ -3,8 +3,7 @@
 import pandas as pd
 import pytest
 
-from gloria_core.study.overview import HEADLINES, headlines, overview, separated
-from gloria_core.study.tables import TableError
+from gloria_core.study.results import HEADLINES, TableError, headlines, overview, separated
 
 
 def row(which=0, **changes):

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from gloria_core.study.parameters import ParameterError
-from gloria_core.study.plan import load_study, study_file
-from gloria_core.study.yaml_strict import StudyError, parse
+from gloria_core.study.plan import StudyError, load_study, parse, study_file
 
 HEAD = "study: tiny\ncommon: {dataset: phantom}\nstages:\n  - notebook: 01_data_preparation\n"
 

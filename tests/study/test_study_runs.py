@@ -16,10 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from gloria_core.study import kernel
-from gloria_core.study.kernel import TimeLimitError, _time_limit
+from gloria_core.study import run as kernel
 from gloria_core.study.plan import load_study
-from gloria_core.study.run import _complete, for_kernel, is_done, run_one, status_of
+from gloria_core.study.run import TimeLimitError, _complete, _time_limit, for_kernel, is_done, run_one, status_of
 
 COMMAND = [sys.executable, "-m", "gloria_core.study"]
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,7 +9,7 @@ import pytest
 
 from gloria_core.study.plan import load_study
 from gloria_core.study.record import COLUMNS, start_run
-from gloria_core.study.tables import TableError, collect, paper_table, published, summary, to_markdown, wide
+from gloria_core.study.results import TableError, collect, paper_table, published, summary, to_markdown, wide
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 from gloria_core.data.splits import label_subset
-from gloria_core.tasks.classification import _mean_auroc, fit_probe, linear_probe, subset
+from gloria_core.tasks.classification.linear_probe import _mean_auroc, fit_probe, linear_probe, subset
 
 
 def _study(n=600, labels=2, seed=0, width=12):

@@ -7,7 +7,13 @@ import torch
 from sklearn import metrics as sk
 from torchmetrics.classification import BinaryCalibrationError
 
-from gloria_core.tasks.decisions import DECISIONS, best_threshold, decision_rows, reliability, thresholds_of
+from gloria_core.tasks.classification.decisions import (
+    DECISIONS,
+    best_threshold,
+    decision_rows,
+    reliability,
+    thresholds_of,
+)
 
 Y = [0, 0, 1, 1, 0, 1]
 P = [0.1, 0.4, 0.35, 0.8, 0.2, 0.9]

@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 
 from gloria_core.data.cache import ImageCache
-from gloria_core.tasks import detection
-from gloria_core.tasks.detection import MGCA, Settings, box_data, label_fractions, train_detector
+from gloria_core.tasks.detection import training as detection
+from gloria_core.tasks.detection.training import MGCA, Settings, box_data, label_fractions, train_detector
 
 QUICK = Settings(width=16, epochs=0.1, least_steps=30, batch_size=8, learning_rate=5e-3, checks=2, precision="float32")
 
@@ -113,7 +113,7 @@ def test_published_settings(data, model):
 
 
 def test_the_best_state_is_kept(data, model, monkeypatch):
-    from gloria_core.tasks import detection_training
+    from gloria_core.tasks.detection import training as detection_training
 
     said, states = iter([0.1, 0.4, 0.3, 0.2, 0.9]), []
 

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from gloria_core.tasks import detection_metrics as dm
-from gloria_core.tasks.detection_metrics import Boxes, box_iou, evaluate, image_ap, match
+from gloria_core.tasks.detection import metrics as dm
+from gloria_core.tasks.detection.metrics import Boxes, box_iou, evaluate, image_ap, match
 
 ONE = [0.0, 0.0, 10.0, 10.0]
 FAR = [50.0, 50.0, 60.0, 60.0]

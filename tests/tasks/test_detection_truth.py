@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from gloria_core.data.cache import ImageCache
-from gloria_core.tasks.detection_truth import box_data, boxes_of_mask
+from gloria_core.tasks.detection.data import box_data, boxes_of_mask
 
 BOX = {"label": "Lung Opacity", "image": 0, "xywh": [10, 20, 20, 20]}
 

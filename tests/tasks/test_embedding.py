@@ -4,7 +4,7 @@ import torch
 
 from gloria_core.data.geometry import center_crop
 from gloria_core.data.images import to_tensor
-from gloria_core.tasks.embedding import frontal_image, image_batches, image_features, select, text_features
+from gloria_core.tasks.features import frontal_image, image_batches, image_features, select, text_features
 
 TEXTS = ["Small left effusion.", "No acute finding.", "Large right opacity, no effusion.", "opacity"]
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from gloria_core.tasks.film import MapFilm, panel
 from gloria_core.tasks.maps import original_maps
 from gloria_core.tasks.phrases import phrases_from_masks
+from gloria_core.tasks.snapshots import MapFilm, panel
 from gloria_core.viz.attention import film_strip
 
 

@@ -6,14 +6,17 @@ import pytest
 import torch
 
 from gloria_core.models.image_encoder import ImageEncoder
-from gloria_core.tasks.classifier import (
+from gloria_core.tasks.classification.finetuning import (
     Classifier,
+    FinetuneConfig,
+    LabelledImages,
     classification_loss,
+    finetune,
     layer_groups,
     parameter_groups,
     positive_weights,
+    predict,
 )
-from gloria_core.tasks.finetuning import FinetuneConfig, LabelledImages, finetune, predict
 
 FAST = {"batch_size": 4, "precision": "float32", "learning_rate": 3e-3}
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gloria_core.data.geometry import Geometry
-from gloria_core.tasks.embedding import image_features, text_features
+from gloria_core.tasks.features import image_features, text_features
 from gloria_core.tasks.grounding import (
     maps,
     original_maps,

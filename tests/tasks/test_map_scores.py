@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from gloria_core.tasks.map_scores import area_share, centre_prior, cnr, inverted, iou, mass_inside, pointing_hit
+from gloria_core.tasks.grounding import area_share, centre_prior, cnr, inverted, iou, mass_inside, pointing_hit
 
 MASK = np.zeros((4, 5), dtype=bool)
 MASK[1:3, 1:3] = True  # 4 of 20 pixels

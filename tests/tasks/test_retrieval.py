@@ -7,7 +7,9 @@ import pytest
 from gloria_core.data.reports import ReportError
 from gloria_core.tasks.retrieval import (
     chance_rows,
+    cosine,
     find_partners,
+    matrix,
     normalised,
     pairing,
     precision_rows,
@@ -15,7 +17,6 @@ from gloria_core.tasks.retrieval import (
     report_texts,
     text_groups,
 )
-from gloria_core.tasks.search import cosine, matrix
 
 TEXTS = ["No effusion.", "Small effusion.", "no  effusion", "Edema."]
 # images by texts; the image of row 0 prefers the copy of its text, which stands in row 2

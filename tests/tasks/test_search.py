@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchmetrics.functional.retrieval import retrieval_hit_rate, retrieval_precision
 
-from gloria_core.tasks.search import cosine, labels_at, matrix, none_of, reordered, search
+from gloria_core.tasks.retrieval import cosine, labels_at, matrix, none_of, reordered, search
 
 BLOCKS = [(1, 1), (3, 7), (64, 5), (1024, 8192)]
 
@@ -143,7 +143,7 @@ def test_no_tensor_grows_beyond_a_block():
 
 
 def test_many_right_candidates_are_listed_piece_by_piece(monkeypatch):
-    monkeypatch.setattr("gloria_core.tasks.search_blocks._PAIRS", 50)
+    monkeypatch.setattr("gloria_core.tasks.retrieval._PAIRS", 50)
     rng = np.random.default_rng(1)
     full, ask, answer = rng.normal(size=(20, 40)), rng.integers(0, 2, 20), rng.integers(0, 2, 40)
     found = search(matrix(full), k=1, query_group=ask, candidate_group=answer)

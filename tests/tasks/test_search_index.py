@@ -4,16 +4,18 @@ import numpy as np
 import pytest
 import torch
 
-from gloria_core.tasks.embedding import image_features, text_features
-from gloria_core.tasks.retrieval import find_partners, report_texts
-from gloria_core.tasks.search import cosine, matrix
-from gloria_core.tasks.search_index import (
+from gloria_core.tasks.features import image_features, text_features
+from gloria_core.tasks.retrieval import (
     SearchIndexError,
+    cosine,
+    find_partners,
     fingerprint,
     index_images,
     index_texts,
     load_index,
+    matrix,
     pair_similarities,
+    report_texts,
     rerank,
 )
 from gloria_core.tasks.zero_shot import similarities

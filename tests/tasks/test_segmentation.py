@@ -9,9 +9,12 @@ from PIL import Image
 
 from gloria_core.data.cache import ImageCache
 from gloria_core.data.manifest import ManifestError
-from gloria_core.tasks.segmentation import (
+from gloria_core.tasks.segmentation.data import FeatureStore, augmented, shuffled_batches
+from gloria_core.tasks.segmentation.metrics import THRESHOLDS
+from gloria_core.tasks.segmentation.training import (
     Recipe,
     best_median_worst,
+    feature_store,
     fit,
     label_efficiency,
     mask_counts,
@@ -19,9 +22,6 @@ from gloria_core.tasks.segmentation import (
     score,
     segmentation_data,
 )
-from gloria_core.tasks.segmentation_inputs import FeatureStore, augmented, shuffled_batches
-from gloria_core.tasks.segmentation_metrics import THRESHOLDS
-from gloria_core.tasks.segmentation_training import feature_store
 
 SQUARE, DOT = "Lung Opacity", "Lung Lesion"
 SMALL = {"channels": (16, 16, 8, 8, 8), "precision": "float32"}

@@ -3,7 +3,7 @@ import pytest
 import segmentation_models_pytorch.losses as smp
 import torch
 
-from gloria_core.tasks.segmentation_losses import available, focal, mixed, segmentation_loss, soft_dice
+from gloria_core.tasks.segmentation.losses import available, focal, mixed, segmentation_loss, soft_dice
 
 
 @pytest.fixture

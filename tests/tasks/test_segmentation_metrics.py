@@ -4,7 +4,7 @@ import segmentation_models_pytorch as smp
 import torch
 from torchmetrics.segmentation import DiceScore, MeanIoU
 
-from gloria_core.tasks.segmentation_metrics import (
+from gloria_core.tasks.segmentation.metrics import (
     PUBLISHED_THRESHOLD,
     THRESHOLDS,
     MaskCounts,

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from gloria_core.models.image_encoder import ImageEncoder
-from gloria_core.models.unet import SegmentationNet, SetrDecoder, decoder_inputs
+from gloria_core.models.segmentation import SegmentationNet, SetrDecoder, decoder_inputs
 from gloria_core.types import ImageFeatures
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from gloria_core.tasks.targets import CHEXPERT_UNCERTAIN, binary_targets
+from gloria_core.tasks.classification.label_policy import CHEXPERT_UNCERTAIN, binary_targets
 
 FRAME = pd.DataFrame({"Edema": [1, 0, -1, np.nan], "Cardiomegaly": [-1, -1, 1, np.nan]})
 

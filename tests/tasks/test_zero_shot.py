@@ -4,17 +4,19 @@ import pytest
 import torch
 from sklearn.metrics import cohen_kappa_score, precision_recall_fscore_support
 
-from gloria_core.tasks.embedding import image_features, text_features
+from gloria_core.tasks.features import image_features, text_features
 from gloria_core.tasks.zero_shot import (
+    biovil_prompts,
     combine,
     evaluate,
     exclusive_accuracy,
     multiclass_rows,
+    no_x_prompts,
+    observed_prompts,
     prompt_list,
     scores,
     similarities,
 )
-from gloria_core.tasks.zero_shot_scoring import biovil_prompts, no_x_prompts, observed_prompts
 
 PROMPTS = {
     "Pleural Effusion": {"pos": ["left effusion", "small effusion"], "neg": ["no effusion"], "unc": ["maybe"]},

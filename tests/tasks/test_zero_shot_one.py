@@ -9,8 +9,8 @@ from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
 
 from gloria_core.data.images import ImageError
+from gloria_core.tasks.single_image import CAUTION, FEWEST, Cohort, explain_one, plain_answer, validation_cohort
 from gloria_core.tasks.zero_shot import scores
-from gloria_core.tasks.zero_shot_one import CAUTION, FEWEST, Cohort, explain_one, plain_answer, validation_cohort
 
 PROMPTS = {
     "Pleural Effusion": {"pos": ["left effusion", "small effusion"], "neg": ["no effusion"]},

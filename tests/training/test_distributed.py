@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gloria_core import objectives
 from gloria_core.checkpoints.model import build_model
-from gloria_core.data.loader import make_loader
+from gloria_core.data.dataset import make_loader
 from gloria_core.training.distributed import GlobalBatch, all_gather_with_grad, gather_batch, launch, world_size
 from gloria_core.training.pretrain import pretrain
 from gloria_core.training.progress import Silence

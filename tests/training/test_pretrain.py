@@ -7,12 +7,11 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gloria_core.checkpoints import native
-from gloria_core.training import loop
+from gloria_core.training import pretrain as loop
 from gloria_core.training.config import PretrainConfig
-from gloria_core.training.pretrain import TrainingError, pretrain
+from gloria_core.training.pretrain import TrainingError, numbers, on_device, pretrain, validation_loader
 from gloria_core.training.progress import Silence
 from gloria_core.training.schedule import Schedule
-from gloria_core.training.step import numbers, on_device, validation_loader
 
 TERMS = ["local_image_to_text", "local_text_to_image", "global_image_to_text", "global_text_to_image"]
 

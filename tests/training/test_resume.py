@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter  # noqa: F401 - imported once here, inherited by every fork
 
 from gloria_core.checkpoints import native
-from gloria_core.training import loop
+from gloria_core.training import pretrain as loop
 from gloria_core.training.pretrain import pretrain
 from gloria_core.training.progress import Silence
 from gloria_core.training.resume import TrainingError, check_same_run, own_randomness, random_state, set_random_state

@@ -11,7 +11,7 @@ import pandas as pd
 
 from gloria_core import objectives
 from gloria_core.checkpoints.model import ModelConfig, VisionLanguageModel, build_model
-from gloria_core.data.loader import Collate, StudyDataset
+from gloria_core.data.dataset import Collate, StudyDataset
 from gloria_core.data.tokenizer import train_wordpiece
 from gloria_core.training.pretrain import PretrainConfig
 

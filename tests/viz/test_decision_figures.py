@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from gloria_core.tasks.decisions import reliability
-from gloria_core.viz import decisions
+from gloria_core.tasks.classification.decisions import reliability
+from gloria_core.viz import classification as decisions
 
 TARGETS = pd.DataFrame({"a": [0, 0, 1, 1], "b": [1, 1, 1, np.nan]})
 SCORES = pd.DataFrame({"a": [0.1, 0.6, 0.4, 0.9], "b": [0.5, 0.6, 0.7, 0.8]})

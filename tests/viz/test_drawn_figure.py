@@ -6,7 +6,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 
-from gloria_core.viz.drawn import drawn_findings
+from gloria_core.viz.annotations import drawn_findings
 
 IMAGE = np.full((20, 30), 90, np.uint8)
 

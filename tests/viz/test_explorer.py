@@ -15,12 +15,11 @@ from gloria_core.data.sources import prepare
 from gloria_core.data.tokenizer import train_wordpiece
 from gloria_core.tasks.grounding import original_maps, score_phrases
 from gloria_core.tasks.phrases import phrases_from_masks
-from gloria_core.viz.explorer import Explorer
-from gloria_core.viz.explorer_data import SceneMaker, unit_map, units
-from gloria_core.viz.explorer_form import study_page, with_own_study
-from gloria_core.viz.explorer_parts import formula, outlines
-from gloria_core.viz.explorer_subject import Subject, Text, Truth, own_subject, study_subject
-from gloria_core.viz.export_page import export_page
+from gloria_core.viz.explorer.form import study_page, with_own_study
+from gloria_core.viz.explorer.page import export_page
+from gloria_core.viz.explorer.scene import SceneMaker, formula, outlines, unit_map, units
+from gloria_core.viz.explorer.subject import Subject, Text, Truth, own_subject, study_subject
+from gloria_core.viz.explorer.widget import Explorer
 
 
 @pytest.fixture(scope="module")

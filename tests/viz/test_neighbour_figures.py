@@ -4,8 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from gloria_core.viz.neighbours import Shown, neighbours
-from gloria_core.viz.retrieval import precision_bars, recall_curves
+from gloria_core.viz.retrieval import Shown, neighbours, precision_bars, recall_curves
 from gloria_core.viz.zero_shot import answer_figure, wording_spread
 
 IMAGE = np.arange(64, dtype=np.uint8).reshape(8, 8)

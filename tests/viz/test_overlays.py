@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 from matplotlib.colors import to_rgba
 
-from gloria_core.viz.overlays import PREDICTION, TRUTH, dice_by_fraction, fit_curves, overlays
+from gloria_core.viz.segmentation import PREDICTION, TRUTH, dice_by_fraction, fit_curves, overlays
 
 
 def case(truth, prediction, name="s1 Edema, Dice 0.50"):

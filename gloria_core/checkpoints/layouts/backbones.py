@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gloria_core.checkpoints.layouts.dialects import Dialect, Named, dialect_of
-from gloria_core.checkpoints.layouts.translation import ImageTranslation, Shapes
+from gloria_core.checkpoints.layouts.key_maps import Dialect, ImageTranslation, Named, Shapes, dialect_of
 from gloria_core.checkpoints.model import ConfigError
 
 NAME = "image encoder alone (torchvision, timm, transformers)"

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from gloria_core.checkpoints.layouts import backbones
-from gloria_core.checkpoints.layouts.translation import ImageTranslation, Shapes
+from gloria_core.checkpoints.layouts.key_maps import ImageTranslation, Shapes
 from gloria_core.checkpoints.model import ConfigError
 
 NAME = "fine-tuned classifier (GLoRIA, gloria-Extended, CXR-CLIP)"

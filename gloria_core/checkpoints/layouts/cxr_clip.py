@@ -21,9 +21,9 @@ from typing import Any
 
 from torch import Tensor
 
-from gloria_core.checkpoints.foreign import lookup
-from gloria_core.checkpoints.layouts.translation import Shapes, Translation, bert_architecture, count, resnet_name
+from gloria_core.checkpoints.layouts.key_maps import Shapes, Translation, bert_architecture, count, resnet_name
 from gloria_core.checkpoints.model import ConfigError, ModelConfig
+from gloria_core.checkpoints.untrusted import lookup
 from gloria_core.models.backbones.swin import is_constant, new_name
 
 NAME = "CXR-CLIP"

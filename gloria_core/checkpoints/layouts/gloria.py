@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from gloria_core.checkpoints.foreign import CONTAINER, lookup
-from gloria_core.checkpoints.layouts.translation import Shapes, Translation, bert_architecture, resnet_name
+from gloria_core.checkpoints.layouts.key_maps import Shapes, Translation, bert_architecture, resnet_name
 from gloria_core.checkpoints.model import ConfigError, ModelConfig
+from gloria_core.checkpoints.untrusted import CONTAINER, lookup
 
 NAME = "GLoRIA (Lightning)"
 PREFIXES = (  # their names -> ours

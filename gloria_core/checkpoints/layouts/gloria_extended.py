@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from gloria_core.checkpoints.foreign import CONTAINER, lookup
 from gloria_core.checkpoints.layouts import gloria
-from gloria_core.checkpoints.layouts.translation import Shapes, Translation
+from gloria_core.checkpoints.layouts.key_maps import Shapes, Translation
+from gloria_core.checkpoints.untrusted import CONTAINER, lookup
 
 NAME = "gloria-Extended"
 

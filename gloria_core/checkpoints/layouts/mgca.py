@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gloria_core.checkpoints.foreign import lookup
-from gloria_core.checkpoints.layouts.translation import Shapes, Translation, bert_architecture, resnet_name
+from gloria_core.checkpoints.layouts.key_maps import Shapes, Translation, bert_architecture, resnet_name
 from gloria_core.checkpoints.model import ModelConfig
+from gloria_core.checkpoints.untrusted import lookup
 
 NAME = "MGCA (Lightning)"
 TRUNK, BERT = "image_encoder.trunk.", "text_encoder.bert."

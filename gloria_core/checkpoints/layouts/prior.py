@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gloria_core.checkpoints.layouts.translation import Shapes, Translation, bert_architecture, count, resnet_name
+from gloria_core.checkpoints.layouts.key_maps import Shapes, Translation, bert_architecture, count, resnet_name
 from gloria_core.checkpoints.model import ConfigError, ModelConfig
 from gloria_core.models.attention_pool import PUBLISHED_SIDE
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gloria_core.checkpoints.layouts.translation import ImageTranslation, Shapes, resnet_name
+from gloria_core.checkpoints.layouts.key_maps import ImageTranslation, Shapes, resnet_name
 
 NAME = "U-Net (GLoRIA, gloria-Extended)"
 

@@ -14,10 +14,10 @@ import numpy as np
 import pandas as pd
 
 from gloria_core.data.manifest import CHEXPERT_LABELS, COMPETITION_LABELS, ManifestError, OnError
-from gloria_core.data.owner_folder import absent, check_option, existing, finish, settle
-from gloria_core.data.sources.chexpert import locate
-from gloria_core.data.sources.chexpert_tables import (
+from gloria_core.data.raw_folder import absent, check_option, existing, finish, settle
+from gloria_core.data.sources.chexpert import (
     find_tables,
+    locate,
     path_key,
     published_5x200,
     read_images,

@@ -13,32 +13,28 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from gloria_core.data.manifest import CHEXPERT_LABELS, ManifestError, OnError
-from gloria_core.data.manifest_rules import Failure
-from gloria_core.data.mimic_reports import unwrapped
-from gloria_core.data.owner_folder import (
+from gloria_core.data.manifest import CHEXPERT_LABELS, Failure, ManifestError, OnError
+from gloria_core.data.raw_folder import (
+    UNITS,
+    VIEW_RULES,
+    Unit,
+    ViewRule,
     absent,
     check_cells,
     check_options,
     check_unique,
     existing,
     finish,
+    group_studies,
     patient_leaks,
     read_table,
     require,
     settle,
-)
-from gloria_core.data.owner_studies import (
-    UNITS,
-    VIEW_RULES,
-    Unit,
-    ViewRule,
-    group_studies,
     unseen_studies,
     wanted_views,
 )
-from gloria_core.data.sources.chexpert import VALID_SHARE
-from gloria_core.data.sources.chexpert_tables import read_list, views_of
+from gloria_core.data.sources.chexpert import VALID_SHARE, read_list, views_of
+from gloria_core.data.sources.mimic_cxr import unwrapped
 from gloria_core.data.splits import assign_splits
 
 TABLE = "df_chexpert_plus_240401.csv"

@@ -15,9 +15,8 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from gloria_core.data.manifest import ManifestError, OnError, validate
-from gloria_core.data.manifest_rules import ExcludedRows, Failure
-from gloria_core.data.sources.nih_tables import read_columns, require
+from gloria_core.data.manifest import ExcludedRows, Failure, ManifestError, OnError, validate
+from gloria_core.data.sources.nih import read_columns, require
 from gloria_core.data.splits import assign_label_ranks, assign_splits
 
 LABELS = {

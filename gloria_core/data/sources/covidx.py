@@ -15,9 +15,8 @@ import numpy as np
 import pandas as pd
 
 from gloria_core.data.manifest import ManifestError, OnError
-from gloria_core.data.owner_folder import absent, check_option, check_paths, existing, finish, patient_leaks, settle
-from gloria_core.data.published_splits import drawn_once, seen_in_training, torn_patients
-from gloria_core.data.splits import assign_splits
+from gloria_core.data.raw_folder import absent, check_option, check_paths, existing, finish, patient_leaks, settle
+from gloria_core.data.splits import assign_splits, drawn_once, seen_in_training, torn_patients
 
 CLASSES = {
     "normal": ("Normal", "Pneumonia", "COVID-19"),

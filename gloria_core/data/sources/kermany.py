@@ -14,9 +14,9 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from gloria_core.data.image_places import PICTURES
 from gloria_core.data.manifest import ManifestError, OnError
-from gloria_core.data.owner_folder import (
+from gloria_core.data.raw_folder import (
+    PICTURES,
     absent,
     check_cells,
     check_option,
@@ -29,8 +29,7 @@ from gloria_core.data.owner_folder import (
     require,
     settle,
 )
-from gloria_core.data.published_splits import seen_in_training, torn_patients
-from gloria_core.data.splits import assign_splits
+from gloria_core.data.splits import assign_splits, seen_in_training, torn_patients
 
 LABEL, MASK = "Pneumonia", "Lungs"
 NEEDS = {

@@ -17,9 +17,8 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from gloria_core.data.image_places import locate
 from gloria_core.data.manifest import ManifestError, OnError
-from gloria_core.data.owner_folder import absent, check_option, finish, settle
+from gloria_core.data.raw_folder import absent, check_option, finish, locate, settle
 from gloria_core.data.splits import assign_splits
 
 LABEL, MASK = "Tuberculosis", "Lungs"

@@ -17,9 +17,8 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from gloria_core.data.manifest import ManifestError, OnError
-from gloria_core.data.manifest_rules import Failure
-from gloria_core.data.owner_folder import (
+from gloria_core.data.manifest import Failure, ManifestError, OnError
+from gloria_core.data.raw_folder import (
     absent,
     check_cells,
     check_option,

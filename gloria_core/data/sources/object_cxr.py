@@ -15,22 +15,21 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageDraw
 
-from gloria_core.data.image_places import file_sizes
+from gloria_core.data.annotations import write_mask
 from gloria_core.data.manifest import ManifestError, OnError
-from gloria_core.data.mask_files import write_mask
-from gloria_core.data.owner_folder import (
+from gloria_core.data.raw_folder import (
     absent,
     check_option,
     check_paths,
     check_unique,
     existing,
+    file_sizes,
     finish,
     read_table,
     require,
     settle,
 )
-from gloria_core.data.published_splits import drawn_once
-from gloria_core.data.splits import assign_splits
+from gloria_core.data.splits import assign_splits, drawn_once
 
 LABEL = "Foreign Object"
 MASKS = "masks_object_cxr"

@@ -15,9 +15,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from gloria_core.data.manifest import META, VIEWS, ManifestError, OnError
-from gloria_core.data.manifest_rules import FIXED
-from gloria_core.data.owner_folder import (
+from gloria_core.data.manifest import FIXED, META, VIEWS, ManifestError, OnError
+from gloria_core.data.raw_folder import (
     absent,
     check_cells,
     check_option,

@@ -14,11 +14,20 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from gloria_core.data.image_places import PICTURES, locate
+from gloria_core.data.annotations import write_mask
 from gloria_core.data.manifest import ManifestError, OnError
-from gloria_core.data.mask_files import write_mask
-from gloria_core.data.owner_folder import absent, check_cells, check_option, check_paths, check_unique, finish, require
-from gloria_core.data.owner_folder import settle as settle_failures
+from gloria_core.data.raw_folder import (
+    PICTURES,
+    absent,
+    check_cells,
+    check_option,
+    check_paths,
+    check_unique,
+    finish,
+    locate,
+    require,
+)
+from gloria_core.data.raw_folder import settle as settle_failures
 from gloria_core.data.splits import assign_splits
 
 MASK, MASKS = "Pet", "masks_oxford_pet"

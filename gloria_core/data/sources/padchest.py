@@ -13,9 +13,10 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from gloria_core.data.manifest import ManifestError, OnError
-from gloria_core.data.manifest_rules import Failure
-from gloria_core.data.owner_folder import (
+from gloria_core.data.manifest import Failure, ManifestError, OnError
+from gloria_core.data.raw_folder import (
+    VIEW_RULES,
+    ViewRule,
     absent,
     check_cells,
     check_option,
@@ -23,12 +24,14 @@ from gloria_core.data.owner_folder import (
     check_unique,
     existing,
     finish,
+    group_studies,
     patient_leaks,
     read_table,
     require,
     settle,
+    unseen_studies,
+    wanted_views,
 )
-from gloria_core.data.owner_studies import VIEW_RULES, ViewRule, group_studies, unseen_studies, wanted_views
 from gloria_core.data.splits import assign_splits
 
 NAME = "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv"

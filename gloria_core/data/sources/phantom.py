@@ -13,10 +13,10 @@ import pandas as pd
 from tqdm import tqdm
 
 from gloria_core.data.manifest import CHEXPERT_LABELS, validate
-from gloria_core.data.phantom.files import Job, fingerprint, read_record, write_patients
-from gloria_core.data.phantom.patient import draw_patient
-from gloria_core.data.phantom.study import LARGEST, SMALLEST
 from gloria_core.data.splits import assign_label_ranks, assign_splits
+from gloria_core.phantom.files import Job, fingerprint, read_record, write_patients
+from gloria_core.phantom.patient import draw_patient
+from gloria_core.phantom.study import LARGEST, SMALLEST
 
 _BATCH = 16
 """Patients that a worker draws at a time."""

@@ -18,10 +18,9 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from gloria_core.data.manifest import ManifestError, OnError, validate
-from gloria_core.data.manifest_rules import ExcludedRows, Failure, raise_failures
-from gloria_core.data.sources.nih_tables import find_table, read_columns, read_entries, read_extra, require
-from gloria_core.data.sources.rsna_tables import nih_patient
+from gloria_core.data.manifest import ExcludedRows, Failure, ManifestError, OnError, raise_failures, validate
+from gloria_core.data.sources.nih import find_table, read_columns, read_entries, read_extra, require
+from gloria_core.data.sources.rsna_pneumonia import nih_patient
 from gloria_core.data.splits import assign_label_ranks, assign_splits
 
 LABEL = "Pneumonia"

@@ -1,0 +1,209 @@
+"""What is wrong with a patient, and how it goes on from study to study."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+
+from gloria_core.phantom.patient import COURSE, draw_patient, stream
+
+COMPETITION = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")
+LABELS = (
+    "No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema", "Consolidation",
+    "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other", "Fracture", "Support Devices",
+)  # fmt: skip
+_OTHERS = (
+    "Pneumonia", "Pneumothorax", "Lung Lesion", "Lung Opacity", "Fracture", "Enlarged Cardiomediastinum",
+    "Pleural Other",
+)  # fmt: skip
+_SINGLE = (0.24, 0.14, 0.25, 0.19, 0.18)
+"""How often each competition finding comes alone; the combinations below make up for the differences."""
+_CHRONIC = {"Cardiomegaly", "Enlarged Cardiomediastinum", "Lung Lesion", "Pleural Other", "Fracture", "Support Devices"}
+_CLUSTERS = (
+    ("Cardiomegaly", "Edema"),
+    ("Cardiomegaly", "Edema", "Pleural Effusion"),
+    ("Edema", "Pleural Effusion", "tubes"),
+    ("Atelectasis", "Pleural Effusion"),
+    ("Atelectasis", "Pleural Effusion", "tubes"),
+    ("Atelectasis", "tubes"),
+    ("Consolidation", "Pleural Effusion"),
+    ("Consolidation", "tubes"),
+    ("Consolidation", "Atelectasis"),
+    ("Pneumonia", "Pleural Effusion"),
+    ("Lung Lesion", "Pleural Effusion"),
+    ("Fracture", "Pneumothorax"),
+    ("Pneumothorax", "drain"),
+    ("Cardiomegaly", "pacemaker"),
+    ("Cardiomegaly", "Atelectasis"),
+    ("Enlarged Cardiomediastinum", "tubes"),
+    ("Edema", "tubes"),
+    ("Pneumonia", "tubes"),
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One abnormal thing of one study.
+
+    `kind` is its shape (see `pathology` and `devices`), `severity` runs from 0 to 1, `depth` from -1 (front) to 1
+    (back), `form` seeds the outline so that it stays the same thing in the next study. An uncertain finding is drawn
+    faintly or not at all.
+    """
+
+    label: str
+    kind: str
+    side: str  # left, right, bilateral, midline or ""
+    zone: str  # upper, mid, lower or ""
+    severity: float
+    depth: float
+    form: int
+    uncertain: bool = False
+    drawn: bool = True
+    change: str = ""  # "", new, unchanged, improved, increased
+
+    @property
+    def strength(self) -> float:
+        """How strongly it is drawn."""
+        return 0.35 * self.severity if self.uncertain else self.severity
+
+
+def _side(rng: np.random.Generator, both: float = 0.0) -> str:
+    return str(rng.choice(["right", "left", "bilateral"], p=[(1 - both) / 2, (1 - both) / 2, both]))
+
+
+def _zone(rng: np.random.Generator, upper: float, mid: float) -> str:
+    return str(rng.choice(["upper", "mid", "lower"], p=[upper, mid, 1 - upper - mid]))
+
+
+def _place(label: str, rng: np.random.Generator) -> tuple[str, str, str]:
+    """Kind, side and zone of a new finding."""
+    if label == "Atelectasis":
+        kind = str(rng.choice(["plate", "basal"], p=[0.6, 0.4]))
+        return kind, _side(rng, 0.3), "lower" if kind == "basal" else _zone(rng, 0.08, 0.30)
+    if label == "Consolidation":
+        return "lobar", _side(rng), _zone(rng, 0.35, 0.25)
+    if label == "Pneumonia":
+        return "patchy", _side(rng, 0.2), _zone(rng, 0.22, 0.28)
+    if label == "Lung Opacity":
+        return "hazy", _side(rng), _zone(rng, 0.3, 0.3)
+    if label == "Lung Lesion":
+        return str(rng.choice(["nodule", "mass"], p=[0.55, 0.45])), _side(rng), _zone(rng, 0.45, 0.35)
+    if label == "Pleural Effusion":
+        return "fluid", _side(rng, 0.35), ""
+    if label == "Pneumothorax":
+        return "collapse", _side(rng), ""
+    if label == "Pleural Other":
+        kind = str(rng.choice(["thickening", "cap"]))
+        return kind, _side(rng), "upper" if kind == "cap" else _zone(rng, 0.0, 0.5)
+    if label == "Fracture":
+        return str(rng.choice(["rib", "clavicle"], p=[0.75, 0.25])), _side(rng), _zone(rng, 0.4, 0.6)
+    return {"Edema": "haze", "Cardiomegaly": "heart"}.get(label, "wide"), "bilateral" if label == "Edema" else "", ""
+
+
+def new_finding(label: str, rng: np.random.Generator) -> Finding:
+    """A finding with side, zone, size and certainty; certainty and severity draws are the same for every label."""
+    kind, side, zone = _place(label, rng)
+    if kind == "clavicle":
+        zone = ""
+    uncertain = bool(rng.random() < 0.11)
+    return Finding(
+        label=label,
+        kind=kind,
+        side=side,
+        zone=zone,
+        severity=float(rng.beta(1.8, 1.6) * 0.85 + 0.15),
+        depth=float(rng.uniform(-0.8, 0.8)),
+        form=int(rng.integers(2**31)),
+        uncertain=uncertain,
+        drawn=bool(not uncertain or rng.random() < 0.5),
+    )
+
+
+def _device(kind: str, rng: np.random.Generator) -> Finding:
+    side = "midline" if kind in ("tracheal", "gastric", "wires") else _side(rng)
+    if kind == "pacer":
+        side = "left" if rng.random() < 0.8 else "right"
+    if kind == "leads":
+        side = ""
+    return Finding("Support Devices", kind, side, "", 1.0, -0.5, int(rng.integers(2**31)))
+
+
+def _devices(name: str, rng: np.random.Generator) -> list[Finding]:
+    if name == "drain":
+        kinds = ["drain"]
+    elif name == "pacemaker":
+        kinds = ["pacer"]
+    else:
+        kinds = [
+            k for k, p in (("tracheal", 0.45), ("gastric", 0.4), ("venous", 0.7), ("leads", 0.5)) if rng.random() < p
+        ]
+        kinds = kinds or ["venous"]
+    return [_device(kind, rng) for kind in kinds]
+
+
+def _scenario(rng: np.random.Generator) -> list[Finding]:
+    """One clinical situation: normal, a single finding, or several that go together."""
+    plot = rng.choice(5, p=[0.225, 0.365, 0.085, 0.255, 0.07])
+    if plot == 0:
+        names: list[str] = []
+    elif plot == 1:
+        names = [str(rng.choice(COMPETITION, p=_SINGLE))]
+    elif plot == 2:
+        names = [str(rng.choice(_OTHERS))]
+    elif plot == 3:
+        names = list(_CLUSTERS[int(rng.integers(len(_CLUSTERS)))])
+    else:
+        names = [str(n) for n in rng.choice(COMPETITION + _OTHERS, size=int(rng.integers(2, 4)), replace=False)]
+    out: list[Finding] = []
+    for name in names:
+        out += [new_finding(name, rng)] if name in LABELS else _devices(name, rng)
+    if plot != 1 and rng.random() < 0.13 and not any(f.label == "Support Devices" for f in out):
+        out.append(_device(str(rng.choice(["pacer", "venous", "wires", "leads"])), rng))
+    drains = [i for i, f in enumerate(out) if f.kind == "drain"]
+    for i in drains:  # the drain goes where the air is
+        out[i] = replace(out[i], side=next((f.side for f in out if f.label == "Pneumothorax"), out[i].side))
+    return out
+
+
+def _evolve(finding: Finding, rng: np.random.Generator) -> Finding | None:
+    """The same finding in the next study, or None when it is gone."""
+    roll, amount = float(rng.random()), float(rng.uniform(0.15, 0.4))
+    if finding.label == "Support Devices":
+        gone = roll < (0.02 if finding.kind in ("pacer", "wires") else 0.3)
+        return None if gone else replace(finding, change="unchanged")
+    if finding.uncertain:
+        certain = bool(roll < 0.35)
+        return (
+            replace(finding, uncertain=not certain, drawn=certain or finding.drawn, change="") if roll < 0.6 else None
+        )
+    chronic = finding.label in _CHRONIC
+    if roll < (0.04 if chronic else 0.16):
+        return None
+    if roll < (0.72 if chronic else 0.5):
+        return replace(finding, change="unchanged")
+    if roll < (0.78 if chronic else 0.76) and finding.severity - amount > 0.15:
+        return replace(finding, severity=finding.severity - amount, change="improved")
+    if finding.severity + amount < 1.0:
+        return replace(finding, severity=finding.severity + amount, change="increased")
+    return replace(finding, change="unchanged")
+
+
+@lru_cache(maxsize=64)
+def course(seed: int, patient: int) -> tuple[tuple[Finding, ...], ...]:
+    """All studies of one patient: the findings of each, first study first."""
+    rng = stream(seed, patient, COURSE)
+    now = _scenario(rng)
+    visits = [tuple(now)]
+    for _ in range(draw_patient(seed, patient).studies - 1):
+        kept = [later for later in (_evolve(f, rng) for f in now) if later is not None]
+        if rng.random() < 0.48:
+            fresh = [f for f in _scenario(rng) if (f.label, f.kind) not in {(k.label, k.kind) for k in kept}]
+            fresh = [f for f in fresh if f.label == "Support Devices" or f.label not in {k.label for k in kept}]
+            now = [f for f in kept if f.label in _CHRONIC or rng.random() < 0.3]
+            now += [replace(f, change="new") for f in fresh]
+        else:
+            now = kept
+        visits.append(tuple(now))
+    return tuple(visits)

@@ -1,0 +1,139 @@
+"""The lateral chest radiograph: sternum on the image's left, spine on its right, both lungs superimposed."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from gloria_core.phantom.canvas import Canvas, smooth_line
+from gloria_core.phantom.frontal import VESSEL_PEAK, VESSEL_WIDTH, vessel_tree
+from gloria_core.phantom.patient import Patient, Shot
+from gloria_core.phantom.scene import AIR, Change, Scene, dome_height
+
+Array = np.ndarray
+_FRONT = ((-1.2, -0.86, -0.66, -0.30, 0.10, 0.45, 0.9), (-0.12, -0.14, -0.30, -0.46, -0.57, -0.60, -0.58))
+_BACK = ((-1.2, -0.86, -0.62, -0.20, 0.20, 0.60, 1.0), (0.24, 0.28, 0.50, 0.68, 0.70, 0.63, 0.56))
+
+
+def spine_x(y: Array | float) -> Array | float:
+    """The middle of the vertebral bodies at height y (thoracic kyphosis)."""
+    return 0.44 - 0.26 * (np.asarray(y) - 0.02) ** 2
+
+
+def lung_dome(scene: Scene, side: str, x: Array) -> Array:
+    """y of one hemidiaphragm at x: high in front, falling into the posterior sulcus."""
+    top = dome_height(scene.patient, scene.shot, scene.change, side) - 0.02
+    t = x + 0.14
+    return top + 0.10 * np.clip(-t, 0, 1) ** 2 * 2.2 + 0.62 * np.clip(t, 0, 1) ** 2.1
+
+
+def start(canvas: Canvas, patient: Patient, shot: Shot, change: Change) -> Scene:
+    """Both lungs, the hemidiaphragms and the heart seen from the side."""
+    scene = Scene(canvas, patient, shot, change, view="lateral")
+    x, y = canvas.x, canvas.y
+    front, back = canvas.profile(*_FRONT, round_off=0.09), canvas.profile(*_BACK, round_off=0.09)
+    roof = canvas.edge(y - patient.apex + 0.03 - 0.9 * np.clip(np.abs(x - 0.06) - 0.10, 0, 1), 0.06)
+    chest = canvas.edge(x - front, 0.01) * canvas.edge(back - x, 0.01) * roof
+    thick = 0.62 + 0.38 * (1 - np.exp(-np.minimum(x - front, back - x).clip(0) * 7))
+    for side in ("right", "left"):
+        scene.lung[side] = chest * canvas.edge(lung_dome(scene, side, x) - y, 0.008)
+    scene.air = 0.5 * (scene.lung["right"] + scene.lung["left"]) * thick
+    scene.wall = np.minimum(x - front, back - x)
+    scene.base = lung_dome(scene, "right", x) - y
+    size = patient.heart * change.heart
+    lift = 0.5 * shot.inspiration
+    grow = size - 1.0
+    scene.cardiac = canvas.disc(-0.265 + 0.13 * grow, 0.215 - lift - 0.04 * grow, 0.315 * size, 0.25 * size, 0.62)
+    wide = change.mediastinum
+    arch = 1 - ((np.hypot(x - 0.11, (y + 0.24) * 0.9) - 0.15) / (0.055 * patient.knob + 0.4 * wide)) ** 2
+    arch = np.clip(arch, 0, 1) * canvas.edge(-0.16 - y, 0.10)
+    aorta = np.clip(1 - ((x - 0.255 + 0.1 * np.clip(y, 0, 1)) / (0.05 + 0.3 * wide)) ** 2, 0, 1) * canvas.edge(
+        y + 0.2, 0.08
+    )
+    front_wide = np.clip(canvas.disc(-0.16, -0.35, 0.10, 0.22), 0, 1) * min(wide * 12, 1.0)
+    scene.mediastinum = np.maximum(arch, front_wide)
+    thick = np.sqrt(np.clip(scene.cardiac, 0, 1)) * (0.1 + 0.9 * canvas.edge(scene.base + 0.03, 0.05))
+    scene.heart = 0.36 * thick + 0.11 * np.sqrt(arch) + 0.06 * aorta + 0.16 * front_wide
+    scene.extra, scene.vessels, scene.solid = (
+        np.zeros_like(scene.air),
+        np.ones_like(scene.air),
+        np.zeros_like(scene.air),
+    )
+    return scene
+
+
+def tissue(scene: Scene) -> Array:
+    """Chest wall, raised arms, abdomen and the air in lungs, trachea and stomach."""
+    canvas, patient = scene.canvas, scene.patient
+    x, y = canvas.x, canvas.y
+    pad = 0.05 + 0.05 * patient.girth
+    front = canvas.profile(_FRONT[0], np.array(_FRONT[1]) - pad - 0.01, round_off=0.11)
+    back = canvas.profile(_BACK[0], np.array(_BACK[1]) + pad + 0.05, round_off=0.11)
+    middle, half = (front + back) / 2, (back - front) / 2
+    body = (
+        canvas.profile((-1.0, -0.6, 0.2, 0.8), (0.78, 0.72, 0.80, 0.92))
+        * np.clip(1 - ((x - middle) / half) ** 2, 0, 1) ** 0.45
+    )
+    # raised arms: soft tissue over the whole upper edge, thinner than the neck and shoulders in the middle
+    arms = np.clip(1 - ((x - 0.06) / (0.52 + 0.9 * np.clip(-0.72 - y, 0, 1))) ** 2, 0, 1) ** 0.6
+    arms *= np.clip((-0.50 - y - 0.25 * np.abs(x - 0.05)) * 3.0, 0, 1)
+    body = np.maximum(body, 0.60 * arms) + 0.10 * arms
+    if patient.breast:
+        bump = canvas.disc(-0.53 - pad, 0.14, 0.15 * patient.breast + 0.09, 0.30)
+        body = np.maximum(body, 0.50 * np.sqrt(np.clip(bump, 0, 1))) + 0.04 * np.clip(bump, 0, 1)
+    body += 0.06 * canvas.edge(-scene.base, 0.02) * (body > 0.1)
+    tube = x - 0.045 - 0.10 * (y + 0.6)
+    trachea = np.sqrt(np.clip(1 - (tube / 0.042) ** 2, 0, 1)) * canvas.edge(-0.14 - y, 0.03) * canvas.edge(y + 1.1, 0.2)
+    if patient.gastric:
+        top = lung_dome(scene, "left", np.float32(0.02))
+        body -= 0.16 * np.sqrt(np.clip(canvas.disc(0.02, float(top) + 0.10, 0.15 * patient.gastric, 0.055), 0, 1))
+    return body - np.float32(AIR) * scene.air - 0.10 * trachea * (body > 0.2)
+
+
+def bones(scene: Scene) -> Array:
+    """Vertebrae with their discs, oblique ribs, sternum, shoulder blades."""
+    canvas, patient = scene.canvas, scene.patient
+    x, y = canvas.x, canvas.y
+    off = x - spine_x(y).astype(np.float32)
+    phase = (y + 0.12 * off) / 0.128 + 0.3 * y
+    f = np.abs(phase - np.round(phase))
+    body = canvas.edge(0.068 + 0.012 * np.clip(y, 0, 1) + 0.012 * f - np.abs(off), 0.012)
+    layer = body * (0.125 - 0.085 * np.exp(-(((f - 0.5) / 0.10) ** 2)))
+    layer += body * 0.05 * np.exp(-(((f - 0.38) / 0.06) ** 2))
+    arch = np.exp(-(((off - 0.115) / 0.035) ** 2)) * (0.05 + 0.05 * np.cos(2 * np.pi * phase))
+    layer += arch
+    t = np.clip((x + 0.55) / 1.15, 0, 1)
+    for shift in (0.0, 0.055):
+        level = y - 0.36 * (1 - t) ** 1.5 + shift + 0.10 * t**2
+        rib = np.abs(level / 0.165 - np.round(level / 0.165)) * 0.165
+        layer += (
+            0.045
+            * canvas.edge(0.024 - rib, 0.012)
+            * (scene.wall > -0.02)
+            * canvas.edge(0.62 - y, 0.3)
+            * np.clip(t * 2.2, 0, 1)
+        )
+    front = canvas.profile(_FRONT[0], np.array(_FRONT[1]) - 0.022, round_off=0.09)
+    layer += (
+        0.14 * canvas.edge(0.019 - np.abs(x - front), 0.006) * canvas.edge(y + 0.60, 0.03) * canvas.edge(0.22 - y, 0.03)
+    )
+    for x0, bend in ((0.36, 0.02), (0.45, -0.01)):
+        layer += scene.lines(*smooth_line([[x0, -0.95], [x0 + bend, -0.6], [x0 + 0.06, -0.22]]), 0.011, 0.06)
+    return layer * (0.4 + 0.6 * patient.rib_density)
+
+
+def vessels(scene: Scene) -> Array:
+    """The two vessel trees seen end on: the frontal ones folded about the hilum."""
+    wet = scene.change.congestion
+    layer = np.zeros_like(scene.air)
+    for (points, lengths, taper), width, peak in zip(
+        vessel_tree(scene.patient.vessel_seed), VESSEL_WIDTH, VESSEL_PEAK, strict=True
+    ):
+        away = np.stack([0.06 + (points[:, 0]) * 0.85, points[:, 1]], axis=1)
+        layer += scene.lines(away, lengths, width * (1 + 0.5 * wet), 0.7 * peak * taper * (1 + 0.4 * wet))
+    hila = scene.canvas.blobs(np.array([[0.04, -0.06], [0.10, -0.01], [0.07, -0.12]]), 0.045, 0.085 * (1 + 0.5 * wet))
+    return layer * scene.vessels * np.minimum(scene.air * 1.5, 1) + hila
+
+
+def density(scene: Scene) -> Array:
+    """Everything that lies in the beam of the lateral view."""
+    return tissue(scene) + scene.heart * (1 - 0.6 * scene.solid) + bones(scene) + vessels(scene) + scene.extra

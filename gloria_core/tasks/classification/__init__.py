@@ -1,0 +1,1 @@
+"""Classification: linear probe, fine-tuning, label policy and decisions."""

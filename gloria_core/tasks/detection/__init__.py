@@ -1,0 +1,1 @@
+"""Detection on a pretrained encoder: data, metrics, training."""

@@ -1,0 +1,128 @@
+"""What is explored: a radiograph, its texts and, where they are known, the regions that some words name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gloria_core.data.dataset import PreparedDataset
+from gloria_core.data.geometry import Geometry
+from gloria_core.data.images import decode_gray, read_gray
+from gloria_core.data.manifest import boxes_of, masks_of
+from gloria_core.data.reports import ReportError, sections
+from gloria_core.tasks.features import frontal_image
+from gloria_core.tasks.phrases import Phrase, Span, original_region, swap_sides
+
+SWAPPED = "~swapped"
+"""Ends the name of a text whose sides were exchanged."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text that is encoded by itself: `name` is its key, `title` what stands over it; `own` if the user wrote it."""
+
+    name: str
+    title: str
+    text: str
+    own: bool = False
+
+
+@dataclass(frozen=True)
+class Truth:
+    """A known region: `mask` (H, W) bool on the image's own pixels, `boxes` (x, y, width, height) where it is made of
+    boxes, `spans` the characters of each text that name it."""
+
+    label: str
+    mask: NDArray[np.bool_]
+    boxes: tuple[tuple[float, ...], ...] = ()
+    spans: Mapping[str, tuple[Span, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One radiograph (H, W) uint8 and its texts. Raises ValueError for other pixels, ReportError for no text at all."""
+
+    image: NDArray[np.uint8]
+    texts: tuple[Text, ...]
+    truths: tuple[Truth, ...] = ()
+    title: str = ""
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if self.image.ndim != 2 or self.image.dtype != np.uint8:
+            raise ValueError(f"the image must be (H, W) uint8 gray, not {self.image.shape} {self.image.dtype}")
+        if not self.texts:
+            raise ReportError(f"{self.title or 'the study'} has no text: type a report, or choose another study")
+
+
+def study_subject(data: PreparedDataset, study: str) -> Subject:
+    """A study of a prepared dataset by its study_id, with the truths of its masks and boxes.
+
+    Raises KeyError for a study that the manifest does not have, ReportError for one without text.
+    """
+    rows = data.frame[data.frame["study_id"].astype(str) == str(study)]
+    if rows.empty:
+        raise KeyError(f"study {study!r} is not in the manifest of {data.name}; one is {data.frame.study_id.iloc[0]!r}")
+    row = rows.iloc[0].to_dict()
+    number, path = frontal_image(row)
+    image = read_gray(data.root / path)
+    texts = [Text(name, name.capitalize(), row[name]) for name in ("findings", "impression") if row[name].strip()]
+    title = f"{row['study_id']} · {data.name}, {row['split']}"
+    return Subject(image, tuple(texts), _truths(row, number, image, data.root), title, path)
+
+
+def own_subject(image: NDArray[np.uint8] | str | Path | bytes, report: str, *, name: str = "") -> Subject:
+    """One's own radiograph (file, its bytes, or gray values) and report, split at its headings if it has any.
+
+    PNG, JPEG and DICOM. Raises ImageError for a file that cannot be used, ReportError for a report without text.
+    """
+    if isinstance(image, bytes):
+        pixels, name = decode_gray(image, name or "upload"), name or "upload"
+    elif isinstance(image, np.ndarray):
+        pixels, name = image, name or "array"
+    else:
+        pixels, name = read_gray(image), name or Path(image).name
+    found = sections(report)
+    texts = [Text(section, section.capitalize(), text) for section, text in found.items()]
+    return Subject(pixels, tuple(texts), (), name, name)
+
+
+def swapped(text: Text) -> Text | None:
+    """The text with left and right exchanged everywhere; None if it names no side."""
+    other = swap_sides(Phrase(0, "", "", text.text, ((0, len(text.text)),), ""))
+    return None if other is None else Text(text.name + SWAPPED, text.title, other.text, text.own)
+
+
+def _truths(row: Mapping, number: int, image: NDArray, root: Path) -> tuple[Truth, ...]:
+    """Masks that share label and words are one truth; boxes speak for the labels that have no mask."""
+    geometry = Geometry.fit(*image.shape, max(image.shape))
+    grouped: dict[tuple, list[dict]] = {}
+    for mask in masks_of(row):
+        if mask.get("image", 0) == number:
+            spans = tuple(sorted((str(name), int(s), int(e)) for name, s, e in mask.get("spans", ())))
+            grouped.setdefault((mask["label"], spans), []).append(mask)
+    found = []
+    for (label, spans), masks in grouped.items():
+        phrase = Phrase(0, label, "", "", (), "", masks=tuple(mask["path"] for mask in masks))
+        several = sum(other == label for other, _ in grouped) > 1
+        sides = sorted({mask["side"] for mask in masks if mask.get("side")})
+        name = f"{label} ({', '.join(sides)})" if several and sides else label
+        found.append(Truth(name, original_region(phrase, geometry, root), spans=_by_text(spans)))
+    masked = {label for label, _ in grouped}
+    boxes: dict[str, list[tuple[float, ...]]] = {}
+    for box in boxes_of(row):
+        if box["image"] == number and box["label"] not in masked:
+            boxes.setdefault(box["label"], []).append(tuple(float(value) for value in box["xywh"]))
+    for label, several in boxes.items():
+        phrase = Phrase(0, label, "", "", (), "", boxes=tuple(several))
+        found.append(Truth(label, original_region(phrase, geometry, root), boxes=tuple(several)))
+    return tuple(found)
+
+
+def _by_text(spans: Sequence[tuple[str, int, int]]) -> dict[str, tuple[Span, ...]]:
+    names = dict.fromkeys(name for name, *_ in spans)
+    return {name: tuple((s, e) for other, s, e in spans if other == name) for name in names}

@@ -1,0 +1,179 @@
+"""Click a word, see where it points: the attention explorer, a widget for JupyterLab, VS Code and Voila.
+
+    Explorer(native.load(checkpoint), data=open_dataset(manifest), study="p00006_s3")
+    Explorer({"gloria": a, "random": b}, image="mine.dcm", report="Small left effusion.")
+
+Where nobody runs widgets (papermill's executed copies, a plain viewer) the same display is a static figure with a text.
+"""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import anywidget
+import numpy as np
+import traitlets
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from torch import nn
+
+from gloria_core.data.dataset import PreparedDataset
+from gloria_core.viz.attention import MapPanel, attention_row
+from gloria_core.viz.explorer.page import export_page, program, style
+from gloria_core.viz.explorer.scene import SceneMaker, unit_map, units
+from gloria_core.viz.explorer.subject import Subject, Text, own_subject, study_subject
+
+
+class Explorer(anywidget.AnyWidget):
+    """A radiograph beside its report; every word draws its region map.
+
+    `models`: one model, or name -> model (two can stand side by side). Either `data` and `study` (a study_id; the first
+    test study with a known region by default), or `image` (a PNG, JPEG or DICOM file, its bytes, or (H, W) uint8) and
+    `report`. `studies`: study_ids to choose from on screen. `word`: the word that is chosen at first.
+    `selection` (read by anyone): what is chosen now, as `text`, `type`, `index` and `words`; empty for nothing.
+    Raises ValueError for a model without maps or for too little or too much of the above, ImageError, ReportError,
+    KeyError for an unknown study.
+    """
+
+    _esm = program()
+    _css = style()
+    scene = traitlets.Dict().tag(sync=True)
+    maps = traitlets.Dict().tag(sync=True)
+    revision = traitlets.Int(0).tag(sync=True)
+    selection = traitlets.Dict().tag(sync=True)
+
+    def __init__(
+        self,
+        models: nn.Module | Mapping[str, nn.Module],
+        *,
+        data: PreparedDataset | None = None,
+        study: str = "",
+        studies: Sequence[str] = (),
+        image: NDArray[np.uint8] | str | Path | bytes | None = None,
+        report: str = "",
+        word: str = "",
+    ) -> None:
+        super().__init__()
+        self._models = {models.config.objective: models} if isinstance(models, nn.Module) else dict(models)
+        self._data, self._studies, self._word = data, [str(one) for one in studies], word
+        if (data is None) == (image is None):
+            raise ValueError("the explorer shows a study of `data`, or an `image` with its `report`: give one of them")
+        if data is None:
+            self.show_own(image, report)
+        else:
+            self.show_study(study or _first_known(data))
+        self.on_msg(self._on_message)
+
+    def show_study(self, study: str) -> None:
+        """Go to another study of the dataset. Raises ValueError without a dataset, KeyError for an unknown study."""
+        if self._data is None:
+            raise ValueError("this explorer was made for one image; give it `data` to go from study to study")
+        self._show(study_subject(self._data, study), study)
+
+    def show_own(self, image: NDArray[np.uint8] | str | Path | bytes, report: str, *, name: str = "") -> None:
+        """Go to a radiograph and a report of one's own. Raises ImageError, ReportError."""
+        self._show(own_subject(image, report, name=name), "")
+
+    def add_phrase(self, text: str) -> None:
+        """Encode a phrase of one's own and show it under the report. Raises ReportError for one without a word."""
+        number = 1 + sum(entry["own"] and not entry["hidden"] for entry in self._maker.texts)
+        self._maker.add([Text(f"own-{number}", "Your phrase", text, own=True)])
+        self._send_scene()
+
+    def page(self) -> str:
+        """The explorer as one HTML page that needs neither kernel nor network."""
+        return export_page(self.scene, self.maps)
+
+    def save_html(self, path: str | Path) -> Path:
+        """Write `page` to a file."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(self.page(), encoding="utf-8")
+        return path
+
+    def figure(self) -> Figure:
+        """What is chosen at first as a static figure: the attention and the cosine of each model."""
+        entry, place = self._start()
+        words = units(entry)[place]
+        first, last = entry["words"][words[0]], entry["words"][words[-1]]
+        panels = []
+        for number, (name, side) in enumerate(self._maker.sides.items()):
+            key = f"{number}/{entry['id']}"
+            grids = np.frombuffer(self.maps[key], "<f4").reshape(self.scene["shapes"][key])
+            for kind in sorted({"attention", "cosine"} & set(side.kinds)):
+                grid = unit_map(grids, side.kinds.index(kind), words)
+                if grid is not None:
+                    values = side.geometry.map_to_original(grid, crop=side.model.config.crop)
+                    unit = "cosine" if kind == "cosine" else "weight"
+                    panels.append(MapPanel(values, f"{name}\n{kind}", signed=kind == "cosine", unit=unit))
+        subject = self._maker.subject
+        title = f"{subject.title}: “{entry['text'][first[0] : last[1]]}”"
+        masks = [truth.mask for truth in subject.truths if not truth.boxes]
+        boxes = [box for truth in subject.truths for box in truth.boxes]
+        return attention_row(subject.image, panels, title=title, outlines=masks, boxes=boxes)
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict, dict] | None:
+        bundle = super()._repr_mimebundle_(**kwargs)
+        if bundle is None:
+            return None
+        data, metadata = bundle
+        buffer = BytesIO()
+        self.figure().savefig(buffer, format="png", dpi=110)
+        said = f"Attention explorer: {self.scene['title']}. Run the notebook, or open the exported page, to click."
+        return {**data, "text/plain": said, "image/png": b64encode(buffer.getvalue()).decode("ascii")}, metadata
+
+    def _show(self, subject: Subject, study: str) -> None:
+        self._maker, self._study = SceneMaker(self._models, subject), study
+        self._send_scene()
+
+    def _send_scene(self) -> None:
+        entry, place = self._start()
+        words = len(entry["words"])
+        kind, index = ("word", place) if place < words else ("phrase", place - words - entry["sentences"])
+        made = self._maker.scene()
+        made |= {"study": self._study, "studies": self._studies}
+        made["start"] = {"text": entry["id"], "type": kind, "index": index}
+        with self.hold_sync():
+            self.scene, self.maps = made, dict(self._maker.maps)
+            self.revision += 1
+
+    def _start(self) -> tuple[dict[str, Any], int]:
+        """The text and the unit that are chosen at first: the asked word, else a phrase with a known region."""
+        texts = [entry for entry in self._maker.texts if not entry["hidden"] and entry["words"]]
+        section = next(iter(self._models.values())).config.text_section
+        texts.sort(key=lambda entry: (entry["own"], entry["id"] != section))
+        for entry in texts if self._word else ():
+            for number, (start, end, _) in enumerate(entry["words"]):
+                if entry["text"][start:end].lower() == self._word.lower():
+                    return entry, number
+        for entry in texts:
+            if entry["phrases"]:
+                return entry, len(entry["words"]) + entry["sentences"]
+        return texts[0], 0
+
+    def _on_message(self, _: object, content: dict[str, Any], __: object) -> None:
+        """What the page asks of the kernel. A fault is said on the page."""
+        try:
+            match content.get("type"):
+                case "phrase":
+                    self.add_phrase(str(content["text"]))
+                case "study":
+                    self.show_study(str(content["id"]))
+                case "export":
+                    name = f"explorer_{self._study or 'own'}.html"
+                    self.send({"type": "page", "name": name, "html": self.page()})
+        except Exception as error:
+            self.send({"type": "error", "text": str(error.args[0] if error.args else error)})
+            if not isinstance(error, ValueError | KeyError | OSError):
+                raise
+
+
+def _first_known(data: PreparedDataset) -> str:
+    """The first test study with a mask or a box; the first study where there is none."""
+    frame = data.frame
+    known = frame[(frame["split"] == "test") & ((frame["masks"] != "") | (frame["boxes"] != ""))]
+    return str((known if len(known) else frame)["study_id"].iloc[0])
