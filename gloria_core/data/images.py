@@ -69,12 +69,11 @@ def read_bytes(path: str | Path, *, name: str | Path | None = None) -> bytes:
 
 def decode_gray(data: bytes, name: str | Path) -> NDArray[np.uint8]:
     """`read_gray` for bytes that were already read; `name` is for messages and, without a signature, for its suffix."""
-    from gloria_core.data import dicom  # here, because that module builds on this one
 
     if data.startswith((_PNG, _JPEG, *_OTHER)):
         return _decode_picture(data, name)
-    if dicom.looks_like_dicom(data, name):
-        return dicom.decode_dicom(data, name)
+    if looks_like_dicom(data, name):
+        return decode_dicom(data, name)
     start = data[:16].decode("ascii", "replace")
     raise ImageError(f"{name}: not a PNG, JPEG or DICOM file (it begins with {start!r}): export or {_COPY_AGAIN}")
 

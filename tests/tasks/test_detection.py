@@ -8,7 +8,8 @@ from PIL import Image
 
 from gloria_core.data.cache import ImageCache
 from gloria_core.tasks.detection import training as detection
-from gloria_core.tasks.detection.training import MGCA, Settings, box_data, label_fractions, train_detector
+from gloria_core.tasks.detection.data import box_data
+from gloria_core.tasks.detection.training import MGCA, Settings, label_fractions, train_detector
 
 QUICK = Settings(width=16, epochs=0.1, least_steps=30, batch_size=8, learning_rate=5e-3, checks=2, precision="float32")
 

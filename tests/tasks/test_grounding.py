@@ -5,16 +5,8 @@ import torch
 
 from gloria_core.data.geometry import Geometry
 from gloria_core.tasks.features import image_features, text_features
-from gloria_core.tasks.grounding import (
-    maps,
-    original_maps,
-    phrase_map,
-    score_map,
-    score_phrases,
-    summarise,
-    upsample,
-    words_of_span,
-)
+from gloria_core.tasks.grounding import score_map, score_phrases, summarise, upsample
+from gloria_core.tasks.maps import maps, original_maps, phrase_map, words_of_span
 from gloria_core.tasks.phrases import (
     Phrase,
     original_region,

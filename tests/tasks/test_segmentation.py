@@ -9,7 +9,13 @@ from PIL import Image
 
 from gloria_core.data.cache import ImageCache
 from gloria_core.data.manifest import ManifestError
-from gloria_core.tasks.segmentation.data import FeatureStore, augmented, shuffled_batches
+from gloria_core.tasks.segmentation.data import (
+    FeatureStore,
+    augmented,
+    mask_counts,
+    segmentation_data,
+    shuffled_batches,
+)
 from gloria_core.tasks.segmentation.metrics import THRESHOLDS
 from gloria_core.tasks.segmentation.training import (
     Recipe,
@@ -17,10 +23,8 @@ from gloria_core.tasks.segmentation.training import (
     feature_store,
     fit,
     label_efficiency,
-    mask_counts,
     mean_mask_counts,
     score,
-    segmentation_data,
 )
 
 SQUARE, DOT = "Lung Opacity", "Lung Lesion"

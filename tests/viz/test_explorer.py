@@ -13,7 +13,8 @@ from gloria_core.data.images import ImageError
 from gloria_core.data.reports import ReportError
 from gloria_core.data.sources import prepare
 from gloria_core.data.tokenizer import train_wordpiece
-from gloria_core.tasks.grounding import original_maps, score_phrases
+from gloria_core.tasks.grounding import score_phrases
+from gloria_core.tasks.maps import original_maps
 from gloria_core.tasks.phrases import phrases_from_masks
 from gloria_core.viz.explorer.form import study_page, with_own_study
 from gloria_core.viz.explorer.page import export_page

@@ -4,7 +4,8 @@ import pandas as pd
 import pytest
 from matplotlib.colors import to_rgba
 
-from gloria_core.viz.segmentation import PREDICTION, TRUTH, dice_by_fraction, fit_curves, overlays
+from gloria_core.viz.attention import TRUTH
+from gloria_core.viz.segmentation import PREDICTION, dice_by_fraction, fit_curves, overlays
 
 
 def case(truth, prediction, name="s1 Edema, Dice 0.50"):
