@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerFast
 
 from gloria_core.data.cache import ImageCache, Shares
+from gloria_core.data.files import atomic_write
 from gloria_core.data.images import Norm, to_tensor
 from gloria_core.data.manifest import (
     COMPETITION_LABELS,
@@ -352,9 +353,7 @@ def save_dataset(
     write_manifest(frame, folder / "manifest.csv")
     # paths inside the folder are kept relative to it, so that it can be moved as a whole
     known = {"name": name, "root": _relative(root, folder), "size": size, "cache": _relative(cache.index, folder)}
-    temporary = folder / "dataset.json.tmp"
-    temporary.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(folder / "dataset.json")
+    atomic_write(folder / "dataset.json", json.dumps(known, indent=2) + "\n")
     return PreparedDataset(name, root, size, frame, cache)
 
 

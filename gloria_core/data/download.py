@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+
+from gloria_core.data.files import file_hash
 
 BLOCK = 1 << 20
 
@@ -30,7 +31,7 @@ def fetch(
     Raises DownloadError; what was read so far stays for the next call, unless its checksum is wrong.
     """
     path = Path(path)
-    if path.is_file() and (sha256 is None or file_sha256(path) == sha256):
+    if path.is_file() and (sha256 is None or file_hash(path, digits=64) == sha256):
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
@@ -42,7 +43,7 @@ def fetch(
     size = part.stat().st_size
     if total and size != total:
         raise DownloadError(f"{url}: {size} of {total} bytes arrived in {part}; call again to resume")
-    found = file_sha256(part) if sha256 is not None else None
+    found = file_hash(part, digits=64) if sha256 is not None else None
     if found != sha256:
         part.unlink()
         raise DownloadError(
@@ -78,9 +79,3 @@ def _receive(url: str, part: Path, *, timeout: float, progress: Callable[[int, i
                 if progress is not None:
                     progress(done, total)
     return total
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

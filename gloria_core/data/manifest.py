@@ -17,7 +17,6 @@ Do the files that a manifest names exist, and do they lie under the dataset's ro
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +27,8 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 import pandera.pandas as pa
+
+from gloria_core.data.files import atomic_write, file_hash
 
 
 def path_problem(path: str) -> str | None:
@@ -453,7 +454,7 @@ def read_manifest(path: Path | str, *, root: Path | str | None = None, on_error:
 
 
 def write_manifest(frame: pd.DataFrame, path: Path | str) -> str:
-    """Check `frame`, write it atomically and return its `manifest_hash`. Equal content gives equal bytes everywhere.
+    """Check `frame`, write it atomically and return its `file_hash`. Equal content gives equal bytes everywhere.
 
     Rows keep their order. Line ends are \\n, labels 1/0/-1/blank, other numbers in shortest exact form.
     """
@@ -462,22 +463,8 @@ def write_manifest(frame: pd.DataFrame, path: Path | str) -> str:
     for name in label_columns(clean):
         clean[name] = clean[name].map({1.0: "1", 0.0: "0", -1.0: "-1"}).astype(object).where(clean[name].notna(), "")
     clean["label_rank"] = [repr(float(value)) for value in clean["label_rank"]]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="") as handle:
-            clean.to_csv(handle, index=False, lineterminator="\n")
-            handle.flush()
-            os.fsync(handle.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return manifest_hash(path)
-
-
-def manifest_hash(path: Path | str) -> str:
-    """First 16 hexadecimal digits of the SHA-256 of the file."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+    atomic_write(path, clean.to_csv(index=False, lineterminator="\n"))
+    return file_hash(path)
 
 
 def require_text(

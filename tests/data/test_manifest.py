@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from gloria_core.data.files import file_hash
 from gloria_core.data.manifest import (
     COMPETITION_LABELS,
     FIXED,
@@ -16,7 +17,6 @@ from gloria_core.data.manifest import (
     boxes_of,
     finding_columns,
     label_columns,
-    manifest_hash,
     masks_of,
     read_manifest,
     require_text,
@@ -84,7 +84,7 @@ def test_round_trip_keeps_strings_and_bytes(tmp_path):
     assert back["impression"][2] == "NA" and back["impression"][3] == ""
     assert np.isnan(back["Edema"][3]) and back["Edema"][2] == -1
     second = write_manifest(back, tmp_path / "b.csv")
-    assert first == second == manifest_hash(tmp_path / "b.csv") and len(first) == 16
+    assert first == second == file_hash(tmp_path / "b.csv") and len(first) == 16
     assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
     assert [p.name for p in tmp_path.iterdir() if p.suffix == ".tmp"] == []
 
