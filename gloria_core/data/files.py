@@ -69,7 +69,7 @@ def file_hash(path: Path | str, *, digits: int = 16) -> str:
 def did_you_mean(name: object, known: Iterable[object], *, cutoff: float = 0.6) -> str:
     """`" Did you mean 'x'?"` with the nearest of the `known` names, or "" where none is as similar as `cutoff` (0..1).
 
-    It begins with a blank and is a sentence of its own: f"Unknown label {name!r}.{did_you_mean(name, labels)} Known: ...".
+    It begins with a blank and is a sentence of its own: f"Unknown label {name!r}.{did_you_mean(name, labels)} Use ..."
     """
     near = difflib.get_close_matches(str(name), [str(other) for other in known], n=1, cutoff=cutoff)
     return f" Did you mean {near[0]!r}?" if near else ""
