@@ -24,7 +24,7 @@ stages:
   - notebook: 01_data_preparation
     parameters: {n_patients: 60, image_size: 64}
   - notebook: 02_pretraining
-    parameters: {epochs: 1, batch_size: 16, image_encoder: resnet_tiny, film_every: 1}
+    parameters: {epochs: 1, batch_size: 16, image_encoder: resnet_tiny, snapshot_every: 1}
     grid: {objective: [gloria, mgca, cxr_clip, convirt, random]}
   - notebook: 02_pretraining
     parameters: {epochs: 3, batch_size: 16, image_encoder: resnet_tiny, options: {decoder_layers: 1}}
@@ -104,5 +104,5 @@ def test_the_promised_numbers_are_there(study):
 def test_figures_are_pictures(study):
     pictures = [path for run in study for path in (study.folder / run.run_id / "figures").glob("*.png")]
     assert len(pictures) >= 40
-    assert any(path.name == "film.png" for path in pictures)
+    assert any(path.name == "snapshots.png" for path in pictures)
     assert all(path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for path in pictures)

@@ -92,7 +92,7 @@ def attention_row(
     return figure
 
 
-def film_strip(
+def snapshot_strip(
     images: Sequence[np.ndarray],
     epochs: Sequence[int],
     maps: Sequence[Sequence[np.ndarray]],
@@ -108,7 +108,7 @@ def film_strip(
     """
     fits = len(maps) == len(epochs) and all(len(row) == len(images) == len(titles) for row in maps)
     if not epochs or not fits:
-        raise ValueError("a film strip takes one title an image, and for every epoch one map an image")
+        raise ValueError("snapshot_strip takes one title an image, and for every epoch one map an image")
     figure, axes = new_figure(len(images), len(epochs), width=1.9 * len(epochs) + 1.6, height=1.9 * len(images) + 0.9)
     known = np.concatenate([values[np.isfinite(values)] for row in maps for values in row])
     reach = max(float(np.abs(known).max()) if len(known) else 0.0, 1e-12)
