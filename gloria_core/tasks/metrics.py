@@ -1,16 +1,16 @@
-"""Ranking metrics with bootstrap intervals, and the one table that every classification task reports.
+"""Metric tables with bootstrap intervals: one resampling for all tasks, and the ranking metrics AUROC and AUPRC.
+
+Intervals are percentile bootstrap (Efron 1979): samples, or whole patients where patient ids are given, are drawn with
+replacement. A resample is a row of counts, not a copy of the data, so a metric is a function of weights (`Statistic`).
 
 AUROC is the probability that a positive study outscores a negative one, ties counting half (Hanley and McNeil 1982).
-AUPRC is average precision, the step-wise sum without interpolation that scikit-learn uses. Intervals are percentile
-bootstrap (Efron 1979): studies, or whole patients where patient ids are given, are drawn with replacement.
-
-A resample is a row of counts, not a copy of the data. Scores are sorted once and every resample is then a weighted
-metric: 1000 resamples of 2000 studies and 14 labels cost about a second.
+AUPRC is average precision, the step-wise sum without interpolation that scikit-learn uses. Scores are sorted once, and
+every resample is then a weighted metric: 1000 resamples of 2000 studies and 14 labels cost about a second.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +18,8 @@ import numpy as np
 import pandas as pd
 
 Metric = Literal["auroc", "auprc"]
+Statistic = Callable[[np.ndarray], np.ndarray]
+"""Weights of n samples (b, n) -> values (b, ...), one for each row of weights."""
 
 
 @dataclass(frozen=True)
@@ -30,73 +32,13 @@ class Estimate:
     n: int
 
 
-def _tie_groups(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Ascending order of the scores and where each run of equal scores starts in it."""
-    order = np.argsort(scores, kind="stable")
-    ordered = scores[order]
-    return order, np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
-
-
-def _grouped(
-    weights: np.ndarray, y: np.ndarray, order: np.ndarray, starts: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Weight of positives and of negatives at each distinct score, ascending: two (b, groups) arrays."""
-    weights, positive = weights[:, order], y[order]
-    above, below = weights * positive, weights * (1.0 - positive)
-    if len(starts) == len(order):
-        return above, below
-    return np.add.reduceat(above, starts, axis=1), np.add.reduceat(below, starts, axis=1)
-
-
-def _auroc(positive: np.ndarray, negative: np.ndarray) -> np.ndarray:
-    below = negative.cumsum(axis=1) - 0.5 * negative
-    pairs = positive.sum(axis=1) * negative.sum(axis=1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(pairs > 0, (positive * below).sum(axis=1) / pairs, np.nan)
-
-
-def _auprc(positive: np.ndarray, negative: np.ndarray) -> np.ndarray:
-    true = positive[:, ::-1].cumsum(axis=1)
-    called = true + negative[:, ::-1].cumsum(axis=1)
-    precision = true / np.maximum(called, 1e-12)
-    total = positive.sum(axis=1)
-    defined = (total > 0) & (negative.sum(axis=1) > 0)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(defined, (positive[:, ::-1] * precision).sum(axis=1) / total, np.nan)
-
-
-_METRICS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {"auroc": _auroc, "auprc": _auprc}
-
-
-class _Ranked:
-    """One label's targets and scores, sorted once; calling it with (b, n) weights gives b values of the metric."""
-
-    def __init__(self, y: np.ndarray, scores: np.ndarray, metric: Metric) -> None:
-        if metric not in _METRICS:
-            raise ValueError(f"unknown metric {metric!r}; available: {', '.join(_METRICS)}")
-        self.metric, self.known = _METRICS[metric], ~np.isnan(y)
-        self.defined = self.known.any() and not np.isnan(scores[self.known]).any()
-        if np.isnan(scores[self.known]).any() and not np.isnan(scores[self.known]).all():
-            raise ValueError("some scores are NaN; a label is scored for every study or for none")
-        if not np.isin(y[self.known], (0.0, 1.0)).all():
-            raise ValueError("targets must be 1, 0 or NaN; make targets of labels with targets.binary_targets")
-        self.y, self.n = y[self.known], int(self.known.sum())
-        if self.defined:
-            self.order, self.starts = _tie_groups(scores[self.known])
-
-    def __call__(self, weights: np.ndarray) -> np.ndarray:
-        if not self.defined:
-            return np.full(len(weights), np.nan)
-        return self.metric(*_grouped(weights[:, self.known], self.y, self.order, self.starts))
-
-
 def resamples(
     n: int, *, groups: Sequence[object] | None = None, n_bootstrap: int = 1000, seed: int = 0
 ) -> Iterator[np.ndarray]:
-    """Bootstrap counts in blocks (b, n) of float32: how often each study is in each resample.
+    """Bootstrap counts in blocks (b, n) of float32: how often each sample is in each resample.
 
     With `groups` (patient ids) whole groups are drawn, so that studies of one patient stay together. The draws depend
-    on the seed, n and the groups only; blocks keep memory near 64 MB.
+    on the seed, n and the groups only; blocks need about 64 MB.
     """
     if groups is not None and len(groups) != n:
         raise ValueError(f"{len(groups)} group ids for {n} studies")
@@ -121,52 +63,129 @@ def interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float, float
     return float(low), float(high)
 
 
-def _with_interval(y, score, metric: Metric, groups, n_bootstrap: int, seed: int) -> Estimate:
-    y, score = np.asarray(y, dtype=float), np.asarray(score, dtype=float)
-    if y.shape != score.shape or y.ndim != 1:
-        raise ValueError(f"targets {y.shape} and scores {score.shape} must be two vectors of one length")
-    ranked = _Ranked(y, score, metric)
-    value = float(ranked(np.ones((1, len(y))))[0])
-    blocks = (
-        []
-        if np.isnan(value)
-        else [ranked(w) for w in resamples(len(y), groups=groups, n_bootstrap=n_bootstrap, seed=seed)]
-    )
-    return Estimate(value, *interval(np.concatenate(blocks) if blocks else np.array([])), ranked.n)
+def ratio_of_sums(above: np.ndarray, below: np.ndarray) -> Statistic:
+    """The statistic sum(w * above) / sum(w * below), NaN where the lower sum is zero: a mean, a share, a pooled Dice.
+
+    Shape: above, below (n, ...) -> values (b, ...)
+    """
+    shape = above.shape[1:]
+    above, below = (np.asarray(part, dtype=float).reshape(len(part), -1) for part in (above, below))
+
+    def statistic(weights: np.ndarray) -> np.ndarray:
+        over, under = weights @ above, weights @ below
+        values = np.divide(over, under, out=np.full(over.shape, np.nan), where=under > 0)
+        return values.reshape(len(weights), *shape)
+
+    return statistic
 
 
-def auroc_with_interval(
-    y: Sequence[float],
-    score: Sequence[float],
+def bootstrap_rows(
+    statistic: Statistic,
+    counted: np.ndarray,
+    targets: Sequence[str],
+    metrics: Sequence[str],
     *,
+    macro: Sequence[str] = (),
+    notes: Sequence[str] | np.ndarray | None = None,
+    columns: Mapping[str, np.ndarray] | None = None,
     groups: Sequence[object] | None = None,
     n_bootstrap: int = 1000,
     seed: int = 0,
-) -> Estimate:
-    """AUROC of (n,) targets (1, 0, NaN = left out) and scores, 95 % interval. One class only, or nothing: NaN."""
-    return _with_interval(y, score, "auroc", groups, n_bootstrap, seed)
+    skip_undefined: bool = False,
+) -> pd.DataFrame:
+    """One row per target and metric with 95 % interval, then one row `macro` per metric: the mean over `macro`.
+
+    `statistic` maps weights (b, n) to values (b, K, M). All targets and metrics share the resamples, so that the macro
+    interval contains the correlation between targets. The macro leaves out targets without a value, and its note says
+    how many counted. A resample in which a target of the macro is undefined is left out of the macro's interval; with
+    `skip_undefined` it contributes the mean of the other targets.
+
+    `counted`: samples that count, (n, K) or (n, K, M) bool; `n` is their number, for the macro that of samples that
+    count for any of its targets. `notes`: (K,) or (K, M), written beside the row. `columns`: name -> (K,) or (K, M),
+    further columns; the macro has the mean over the targets that counted.
+    `groups`, `n_bootstrap`, `seed`: see `resamples`.
+    Columns: target, metric, value, ci_low, ci_high, n, the further columns, note. KeyError for an unknown macro target.
+    """
+    targets, metrics, columns = list(targets), list(metrics), dict(columns or {})
+    unknown = [name for name in macro if name not in targets]
+    if unknown:
+        raise KeyError(f"macro label {unknown[0]!r} is not among {', '.join(map(str, targets))}")
+    size, shape = len(counted), (len(targets), len(metrics))
+
+    def by_target(values: Sequence[object] | np.ndarray, kind: type) -> np.ndarray:
+        values = np.asarray(values, dtype=kind)
+        return np.broadcast_to(values if values.ndim == 2 else values[:, None], shape)
+
+    counted = np.asarray(counted, dtype=bool)
+    counted = np.broadcast_to(counted if counted.ndim == 3 else counted[..., None], (size, *shape))
+    notes = by_target([""] * len(targets) if notes is None else notes, object)
+    columns = {name: by_target(values, float) for name, values in columns.items()}
+    value = statistic(np.ones((1, size)))[0]
+    blocks = [statistic(weights) for weights in resamples(size, groups=groups, n_bootstrap=n_bootstrap, seed=seed)]
+    drawn = np.concatenate(blocks) if blocks else np.empty((0, *shape))
+
+    def row(target: str, metric: str, point: float, values: np.ndarray, n: int, more: list, note: str) -> tuple:
+        limits = interval(values) if np.isfinite(point) else (float("nan"), float("nan"))
+        return (target, metric, float(point), *limits, n, *more, note)
+
+    rows = []
+    for k, target in enumerate(targets):
+        for m, metric in enumerate(metrics):
+            more = [float(values[k, m]) for values in columns.values()]
+            n = int(counted[:, k, m].sum())
+            rows.append(row(target, metric, value[k, m], drawn[:, k, m], n, more, notes[k, m]))
+    chosen = [targets.index(name) for name in macro]
+    for m, metric in enumerate(metrics if chosen else ()):
+        defined = [k for k in chosen if np.isfinite(value[k, m])]
+        note = f"mean over {len(defined)} of {len(chosen)} labels"
+        n = int(counted[:, chosen, m].any(axis=1).sum())
+        if not defined:
+            rows.append(row("macro", metric, float("nan"), drawn[:0, 0, m], n, [float("nan")] * len(columns), note))
+            continue
+        values = drawn[:, defined, m]
+        if skip_undefined:
+            values = values[~np.isnan(values).all(axis=1)]
+        means = (np.nanmean if skip_undefined else np.mean)(values, axis=1) if len(values) else values[:, 0]
+        more = [float(values[defined, m].mean()) for values in columns.values()]
+        rows.append(row("macro", metric, value[defined, m].mean(), means, n, more, note))
+    return pd.DataFrame(rows, columns=["target", "metric", "value", "ci_low", "ci_high", "n", *columns, "note"])
 
 
-def auprc_with_interval(
-    y: Sequence[float],
-    score: Sequence[float],
-    *,
-    groups: Sequence[object] | None = None,
-    n_bootstrap: int = 1000,
-    seed: int = 0,
-) -> Estimate:
-    """Average precision, as `auroc_with_interval`. Its chance level is the prevalence. One class only: NaN."""
-    return _with_interval(y, score, "auprc", groups, n_bootstrap, seed)
+def _auroc(positive: np.ndarray, negative: np.ndarray) -> np.ndarray:
+    below = negative.cumsum(axis=1) - 0.5 * negative
+    pairs = positive.sum(axis=1) * negative.sum(axis=1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(pairs > 0, (positive * below).sum(axis=1) / pairs, np.nan)
 
 
-def auroc(y: Sequence[float], score: Sequence[float]) -> float:
-    """AUROC alone; NaN where it is not defined."""
-    return auroc_with_interval(y, score, n_bootstrap=0).value
+def _auprc(positive: np.ndarray, negative: np.ndarray) -> np.ndarray:
+    true = positive[:, ::-1].cumsum(axis=1)
+    called = true + negative[:, ::-1].cumsum(axis=1)
+    precision = true / np.maximum(called, 1e-12)
+    total = positive.sum(axis=1)
+    defined = (total > 0) & (negative.sum(axis=1) > 0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(defined, (positive[:, ::-1] * precision).sum(axis=1) / total, np.nan)
 
 
-def auprc(y: Sequence[float], score: Sequence[float]) -> float:
-    """Average precision alone; NaN where it is not defined."""
-    return auprc_with_interval(y, score, n_bootstrap=0).value
+_METRICS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {"auroc": _auroc, "auprc": _auprc}
+
+
+def _ranking(y: np.ndarray, scores: np.ndarray, metric: Metric) -> Statistic:
+    """The statistic of known targets (n,) of 1 and 0, and scores (n,) that are finite: weights (b, n) -> (b,)."""
+    order = np.argsort(scores, kind="stable")
+    ordered, positive = scores[order], y[order]
+    # where each run of equal scores starts
+    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
+
+    def statistic(weights: np.ndarray) -> np.ndarray:
+        weights = weights[:, order]
+        parts = weights * positive, weights * (1.0 - positive)
+        if len(starts) < len(order):
+            parts = tuple(np.add.reduceat(part, starts, axis=1) for part in parts)
+        return _METRICS[metric](*parts)
+
+    return statistic
 
 
 def metric_rows(
@@ -179,59 +198,78 @@ def metric_rows(
     n_bootstrap: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """One row per label and metric, and a `macro` row: the mean over the labels named in `macro`.
+    """AUROC and AUPRC of every label with 95 % interval, and `macro`; see `bootstrap_rows`.
 
-    targets, scores: (n, K) with the same columns and order of studies. All labels share the resamples, so that the
-    macro interval keeps the correlation between labels. The macro leaves out labels without a value and its `note`
-    says how many counted; its `n` is the number of studies with a target in any of them.
-    Columns: target, metric, value, ci_low, ci_high, n, prevalence, note. Raises KeyError for an unknown macro label.
+    targets (n, K): 1, 0, NaN = left out; scores (n, K): the same columns and order of studies, NaN throughout for a
+    label that is not scored. A label with one class only has value NaN, and its `note` says why.
+    Columns: target, metric, value, ci_low, ci_high, n, prevalence, note. Raises KeyError for an unknown label,
+    ValueError for an unknown metric, other targets, other lengths, or a label that is scored in some studies only.
     """
     if len(targets) != len(scores):
         raise ValueError(f"{len(targets)} rows of targets, {len(scores)} rows of scores")
+    for metric in metrics:
+        if metric not in _METRICS:
+            raise ValueError(f"unknown metric {metric!r}; available: {', '.join(_METRICS)}")
     labels = list(scores.columns)
     unknown = [label for label in [*labels, *macro] if label not in targets.columns or label not in labels]
     if unknown:
         raise KeyError(f"label {unknown[0]!r} is not in both targets and scores")
-    y = {label: targets[label].to_numpy(dtype=float) for label in labels}
-    ranked = [
-        (label, m, _Ranked(y[label], scores[label].to_numpy(dtype=float), m)) for label in labels for m in metrics
-    ]
-    point = np.array([r(np.ones((1, len(targets))))[0] for _, _, r in ranked])
-    blocks = [np.full((0, len(ranked)), np.nan)]
-    for weights in resamples(len(targets), groups=groups, n_bootstrap=n_bootstrap, seed=seed):
-        blocks.append(np.stack([r(weights) for _, _, r in ranked], axis=1))
-    drawn = np.concatenate(blocks)
-    rows = []
-    for column, (label, metric, item) in enumerate(ranked):
-        low, high = interval(drawn[:, column] if np.isfinite(point[column]) else np.array([]))
-        prevalence = float(item.y.mean()) if item.n else float("nan")
-        rows.append((label, metric, point[column], low, high, item.n, prevalence, _why_undefined(item)))
-    for metric in metrics if macro else ():
-        chosen = [
-            c for c, (label, m, _) in enumerate(ranked) if m == metric and label in macro and np.isfinite(point[c])
-        ]
-        known = ~np.isnan(np.stack([y[label] for label in macro], axis=1))
-        value = float(point[chosen].mean()) if chosen else float("nan")
-        low, high = interval(drawn[:, chosen].mean(axis=1) if chosen else np.array([]))
-        prevalence = float(np.mean([ranked[c][2].y.mean() for c in chosen])) if chosen else float("nan")
-        note = f"mean over {len(chosen)} of {len(macro)} labels"
-        rows.append(("macro", metric, value, low, high, int(known.any(axis=1).sum()), prevalence, note))
-    return pd.DataFrame(rows, columns=["target", "metric", "value", "ci_low", "ci_high", "n", "prevalence", "note"])
+    y, known = targets[labels].to_numpy(dtype=float), targets[labels].notna().to_numpy()
+    statistics, notes, prevalence = [], [], []
+    for k, label in enumerate(labels):
+        own, score = y[known[:, k], k], scores[label].to_numpy(dtype=float)[known[:, k]]
+        if not np.isin(own, (0.0, 1.0)).all():
+            raise ValueError("targets must be 1, 0 or NaN; make targets of labels with label_policy.binary_targets")
+        if np.isnan(score).any() and not np.isnan(score).all():
+            raise ValueError("some scores are NaN; a label is scored for every study or for none")
+        note = "no study with a known label" if not len(own) else "not scored" if np.isnan(score).any() else ""
+        statistics.append(None if note else [_ranking(own, score, metric) for metric in metrics])
+        one_class = not note and own.min() == own.max()
+        notes.append(f"only {'positive' if own[0] else 'negative'} studies" if one_class else note)
+        prevalence.append(own.mean() if len(own) else np.nan)
+
+    def statistic(weights: np.ndarray) -> np.ndarray:
+        values = np.full((len(weights), len(labels), len(metrics)), np.nan)
+        for k, of_label in enumerate(statistics):
+            for m, of_metric in enumerate(of_label or ()):
+                values[:, k, m] = of_metric(weights[:, known[:, k]])
+        return values
+
+    return bootstrap_rows(
+        statistic,
+        known,
+        labels,
+        metrics,
+        macro=macro,
+        notes=notes,
+        columns={"prevalence": np.array(prevalence)},
+        groups=groups,
+        n_bootstrap=n_bootstrap,
+        seed=seed,
+    )
+
+
+def _alone(y: Sequence[float], score: Sequence[float], metric: Metric) -> float:
+    y, score = np.asarray(y, dtype=float), np.asarray(score, dtype=float)
+    if y.shape != score.shape or y.ndim != 1:
+        raise ValueError(f"targets {y.shape} and scores {score.shape} must be two vectors of one length")
+    rows = metric_rows(pd.DataFrame({"y": y}), pd.DataFrame({"y": score}), metrics=(metric,), n_bootstrap=0)
+    return float(rows["value"].iloc[0])
+
+
+def auroc(y: Sequence[float], score: Sequence[float]) -> float:
+    """AUROC of targets (n,) (1, 0, NaN = left out) and scores (n,); NaN where it is not defined."""
+    return _alone(y, score, "auroc")
+
+
+def auprc(y: Sequence[float], score: Sequence[float]) -> float:
+    """Average precision, as `auroc`. Its chance level is the prevalence."""
+    return _alone(y, score, "auprc")
 
 
 RECORDED = ("task", "label_fraction", "seed", "split", "target", "metric", "value", "ci_low", "ci_high", "n")
 
 
 def record_rows(rows: pd.DataFrame, *, task: str) -> pd.DataFrame:
-    """The columns of metric rows that a run record takes, with the task; what is only for the eye is left out."""
+    """The columns of metric rows that a run record takes, with the task; columns for display only are left out."""
     return rows.assign(task=task)[[name for name in RECORDED if name == "task" or name in rows.columns]]
-
-
-def _why_undefined(item: _Ranked) -> str:
-    if not item.n:
-        return "no study with a known label"
-    if not item.defined:
-        return "not scored"
-    if item.y.min() == item.y.max():
-        return f"only {'positive' if item.y[0] else 'negative'} studies"
-    return ""

@@ -7,13 +7,19 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from gloria_core.tasks.metrics import (
     auprc,
-    auprc_with_interval,
     auroc,
-    auroc_with_interval,
+    bootstrap_rows,
     metric_rows,
+    ratio_of_sums,
     record_rows,
     resamples,
 )
+
+
+def estimate(y, score, metric="auroc", **options):
+    """The only row of one label."""
+    tables = (pd.DataFrame({"y": np.asarray(part, dtype=float)}) for part in (y, score))
+    return metric_rows(*tables, metrics=(metric,), **options).iloc[0]
 
 
 def test_limits_by_hand():
@@ -40,25 +46,22 @@ def test_every_resample_equals_scikit_learn_on_the_drawn_rows():
     y, score = rng.integers(0, 2, 30), rng.integers(0, 6, 30).astype(float)
     counts = next(resamples(30, n_bootstrap=20, seed=3)).astype(int)
     drawn = [np.repeat(np.arange(30), c) for c in counts]
-    for metric, interval, reference in (
-        ("auroc", auroc_with_interval, roc_auc_score),
-        ("auprc", auprc_with_interval, average_precision_score),
-    ):
+    for metric, reference in (("auroc", roc_auc_score), ("auprc", average_precision_score)):
         expected = np.percentile([reference(y[rows], score[rows]) for rows in drawn], [2.5, 97.5])
-        found = interval(y, score, n_bootstrap=20, seed=3)
+        found = estimate(y, score, metric, n_bootstrap=20, seed=3)
         assert (found.ci_low, found.ci_high) == pytest.approx(tuple(expected), abs=1e-9), metric
 
 
 @pytest.mark.parametrize("y", [[], [1, 1, 1], [0, 0], [np.nan, np.nan]])
 def test_empty_and_one_class_are_nan(y):
-    found = auroc_with_interval(y, np.arange(len(y)), n_bootstrap=10)
+    found = estimate(y, np.arange(len(y)), n_bootstrap=10)
     assert np.isnan([found.value, found.ci_low, found.ci_high]).all()
     assert found.n == np.isfinite(np.asarray(y, dtype=float)).sum()
     assert np.isnan(auprc(y, np.arange(len(y))))
 
 
 def test_unknown_targets_are_left_out():
-    found = auroc_with_interval([0, np.nan, 1, 1], [0.1, 9.0, 0.2, 0.05], n_bootstrap=10)
+    found = estimate([0, np.nan, 1, 1], [0.1, 9.0, 0.2, 0.05], n_bootstrap=10)
     assert (found.value, found.n) == (0.5, 3)
 
 
@@ -88,7 +91,7 @@ def test_grouping_widens_the_interval_of_repeated_studies():
     y = rng.integers(0, 2, 60)
     score = y + rng.normal(size=60) * 1.5
     y10, score10, groups = np.repeat(y, 10), np.repeat(score, 10), np.repeat(np.arange(60), 10)
-    alone, grouped = auroc_with_interval(y10, score10), auroc_with_interval(y10, score10, groups=groups)
+    alone, grouped = estimate(y10, score10), estimate(y10, score10, groups=groups)
     assert grouped.ci_high - grouped.ci_low > 2.5 * (alone.ci_high - alone.ci_low)
 
 
@@ -96,7 +99,7 @@ def test_interval_covers_the_truth_about_as_often_as_it_says():
     rng, hits = np.random.default_rng(0), 0
     for trial in range(100):
         y = rng.integers(0, 2, 150)
-        found = auroc_with_interval(y, rng.normal(size=150), n_bootstrap=200, seed=trial)
+        found = estimate(y, rng.normal(size=150), n_bootstrap=200, seed=trial)
         hits += found.ci_low <= 0.5 <= found.ci_high
     assert 88 <= hits <= 100
 
@@ -115,9 +118,7 @@ def test_metric_rows_hold_labels_and_the_named_macro():
     assert table.loc[("macro", "auroc"), "value"] == pytest.approx(
         np.mean([roc_auc_score(y[k], scores[k]) for k in "ab"])
     )
-    assert table.loc[("b", "auroc"), "ci_low"] == pytest.approx(
-        auroc_with_interval(y["b"], scores["b"], n_bootstrap=100).ci_low
-    )
+    assert table.loc[("b", "auroc"), "ci_low"] == pytest.approx(estimate(y["b"], scores["b"], n_bootstrap=100).ci_low)
     assert table.loc[("a", "auroc"), "prevalence"] == pytest.approx(y["a"].mean())
     assert ((rows["ci_low"] < rows["value"]) & (rows["value"] < rows["ci_high"])).all()
 
@@ -141,6 +142,43 @@ def test_macro_leaves_out_and_counts_undefined_labels():
     assert rows.loc["macro", "note"] == "mean over 1 of 3 labels"
     with pytest.raises(KeyError, match="'z'"):
         metric_rows(y, scores, macro=["z"])
+
+
+def _means(scores, known, **options):
+    statistic = ratio_of_sums(np.where(known, scores, 0.0), known)
+    return bootstrap_rows(lambda w: statistic(w)[..., None], known, list("ab"), ["mean"], **options).set_index("target")
+
+
+def test_bootstrap_rows_of_a_mean_by_hand():
+    scores, known = (
+        np.array([[1.0, 0.0], [0.0, 0.5], [0.5, 9.0]]),
+        np.array([[True, True], [True, True], [True, False]]),
+    )
+    options = {"groups": ["p", "q", "q"], "n_bootstrap": 50, "seed": 2}
+    rows = _means(scores, known, macro=["a", "b"], columns={"chance": np.array([0.1, 0.3])}, **options)
+    assert rows["value"].tolist() == [0.5, 0.25, 0.375] and rows["n"].tolist() == [3, 2, 3]
+    assert rows["chance"].tolist() == pytest.approx([0.1, 0.3, 0.2]) and rows.loc["macro", "note"].startswith(
+        "mean over 2"
+    )
+    counts = np.concatenate(list(resamples(3, **options)))
+    expected = np.percentile((counts @ scores[:, 0]) / counts.sum(axis=1), [2.5, 97.5])
+    assert rows.loc["a", ["ci_low", "ci_high"]].tolist() == pytest.approx(expected.tolist())
+
+
+def test_a_resample_that_lacks_a_target_is_dropped_or_averaged_over_the_others():
+    scores, known = (
+        np.array([[0.0, 0.0], [1.0, 1.0], [1.0, 0.0]]),
+        np.array([[True, True], [True, False], [True, False]]),
+    )
+    counts = np.concatenate(list(resamples(3, n_bootstrap=99)))
+    mean, lacking = (counts @ scores[:, 0]) / counts.sum(axis=1), counts[:, 0] == 0
+    dropped, kept = (
+        _means(scores, known, macro=["a", "b"], n_bootstrap=99, skip_undefined=skip) for skip in (False, True)
+    )
+    assert dropped.loc["macro", "ci_high"] == pytest.approx(np.percentile(mean[~lacking] / 2, 97.5))
+    assert kept.loc["macro", "ci_high"] == pytest.approx(np.percentile(np.where(lacking, mean, mean / 2), 97.5))
+    with pytest.raises(KeyError, match="'z'"):
+        _means(scores, known, macro=["z"])
 
 
 def test_record_rows_keep_what_a_record_takes():
