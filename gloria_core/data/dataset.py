@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerFast
 
 from gloria_core.data.cache import ImageCache, Shares
-from gloria_core.data.files import atomic_write
+from gloria_core.data.files import atomic_write, did_you_mean
 from gloria_core.data.images import Norm, to_tensor
 from gloria_core.data.manifest import (
     COMPETITION_LABELS,
@@ -300,20 +300,35 @@ class PreparedDataset:
         named = {*COMPETITION_LABELS, *COMPETITION_SYNONYMS}
         return [name for name in label_columns(self.frame) if name in named]
 
-    def without(self, rule: str) -> pd.DataFrame:
-        """The frame less the test studies that a rule "column=value" names; training and validation stay whole.
+    def exclude(self, rule: str) -> pd.DataFrame:
+        """The frame without the test studies that a rule "column=value" names; training and validation stay whole.
 
-        For judging outside a confound: `without("meta_source=A")`. Raises ManifestError for a rule that names no test
-        study, since a comparison with itself would look like a result.
+        For judging outside a confounder: `exclude("meta_source=A")`. Raises ManifestError for an unknown column, and for
+        a rule that names no test study or all of them.
         """
         column, _, value = rule.partition("=")
         if column not in self.frame:
-            raise ManifestError(f"rule {rule!r}: the manifest has no column {column!r}")
-        named = (self.frame["split"] == "test") & (self.frame[column].astype(str) == value)
-        if not named.any():
-            there = ", ".join(sorted(set(self.frame[column].astype(str)))[:8])
-            raise ManifestError(f"rule {rule!r} names no test study; {column} is one of {there}")
+            known = did_you_mean(column, self.frame.columns)
+            raise ManifestError(f"rule {rule!r}: the manifest has no column {column!r}.{known}")
+        test = self.frame["split"] == "test"
+        named = test & (self.frame[column].astype(str) == value)
+        if not 0 < named.sum() < test.sum():
+            values = ", ".join(sorted(set(self.frame[column][test].astype(str)))[:8])
+            raise ManifestError(
+                f"rule {rule!r} names {named.sum()} of {test.sum()} test studies; it must name some and leave some. "
+                f"{column!r} of the test studies is one of: {values}"
+            )
         return self.frame[~named]
+
+    def test_sets(self, exclude: str = "") -> dict[str, pd.DataFrame]:
+        """Test rows by the name they are reported under: the dataset's, and, with a rule, "<name> not <rule>".
+
+        The index is that of `frame`. Raises ManifestError without test studies, and as `exclude` does.
+        """
+        sets = {self.name: self.split("test")}
+        if exclude:
+            sets[f"{self.name} not {exclude}"] = self.exclude(exclude).query("split == 'test'")
+        return sets
 
     def split(self, name: str) -> pd.DataFrame:
         """Rows of split `name` (train, valid or test); an empty split raises ManifestError."""

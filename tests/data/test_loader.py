@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 
 from gloria_core.data.cache import ImageCache
-from gloria_core.data.dataset import Collate, StudyDataset, make_loader
-from gloria_core.data.manifest import read_manifest, write_manifest
+from gloria_core.data.dataset import Collate, StudyDataset, make_loader, open_dataset, save_dataset
+from gloria_core.data.manifest import ManifestError, read_manifest, write_manifest
 from gloria_core.data.reports import ReportError
 from gloria_core.data.tokenizer import train_wordpiece
 
@@ -332,3 +332,44 @@ def test_with_a_real_manifest_and_cache(tmp_path):
     assert torch.allclose(batch.pixels.mean(dim=(1, 2, 3, 4)), torch.tensor([0.0, 10, 20]) / 255 * 2 - 1, atol=1e-5)
     (again,) = batches(source, **options, workers=1)
     assert same(batch, again)
+
+
+# ------------------------------------------------------------------------------------------- prepared datasets
+
+
+def prepared(tmp_path, **columns):
+    frame = make_frame(6, images=[f"img_{i}.png" for i in range(6)], views="PA", **columns)
+    for name in frame["images"]:
+        Image.fromarray(np.zeros((20, 20), np.uint8)).save(tmp_path / name)
+    return save_dataset(tmp_path / "set", frame, name="tiny", root=tmp_path, size=SIZE)
+
+
+def test_what_save_dataset_writes_open_dataset_opens(tmp_path):
+    written = prepared(tmp_path)
+    opened = open_dataset(tmp_path / "set" / "manifest.csv")
+    assert (opened.name, opened.root, opened.size) == ("tiny", tmp_path.resolve(), SIZE)
+    assert list(opened.frame["study_id"]) == list(written.frame["study_id"])
+    assert opened.cache.image("img_0.png").shape == (SIZE, SIZE)
+    with pytest.raises(ManifestError, match="no row in split 'test'"):
+        opened.split("test")
+    (tmp_path / "set" / "dataset.json").unlink()
+    with pytest.raises(ManifestError, match=r"dataset\.json is missing: run notebooks/01"):
+        open_dataset(tmp_path / "set" / "manifest.csv")
+
+
+def test_test_sets_with_and_without_the_studies_that_a_rule_names(tmp_path):
+    data = prepared(tmp_path, split=["train", "test", "test", "test", "valid", "train"], meta_source=list("AABBAB"))
+    assert list(data.exclude("meta_source=A")["study_id"]) == ["s0", "s2", "s3", "s4", "s5"]
+    assert {name: list(rows.index) for name, rows in data.test_sets().items()} == {"tiny": [1, 2, 3]}
+    sets = data.test_sets(exclude="meta_source=A")
+    assert {name: list(rows.index) for name, rows in sets.items()} == {
+        "tiny": [1, 2, 3],
+        "tiny not meta_source=A": [2, 3],
+    }
+    for rule, message in {
+        "meta_sorce=A": r"no column 'meta_sorce'\. Did you mean 'meta_source'\?",
+        "meta_source=C": "names 0 of 3 test studies.*is one of: A, B",
+        "split=test": "names 3 of 3 test studies",
+    }.items():
+        with pytest.raises(ManifestError, match=message):
+            data.exclude(rule)
