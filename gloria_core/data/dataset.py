@@ -303,8 +303,8 @@ class PreparedDataset:
     def exclude(self, rule: str) -> pd.DataFrame:
         """The frame without the test studies that a rule "column=value" names; training and validation stay whole.
 
-        For judging outside a confounder: `exclude("meta_source=A")`. Raises ManifestError for an unknown column, and for
-        a rule that names no test study or all of them.
+        For judging outside a confounder: `exclude("meta_source=A")`.
+        Raises ManifestError for an unknown column, and for a rule that names no test study or all of them.
         """
         column, _, value = rule.partition("=")
         if column not in self.frame:
