@@ -28,7 +28,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerFast
 
-from gloria_core.data.cache import ImageCache, Shares
+from gloria_core.data.cache import ImageCache, require_shards
 from gloria_core.data.files import atomic_write, did_you_mean
 from gloria_core.data.images import Norm, to_tensor
 from gloria_core.data.manifest import (
@@ -346,21 +346,20 @@ def save_dataset(
     root: str | Path,
     size: int,
     on_error: str = "raise",
-    shares: str | Path = "",
+    shards: str | Path = "",
 ) -> PreparedDataset:
     """Write `folder/manifest.csv` and `folder/dataset.json`, and build `folder/cache` from the images under `root`.
 
     `on_error="exclude"` leaves studies with unreadable images out of the manifest; they are listed, with the reason,
-    in `folder/excluded.csv`. `shares`: a folder that `gloria_core.data.cache` filled; its images need no decoding.
-    Raises ManifestError or ImageError otherwise, CacheError for a folder without shares of this size.
+    in `folder/excluded.csv`. `shards`: the folder of a cache that `python -m gloria_core.data.cache` has begun;
+    it is completed and used there. Raises ManifestError or ImageError otherwise, CacheError for a folder without shards
+    of these images at this size.
     """
     folder, root = Path(folder), Path(root).resolve()
-    found = Shares(shares, size=size) if str(shares) else None
+    if str(shards):
+        require_shards(frame, shards, size)
     folder.mkdir(parents=True, exist_ok=True)
-    decoded = found.find if found is not None else None
-    cache = ImageCache.build(frame, root, size=size, folder=folder / "cache", on_error=on_error, known=decoded)
-    if found is not None:
-        print(found.summary(len(cache)))
+    cache = ImageCache.build(frame, root, size=size, folder=shards or folder / "cache", on_error=on_error)
     frame = cache.usable(frame).reset_index(drop=True)
     excluded = frame.attrs["excluded"]
     if excluded:

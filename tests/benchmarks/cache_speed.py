@@ -42,7 +42,7 @@ def main(root: Path, size: int) -> None:
             order = np.random.default_rng(0).permutation(len(paths))
             start = time.perf_counter()
             for row in order:
-                cache[int(row)].max()
+                cache[paths[row]].max()
             read = time.perf_counter() - start
         print(
             f"  {workers} threads: build {len(paths) / built:.0f} images/s, reopen {opened:.2f} s, "

@@ -1,5 +1,6 @@
 """The image cache: the right pixels, made once, and honest about bad files."""
 
+import json
 import os
 import pickle
 import shutil
@@ -10,8 +11,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from gloria_core.data import cache as cache_build
-from gloria_core.data.cache import CacheError, ImageCache, cache_key
+from gloria_core.data import cache as cache_module
+from gloria_core.data.cache import CacheError, ImageCache, cache_key, image_paths
 from gloria_core.data.geometry import Geometry
 from gloria_core.data.images import ImageError
 
@@ -45,8 +46,16 @@ def build(frame, root, folder, **options):
     return ImageCache.build(frame, root, **{"size": 32, "folder": folder, "progress": False, **options})
 
 
-def visible(folder):
-    return sorted(file.name for file in Path(folder).iterdir() if not file.name.endswith(".lock"))
+def content(folder):
+    return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """A list that grows by each image that is decoded."""
+    paths, real = [], cache_module._decode
+    monkeypatch.setattr(cache_module, "_decode", lambda root, path, *rest: paths.append(path) or real(root, path, *rest))
+    return paths
 
 
 @pytest.mark.parametrize("behavior", ["corrected", "published"])
@@ -55,18 +64,15 @@ def test_pixels_and_geometry_are_those_of_each_file(root, tmp_path, behavior):
     cache = build(frame, root, tmp_path / "c", behavior=behavior)
     assert len(cache) == 4
     assert cache.paths == ("images/000.png", "images/001.png", "images/002.png", "images/003.png")
-    for row, path in enumerate(cache.paths):
+    for path in cache.paths:
         original = np.asarray(Image.open(root / path))
         geometry = Geometry.fit(*original.shape, 32, behavior=behavior)
         assert cache.geometry(path) == geometry
         assert (cache.image(path) == geometry.apply(original)).all()
-        assert (cache[row] == cache[path]).all()
-        assert cache.row(path) == row
+        assert (cache[path] == cache.image(path)).all()
     picked = cache.rows(["images/002.png", "images/000.png", "images/002.png"])
     assert picked.shape == (3, 32, 32)
     assert (picked[1] == cache["images/000.png"]).all()
-    assert "images/001.png" in cache
-    assert "images/009.png" not in cache
     cache.verify()
 
 
@@ -85,62 +91,50 @@ def test_an_unknown_path_is_refused(root, tmp_path):
         cache.usable(frame_of("images/001.png"))
 
 
-def test_a_second_build_decodes_nothing(root, tmp_path, monkeypatch):
+def test_a_second_build_decodes_nothing(root, tmp_path, decoded):
     frame = all_images(root)
     first = build(frame, root, tmp_path / "c")
-    monkeypatch.setattr(cache_build, "_decode", lambda *_: pytest.fail("decoded again"))
+    assert len(decoded) == 12
+    shutil.rmtree(root / "images")  # the sources are not needed any more
     again = build(frame, root, tmp_path / "c")
     assert again.index == first.index
-    shutil.rmtree(root / "images")  # the sources are not needed any more
-    assert (build(frame, root, tmp_path / "c").rows(first.paths) == first.rows(first.paths)).all()
+    assert len(decoded) == 12
+    assert (again.rows(first.paths) == first.rows(first.paths)).all()
 
 
-def test_key_depends_on_images_size_and_behavior_only(root):
-    frame = frame_of("a.png;b.png", "c.png")
-    key = cache_key(frame, 32)
+def test_key_depends_on_images_size_and_behavior_only():
+    paths = ["a.png", "b.png", "c.png"]
+    key = cache_key(paths, 32)
     assert len(key) == 16
-    assert key == cache_key(frame_of("c.png", "b.png", "a.png").assign(impression="other"), 32)
-    others = [
-        cache_key(frame, 64),
-        cache_key(frame, 32, behavior="published"),
-        cache_key(frame_of("a.png", "c.png"), 32),
-    ]
+    assert image_paths(frame_of("c.png", "b.png;a.png").assign(impression="other")) == paths
+    others = [cache_key(paths, 64), cache_key(paths, 32, behavior="published"), cache_key(["a.png", "c.png"], 32)]
     assert len({key, *others}) == 4
 
 
-def test_workers_and_order_do_not_change_a_byte(root, tmp_path):
+def test_workers_and_order_do_not_change_a_byte(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_module, "_BLOCK", 5)
     frame = all_images(root)
-    one = build(frame, root, tmp_path / "one", workers=1)
-    three = build(frame.iloc[::-1], root, tmp_path / "three", workers=3)
-    assert visible(tmp_path / "one") == visible(tmp_path / "three")
-    assert one.index.read_bytes() == three.index.read_bytes()
-    assert (one.rows(one.paths) == three.rows(one.paths)).all()
+    build(frame, root, tmp_path / "one", workers=1)
+    build(frame.iloc[::-1], root, tmp_path / "three", workers=3)
+    assert content(tmp_path / "one") == content(tmp_path / "three")
+    assert len(content(tmp_path / "one")) == 2
 
 
-def test_changed_sources_are_decoded_again(root, tmp_path):
-    frame = all_images(root)
-    before = build(frame, root, tmp_path / "c").rows(frame["images"])
-    make_images(root, 12, seed=1)
-    after = build(frame, root, tmp_path / "c")
-    assert (after.rows(frame["images"]) != before).any()
-    assert (
-        after["images/002.png"] == Geometry.fit(37, 37, 32).apply(np.asarray(Image.open(root / "images/002.png")))
-    ).all()
-    assert len(visible(tmp_path / "c")) == 2  # the old pixels are gone
-
-
-def test_a_copied_root_is_recognised_by_content(root, tmp_path, monkeypatch):
+def test_only_changed_sources_are_decoded_again(root, tmp_path, decoded):
     frame = all_images(root)
     build(frame, root, tmp_path / "c")
-    for file in (root / "images").iterdir():
-        os.utime(file, (1, 1))
-    monkeypatch.setattr(cache_build, "_decode", lambda *_: pytest.fail("decoded again"))
-    build(frame, root, tmp_path / "c")
-    monkeypatch.setattr(cache_build, "same_source", lambda file, entry: entry.mtime_ns == 1_000_000_000)
-    build(frame, root, tmp_path / "c")  # the new times were noted
+    for name, time in (("002", (5, 5)), ("003", (6, 6))):
+        Image.fromarray(np.full((20, 20), 77, np.uint8)).save(root / f"images/{name}.png")
+        os.utime(root / f"images/{name}.png", time)
+    del decoded[:]
+    cache = build(frame, root, tmp_path / "c")
+    assert sorted(decoded) == ["images/002.png", "images/003.png"]
+    assert (cache["images/002.png"] == 77).all()
+    assert cache.geometry("images/002.png").height == 20
+    cache.verify()
 
 
-def test_same_length_and_another_content_is_noticed(root, tmp_path):
+def test_same_length_and_another_time_is_noticed(root, tmp_path):
     frame = frame_of("images/a.bmp", "images/b.bmp")
     for name, level in [("a", 10), ("b", 20)]:
         Image.fromarray(np.full((32, 32), level, np.uint8)).save(root / f"images/{name}.bmp")
@@ -148,6 +142,15 @@ def test_same_length_and_another_content_is_noticed(root, tmp_path):
     Image.fromarray(np.full((32, 32), 30, np.uint8)).save(root / "images/b.bmp")
     os.utime(root / "images/b.bmp", (5, 5))
     assert (build(frame, root, tmp_path / "c")["images/b.bmp"] == 30).all()
+
+
+def test_a_source_that_broke_after_the_build_is_reported(root, tmp_path):
+    frame = all_images(root)
+    build(frame, root, tmp_path / "c")
+    (root / "images/005.png").write_bytes(b"no image")
+    with pytest.raises(ImageError, match="1 of 12"):
+        build(frame, root, tmp_path / "c")
+    assert len(build(frame, root, tmp_path / "c", on_error="exclude")) == 11
 
 
 def spoil(root):
@@ -178,19 +181,15 @@ def test_more_than_ten_bad_studies_are_counted(root, tmp_path):
     assert str(caught.value).count("no such file") == 10
 
 
-def test_after_repair_only_the_repaired_image_is_decoded(root, tmp_path, monkeypatch):
+def test_after_repair_only_the_repaired_image_is_decoded(root, tmp_path, decoded):
     frame = all_images(root)
     spoil(root)
     with pytest.raises(ImageError):
         build(frame, root, tmp_path / "c")
-    good = {path: (root / path).stat().st_mtime_ns for path in frame["images"] if (root / path).exists()}
     make_images(tmp_path / "spare", 12)
     for name in ("002", "004", "007"):
         shutil.copy(tmp_path / f"spare/images/{name}.png", root / f"images/{name}.png")
-    assert good  # the others keep their times
-    decoded = []
-    real = cache_build._decode
-    monkeypatch.setattr(cache_build, "_decode", lambda task, path: decoded.append(path) or real(task, path))
+    del decoded[:]
     cache = build(frame, root, tmp_path / "c")
     assert sorted(decoded) == ["images/002.png", "images/004.png", "images/007.png"]
     cache.verify()
@@ -202,14 +201,15 @@ def test_exclude_lists_every_study_and_cuts_them_from_the_frame(root, tmp_path):
     frame = frame_of("images/000.png;images/002.png", "images/001.png", "images/004.png", "images/003.png")
     frame.attrs["excluded"] = [{"study_id": "before", "row": 9, "column": "images", "reason": "earlier"}]
     cache = build(frame, root, tmp_path / "c", on_error="exclude")
-    assert [(item["study_id"], item["row"], item["column"]) for item in cache.excluded] == [
+    kept = cache.usable(frame)
+    assert kept["study_id"].tolist() == ["s1", "s3"]
+    excluded = kept.attrs["excluded"]
+    assert [(item["study_id"], item["row"], item["column"]) for item in excluded] == [
+        ("before", 9, "images"),
         ("s0", 2, "images"),
         ("s2", 4, "images"),
     ]
-    assert "images/002.png: truncated" in cache.excluded[0]["reason"]
-    kept = cache.usable(frame)
-    assert kept["study_id"].tolist() == ["s1", "s3"]
-    assert [item["study_id"] for item in kept.attrs["excluded"]] == ["before", "s0", "s2"]
+    assert "images/002.png: truncated" in excluded[1]["reason"]
     assert cache.paths == ("images/000.png", "images/001.png", "images/003.png")
     for path in cache.paths:
         original = np.asarray(Image.open(root / path))
@@ -223,12 +223,13 @@ def test_exclusions_are_remembered_and_still_raise_when_asked(root, tmp_path):
     frame = all_images(root)
     spoil(root)
     first = build(frame, root, tmp_path / "c", on_error="exclude")
-    assert build(frame, root, tmp_path / "c", on_error="exclude").excluded == first.excluded
+    assert len(first.bad) == 3
+    assert build(frame, root, tmp_path / "c", on_error="exclude").bad == first.bad
     with pytest.raises(ImageError, match="3 of 12"):
         build(frame, root, tmp_path / "c")
     make_images(root, 12)  # repaired: tried again without being told
     repaired = build(frame, root, tmp_path / "c", on_error="exclude")
-    assert repaired.excluded == []
+    assert repaired.bad == {}
     assert len(repaired) == 12
 
 
@@ -264,35 +265,37 @@ def test_options_are_checked(root, tmp_path):
 def test_a_damaged_cache_is_refused(root, tmp_path):
     frame = all_images(root)
     cache = build(frame, root, tmp_path / "c")
-    pixels = next((tmp_path / "c").glob("*.u8"))
+    pixels = cache.index.with_suffix(".u8")
     whole, index = pixels.read_bytes(), cache.index.read_text()
 
     pixels.write_bytes(whole[:-1])
-    with pytest.raises(CacheError, match=r"12287 bytes instead of 12288\. Delete .*json"):
+    with pytest.raises(CacheError, match=r"49151 bytes instead of 49152\. Delete .*json"):
         build(frame, root, tmp_path / "c")
     pixels.unlink()
     with pytest.raises(CacheError, match="is missing"):
         ImageCache(cache.index)
-    pixels.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
-    with pytest.raises(CacheError, match=r"'images/000\.png'.*damaged"):
-        ImageCache(cache.index).verify()
-    pixels.write_bytes(whole)
+    for place in (8, 100):  # the height and a pixel of the first image
+        pixels.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(CacheError, match=r"'images/000\.png'.*damaged"):
+            ImageCache(cache.index).verify()
 
     for damage in (index[: len(index) // 2], index.replace('"size": 32', '"size": 16'), "[]", ""):
         assert damage != index
         cache.index.write_text(damage)
-        with pytest.raises(CacheError, match="checksum differs"):
+        with pytest.raises(CacheError, match="index is damaged"):
             build(frame, root, tmp_path / "c")
     with pytest.raises(CacheError, match="no such image cache"):
         ImageCache(tmp_path / "c/none.json")
     cache.index.unlink()
-    assert len(build(frame, root, tmp_path / "c")) == 12  # the remedy works
+    build(frame, root, tmp_path / "c").verify()  # the remedy works, and mends the damaged row
+    assert pixels.read_bytes() == whole
 
 
-def test_another_format_is_refused(root, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_build, "FORMAT", 99)
-    with pytest.raises(CacheError, match="format 99, this version reads 1"):
-        build(all_images(root), root, tmp_path / "c")
+def test_another_format_is_refused(root, tmp_path):
+    cache = build(all_images(root), root, tmp_path / "c")
+    cache.index.write_text(json.dumps(json.loads(cache.index.read_text()) | {"format": 1}))
+    with pytest.raises(CacheError, match="format 1, this version reads 2"):
+        ImageCache(cache.index)
 
 
 def test_a_cache_pickles_as_a_path(root, tmp_path):
@@ -303,22 +306,21 @@ def test_a_cache_pickles_as_a_path(root, tmp_path):
     assert len(data) < 3000
     other = pickle.loads(data)
     assert (other.rows(cache.paths) == cache.rows(cache.paths)).all()
-    assert other.excluded == cache.excluded
+    assert other.bad == cache.bad
 
 
-def test_progress_counts_up_and_prints_whole_lines(root, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cache_build, "_BLOCK", 5)
-    seen = []
-    build(all_images(root), root, tmp_path / "c", progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(5, 12), (10, 12), (12, 12)]
-    build(all_images(root), root, tmp_path / "d", progress=True)
-    assert capsys.readouterr().out == "decoded 12 of 12 images in 0 s\n"
+def test_progress_says_what_was_there_already(root, tmp_path, capsys):
+    build(all_images(root), root, tmp_path / "c", progress=True)
+    printed = capsys.readouterr()
+    assert printed.out == "" and "12/12" in printed.err
+    build(all_images(root), root, tmp_path / "c", progress=True)
+    assert capsys.readouterr() == ("12 of 12 images are in the cache already\n", "")
 
 
 def test_a_read_only_cache_opens(root, tmp_path, monkeypatch):
     frame = all_images(root)
     build(frame, root, tmp_path / "c")
-    (tmp_path / f"c/.{cache_key(frame, 32)}.lock").unlink()
-    monkeypatch.setattr(cache_build.os, "access", lambda *_: False)
+    os.utime(root / "images/000.png", (5, 5))
+    monkeypatch.setattr(cache_module.os, "access", lambda *_: False)
+    monkeypatch.setattr(cache_module, "_write", lambda *_: pytest.fail("written to"))
     assert len(build(frame, root, tmp_path / "c")) == 12
-    assert not list((tmp_path / "c").glob(".*.lock"))
