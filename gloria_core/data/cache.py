@@ -152,7 +152,9 @@ class ImageCache:
             if len(excluded) > _LISTED:
                 lines.append(f"  ... and {len(excluded) - _LISTED} more studies")
             raise ImageError(
-                f"{len(bad)} of {len(paths)} images under {root} cannot be used:\n" + "\n".join(lines) + "\nRepair them "
+                f"{len(bad)} of {len(paths)} images under {root} cannot be used:\n"
+                + "\n".join(lines)
+                + "\nRepair them "
                 "and build again (what is done is kept), or leave the studies out with on_error='exclude'."
             )
         body = {"format": FORMAT, "size": size, "behavior": behavior, "paths": paths, "bad": bad}
@@ -251,7 +253,9 @@ def fill(
             print(f"{len(mine) - len(todo):,} of {len(mine):,} images are in the cache already", flush=True)
         blocks = [todo[start : start + _BLOCK] for start in range(0, len(todo), _BLOCK)]
         random.shuffle(blocks)  # builds that run side by side meet rarely
-        bar = tqdm(total=len(todo), desc="decode images", unit=" images", mininterval=5, disable=not (progress and todo))
+        bar = tqdm(
+            total=len(todo), desc="decode images", unit=" images", mininterval=5, disable=not (progress and todo)
+        )
         with bar:
             for block in blocks:
                 missing = [row for row in block if not rows["record"]["done"][row]]

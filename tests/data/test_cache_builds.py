@@ -45,7 +45,9 @@ def small_blocks(monkeypatch):
 def decoded(monkeypatch):
     """A list that grows by each image that is decoded."""
     paths, real = [], cache_module._decode
-    monkeypatch.setattr(cache_module, "_decode", lambda root, path, *rest: paths.append(path) or real(root, path, *rest))
+    monkeypatch.setattr(
+        cache_module, "_decode", lambda root, path, *rest: paths.append(path) or real(root, path, *rest)
+    )
     return paths
 
 
