@@ -1,4 +1,4 @@
-"""Image cache builds that are killed, run side by side or in shards: no cache or a whole one, and always the same bytes."""
+"""Image cache builds that are killed, run side by side or in shards: no cache or a whole one, always the same bytes."""
 
 import itertools
 import multiprocessing
