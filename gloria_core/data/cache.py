@@ -18,8 +18,8 @@ Several machines can each decode a part of a dataset's images:
     python -m gloria_core.data.cache --dataset chexpert --data-root /data/chexpert --size 256
         --folder /disk/cache --shard 2/8 [--option views=all] [--workers 16]
 
-decodes the 2nd of every 8 images. Shards may run at once, in any order; a killed shard goes on when its command is given
-again. Then notebook 01 with `shards: /disk/cache` (or `save_dataset(..., shards=...)`) decodes what is missing
+decodes the 2nd of every 8 images. Shards may run at once, in any order; a killed shard goes on when the command is
+given again. Then notebook 01 with `shards: /disk/cache` (or `save_dataset(..., shards=...)`) decodes what is missing
 and finishes the cache in that folder. Give the options that notebook 01 is given, so that both find the same images.
 
 Exit codes: 0 the shard is finished; 2 the command, the dataset or all images of the shard are wrong.
