@@ -1,4 +1,4 @@
-"""Figures about decisions: ROC curves, confusion counts, and whether probabilities are calibrated."""
+"""Figures of decisions: ROC curves, confusion matrices, and whether probabilities are calibrated."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from sklearn.metrics import confusion_matrix, roc_curve
+from sklearn.metrics import ConfusionMatrixDisplay, roc_curve
 
-from gloria_core.viz.plots import colour_of, new_figure
+from gloria_core.viz.plots import new_figure
 
 
 def roc_curves(targets: pd.DataFrame, scores: pd.DataFrame, labels: Sequence[str], *, title: str = "ROC") -> Figure:
     """One curve a label, targets 1, 0 or NaN (left out); a label with one class only is named in the legend alone."""
-    figure, ((axis,),) = new_figure(1, 1, width=5.6, height=4.2)
+    figure, axis = _unit_square("1 - specificity", "sensitivity", f"{title} (n = {len(targets)})")
     for label, colour in zip(labels, sns.color_palette("colorblind", len(labels)), strict=True):
         known = targets[label].notna().to_numpy() & scores[label].notna().to_numpy()
         y, score = targets[label].to_numpy()[known], scores[label].to_numpy()[known]
@@ -24,10 +25,7 @@ def roc_curves(targets: pd.DataFrame, scores: pd.DataFrame, labels: Sequence[str
             continue
         false, true, _ = roc_curve(y, score)
         axis.plot(false, true, color=colour, label=f"{label} ({int(y.sum())} of {len(y)})")
-    axis.plot([0, 1], [0, 1], color="0.6", linestyle=":", linewidth=1)
-    axis.set(xlabel="1 - specificity", ylabel="sensitivity", aspect="equal", title=f"{title} (n = {len(targets)})")
     axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, title="positives of known")
-    sns.despine(figure)
     return figure
 
 
@@ -39,26 +37,33 @@ def confusion(
     *,
     title: str = "Decisions",
 ) -> Figure:
-    """Counts of truth against decision, one panel a label; the panel of a label without threshold says so."""
+    """Counts of truth against decision, one axis a label; "-" for a label without a threshold."""
     columns = min(5, len(labels))
     rows = -(-len(labels) // columns)
-    figure, axes = new_figure(rows, columns, width=1.9 * columns, height=2.1 * rows + 0.4)
+    figure, axes = new_figure(rows, columns, width=2.1 * columns, height=2.3 * rows + 0.4)
     for axis in axes.flat[len(labels) :]:
         axis.set_axis_off()
     for axis, label in zip(axes.flat, labels, strict=False):
-        axis.set_title(label, fontsize=8)
         threshold = thresholds.get(label, float("nan"))
         if np.isnan(threshold) or probabilities[label].isna().any():
-            axis.text(0.5, 0.5, "no threshold", ha="center", va="center", fontsize=8)
+            axis.text(0.5, 0.5, "-", ha="center", va="center", transform=axis.transAxes)
             axis.set_axis_off()
-            continue
-        known = targets[label].notna().to_numpy()
-        called = probabilities[label].to_numpy()[known] >= threshold
-        counts = confusion_matrix(targets[label].to_numpy()[known] == 1, called, labels=[False, True])
-        names = ["absent", "present"]
-        sns.heatmap(counts, annot=True, fmt="d", cmap="Blues", cbar=False, square=True, ax=axis, annot_kws={"size": 8})
-        axis.set_xticklabels([f"called {name}" for name in names], fontsize=6, rotation=0)
-        axis.set_yticklabels(names, fontsize=6, rotation=90, va="center")
+        else:
+            known = targets[label].notna()
+            truth, called = targets.loc[known, label] == 1, probabilities.loc[known, label] >= threshold
+            ConfusionMatrixDisplay.from_predictions(
+                truth.to_numpy(),
+                called.to_numpy(),
+                labels=[False, True],
+                display_labels=["absent", "present"],
+                cmap="Blues",
+                colorbar=False,
+                ax=axis,
+            )
+            axis.tick_params(labelsize=7)
+            axis.set_xlabel("decision", fontsize=7)
+            axis.set_ylabel("truth", fontsize=7)
+        axis.set_title(label, fontsize=8)
     figure.suptitle(f"{title} (n = {len(targets)}; thresholds from validation)", fontsize=10)
     return figure
 
@@ -70,16 +75,18 @@ def reliability_plot(tables: Mapping[str, pd.DataFrame], *, title: str = "Calibr
     """
     if not tables:
         raise ValueError("a reliability plot needs at least one table")
-    figure, ((axis,),) = new_figure(1, 1, width=5.6, height=4.2)
-    axis.plot([0, 1], [0, 1], color="0.6", linestyle=":", linewidth=1)
-    colours = sns.color_palette("colorblind", len(tables)) if len(tables) > 1 else [colour_of("")]
-    for (name, table), colour in zip(tables.items(), colours, strict=True):
+    figure, axis = _unit_square("mean predicted probability", "observed frequency", title)
+    for (name, table), colour in zip(tables.items(), sns.color_palette("colorblind", len(tables)), strict=True):
         axis.plot(table["confidence"], table["frequency"], color=colour, linewidth=1)
         size = 8 + 120 * table["n"] / max(table["n"].max(), 1)
         label = f"{name} (n = {table['n'].sum()})"
         axis.scatter(table["confidence"], table["frequency"], s=size, color=colour, label=label, alpha=0.8)
-    axis.set(xlabel="mean predicted probability", ylabel="observed frequency", xlim=(0, 1), ylim=(-0.02, 1.02))
-    axis.set_title(title)
     axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, markerscale=0.6)
-    sns.despine(figure)
     return figure
+
+
+def _unit_square(xlabel: str, ylabel: str, title: str) -> tuple[Figure, Axes]:
+    figure, ((axis,),) = new_figure(1, 1, width=5.6, height=4.2)
+    axis.plot([0, 1], [0, 1], color="0.6", linestyle=":", linewidth=1)
+    axis.set(xlabel=xlabel, ylabel=ylabel, title=title, aspect="equal", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+    return figure, axis

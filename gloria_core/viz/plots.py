@@ -1,240 +1,52 @@
-"""The study's figures: each function takes arrays or a table and returns a matplotlib Figure.
+"""The figures that several tasks share: image grids, bars with intervals, label efficiency, training curves.
 
-Every figure says in its title what it shows and of how many. Colours are safe for colour-blind readers (seaborn's
-`colorblind` palette, viridis, cividis), and an objective has the same colour everywhere. A figure is taken out of
-pyplot before it is returned: a notebook shows it once, as the value of its cell, and none is left open.
+Every function takes arrays or a table and returns a matplotlib Figure whose title says what it shows and of how many.
+Colours are safe for colour-blind readers, and an objective has the same colour everywhere. A figure is closed in pyplot
+before it is returned: a notebook shows it once, as the value of its cell. A value that does not apply is written "-".
 """
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, PercentFormatter
 
-_FIXED_COLOURS = {"": 0, "gloria": 0, "convirt": 1, "mgca": 2, "prior": 4, "cxr_clip": 9, "imagenet": 8, "random": 7}
-GRAY = "0.75"
+_OBJECTIVES = {"": 0, "gloria": 0, "convirt": 1, "mgca": 2, "prior": 4, "cxr_clip": 9, "imagenet": 8, "random": 7}
+_GRAYS = {"empty": "0.85", "centre_prior": "0.6"}
+_CHANCE = {"auroc": 0.5}
+
+Colour = tuple[float, float, float]
 
 
 def new_figure(rows: int, columns: int, *, width: float, height: float) -> tuple[Figure, np.ndarray]:
-    """A figure of `width` x `height` inches with a (rows, columns) array of axes, no longer known to pyplot."""
+    """A figure of `width` x `height` inches with a (rows, columns) array of axes, closed in pyplot."""
     figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False, layout="constrained")
     plt.close(figure)
+    sns.despine(figure)
     return figure, axes
 
 
-def colour_of(objective: str) -> tuple[float, float, float]:
-    """The colour of an objective; unknown names share one that no known objective has."""
-    return sns.color_palette("colorblind")[_FIXED_COLOURS.get(objective, 6)]
+def colour_of(objective: str) -> Colour:
+    """The colour of an objective or baseline; unknown names share one that no known objective has."""
+    if objective in _GRAYS:
+        return to_rgb(_GRAYS[objective])
+    return sns.color_palette("colorblind")[_OBJECTIVES.get(objective, 6)]
 
 
-def reaches(value: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """(2, n) lengths of error bars below and above, at least zero.
-
-    A percentile interval need not hold its own point: the bootstrap of a biased statistic lies beside it. The bar then
-    ends at the point on that side.
-    """
-    return np.maximum([value - low, high - value], 0.0)
-
-
-def contact_sheet(
-    images: Sequence[np.ndarray], titles: Sequence[str] = (), *, title: str = "Studies", columns: int = 5
-) -> Figure:
-    """Gray images (H, W) side by side, each with its own title (wrapped), 0..255 or, for floats, their own range."""
-    if not len(images):
-        raise ValueError("a contact sheet needs at least one image")
-    if titles and len(titles) != len(images):
-        raise ValueError(f"{len(titles)} titles for {len(images)} images")
-    columns = min(columns, len(images))
-    rows = -(-len(images) // columns)
-    lines = max((len(wrapped(text, 26).splitlines()) for text in titles), default=0)
-    figure, axes = new_figure(rows, columns, width=2.2 * columns, height=(2.2 + 0.15 * lines) * rows + 0.4)
-    for axis in axes.flat:
-        axis.set_axis_off()
-    for number, (axis, image) in enumerate(zip(axes.flat, images, strict=False)):
-        limits = {"vmin": 0, "vmax": 255} if np.asarray(image).dtype == np.uint8 else {}
-        axis.imshow(image, cmap="gray", **limits)
-        if titles:
-            axis.set_title(wrapped(titles[number], 26), fontsize=8)
-    figure.suptitle(f"{title} (n = {len(images)})")
-    return figure
-
-
-def label_prevalence(frame: pd.DataFrame, labels: Sequence[str], *, title: str = "Labels") -> Figure:
-    """Share of studies with each label positive, uncertain, negative and blank; the number of positives is written."""
-    values = frame[list(labels)].apply(pd.to_numeric).to_numpy(dtype=float)
-    parts = [
-        ("positive", values == 1),
-        ("uncertain", values == -1),
-        ("negative", values == 0),
-        ("blank", np.isnan(values)),
-    ]
-    palette = sns.color_palette("colorblind")
-    figure, ((axis,),) = new_figure(1, 1, width=8, height=0.28 * len(labels) + 1.3)
-    left, rows = np.zeros(len(labels)), np.arange(len(labels))
-    for (name, mask), colour in zip(parts, (palette[0], palette[1], GRAY, "white"), strict=True):
-        share = mask.mean(axis=0) if len(frame) else np.zeros(len(labels))
-        axis.barh(rows, share, left=left, color=colour, label=name, edgecolor="0.4", linewidth=0.4)
-        left += share
-    for row, count in enumerate((values == 1).sum(axis=0)):
-        axis.text(1.01, row, f"{count} positive", va="center", fontsize=8)
-    axis.set_yticks(rows, labels)
-    axis.invert_yaxis()
-    axis.set_xlim(0, 1)
-    axis.xaxis.set_major_formatter(PercentFormatter(1.0))
-    axis.set_xlabel("share of studies")
-    axis.set_title(f"{title} (n = {len(frame)} studies)")
-    figure.legend(loc="outside lower center", ncols=4, frameon=False)
-    return _despined(figure)
-
-
-def report_lengths(frame: pd.DataFrame, *, title: str = "Report length") -> Figure:
-    """Histogram of the words in findings and impression; empty sections are counted in the axis title, not drawn."""
-    figure, (axes,) = new_figure(1, 2, width=9, height=3)
-    for axis, section in zip(axes, ("findings", "impression"), strict=True):
-        words = frame[section].fillna("").astype(str).str.split().str.len().to_numpy()
-        used = words[words > 0]
-        title_of_axis = f"{section}: {len(used)} with text, {(words == 0).sum()} empty"
-        if len(used):
-            step = max(1, -(-int(np.ptp(used)) // 40))  # whole words a bin, so that no bin gets two numbers by rounding
-            axis.hist(used, bins=np.arange(used.min() - 0.5, used.max() + step + 0.5, step), color=colour_of(""))
-            axis.axvline(np.median(used), color="black", linestyle="--", linewidth=1)
-            title_of_axis += f"\ndashed: median {np.median(used):g} words"
-        axis.set_title(title_of_axis, fontsize=10)
-        axis.set_xlabel("words")
-        axis.set_ylabel("studies")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.suptitle(f"{title} (n = {len(frame)} studies)")
-    return _despined(figure)
-
-
-def loss_history(history: pd.DataFrame, *, title: str = "Pretraining") -> Figure:
-    """One axis per loss term, training and validation over epochs; the epoch of the lowest validation total is marked.
-
-    `history` has the columns epoch, train_<term> and valid_<term>, one row an epoch.
-    """
-    terms = [name.removeprefix("train_") for name in history.columns if name.startswith("train_")]
-    if not terms or history.empty:
-        raise ValueError("a history needs at least one row and one column train_<term>")
-    columns = min(3, len(terms))
-    rows = -(-len(terms) // columns)
-    figure, axes = new_figure(rows, columns, width=3.6 * columns, height=2.5 * rows + 0.7)
-    palette, best = sns.color_palette("colorblind"), None
-    if "valid_total" in history and history["valid_total"].notna().any():
-        best = history.loc[history["valid_total"].idxmin(), "epoch"]
-    for axis, term in zip(axes.flat, terms, strict=False):
-        for side, colour, marker in (("train", palette[0], "o"), ("valid", palette[1], "s")):
-            if f"{side}_{term}" in history:
-                axis.plot(
-                    history["epoch"], history[f"{side}_{term}"], color=colour, marker=marker, markersize=3.5, label=side
-                )
-        if best is not None:
-            axis.axvline(best, color="0.6", linestyle=":", label="best validation total")
-        axis.set_title(term.replace("_", " "), fontsize=10)
-        axis.set_xlabel("epoch")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for axis in axes.flat[len(terms) :]:
-        axis.set_axis_off()
-    figure.suptitle(f"{title}: loss terms (n = {len(history)} epochs)")
-    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    return _despined(figure)
-
-
-def auroc_bars(rows: pd.DataFrame, *, title: str = "AUROC", metric: str = "auroc") -> Figure:
-    """Bars from chance (0.5) to the value, with intervals, one group a target and one bar an objective.
-
-    `rows`: metric rows (target, metric, value, ci_low, ci_high, n) and, for several bars, a column `objective`. Targets
-    keep their order. A value that is not defined is written as such.
-    """
-    rows = rows[rows["metric"] == metric] if "metric" in rows else rows
-    rows = rows if "objective" in rows else rows.assign(objective="")
-    targets, objectives = list(dict.fromkeys(rows["target"])), list(dict.fromkeys(rows["objective"]))
-    if rows.empty or rows.duplicated(["target", "objective"]).any():
-        raise ValueError(f"auroc_bars takes one row per target and objective of metric {metric!r}, and at least one")
-    figure, ((axis,),) = new_figure(1, 1, width=8, height=(0.22 * len(objectives) + 0.16) * len(targets) + 1.3)
-    thickness = 0.8 / len(objectives)
-    for number, objective in enumerate(objectives):
-        part = rows[rows["objective"] == objective].set_index("target").reindex(targets)
-        place = np.arange(len(targets)) - 0.4 + (number + 0.5) * thickness
-        value, low, high = (part[name].to_numpy(dtype=float) for name in ("value", "ci_low", "ci_high"))
-        axis.barh(place, value - 0.5, thickness, left=0.5, color=colour_of(objective), label=objective)
-        axis.errorbar(value, place, xerr=reaches(value, low, high), fmt="none", color="black", capsize=2, linewidth=1)
-        for y, v, end in zip(place, value, high, strict=True):
-            known = np.isfinite(v)
-            text = f"{v:.2f}" if known else "not defined"
-            axis.text(max(end, v, 0.5) + 0.01 if known else 0.51, y, text, va="center", fontsize=8)
-    counts = rows.groupby("target")["n"].max()
-    axis.set_yticks(range(len(targets)), [f"{target} (n = {int(counts[target])})" for target in targets])
-    axis.invert_yaxis()
-    axis.axvline(0.5, color="black", linewidth=1)
-    axis.set_xlim(min(0.4, np.nanmin(rows["ci_low"].to_numpy(dtype=float), initial=0.4) - 0.02), 1.08)
-    axis.set_xticks(np.arange(0.4, 1.01, 0.1))
-    axis.set_xlabel(f"{metric.upper()}, 95 % interval; 0.5 is chance")
-    axis.set_title(f"{title} (n = {int(counts.max())} studies)")
-    if objectives != [""]:
-        figure.legend(loc="outside lower center", ncols=len(objectives), frameon=False)
-    return _despined(figure)
-
-
-def label_efficiency(rows: pd.DataFrame, *, title: str = "Linear probe", target: str = "macro") -> Figure:
-    """Value of one target against the label fraction (log axis): mean over seeds, the seeds, and their range as a band.
-
-    `rows`: metric rows of one metric with label_fraction, seed and, for several lines, objective.
-    """
-    rows = rows[rows["target"] == target]
-    rows = rows if "objective" in rows else rows.assign(objective="")
-    if rows.empty or rows["metric"].nunique() != 1:
-        raise ValueError(f"label_efficiency takes rows of one metric for target {target!r}, and at least one")
-    figure, ((axis,),) = new_figure(1, 1, width=6.5, height=4)
-    for objective, part in rows.groupby("objective", sort=False):
-        by_fraction = part.groupby("label_fraction")["value"]
-        mean, colour = by_fraction.mean(), colour_of(objective)
-        axis.plot(mean.index, mean, color=colour, marker="o", label=objective or None)
-        axis.fill_between(mean.index, by_fraction.min(), by_fraction.max(), color=colour, alpha=0.2, linewidth=0)
-        axis.scatter(part["label_fraction"], part["value"], color=colour, s=10, alpha=0.6)
-    fractions = sorted(rows["label_fraction"].unique())
-    axis.set_xscale("log")
-    axis.xaxis.set_major_locator(FixedLocator(fractions))
-    axis.xaxis.set_minor_locator(NullLocator())
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
-    axis.axhline(0.5, color="0.4", linestyle="--", linewidth=1)
-    axis.set_xlabel("share of training labels")
-    axis.set_ylabel(f"{rows['metric'].iloc[0].upper()} ({target}); dashed: chance 0.5")
-    axis.set_title(f"{title} (n = {int(rows['n'].max())} test studies, {rows['seed'].nunique()} seeds)")
-    if set(rows["objective"]) != {""}:
-        axis.legend(frameon=False)
-    return _despined(figure)
-
-
-def prompt_similarity(
-    values: pd.DataFrame, *, title: str = "Prompts", unit: str = "mean similarity", centre: float | None = None
-) -> Figure:
-    """Heat map with one row a prompt (index) and one column a finding; every cell is written.
-
-    `centre` makes the colours diverge from that value (0.5 for the AUROC of single prompts, 0 for differences).
-    """
-    figure, ((axis,),) = new_figure(1, 1, width=0.95 * values.shape[1] + 5.5, height=0.4 * len(values) + 1.8)
-    low, high = float(np.nanmin(values)), float(np.nanmax(values))
-    if centre is not None:
-        reach = max(abs(low - centre), abs(high - centre), 1e-9)
-        low, high = centre - reach, centre + reach
-    picture = axis.imshow(values, cmap="viridis" if centre is None else "PuOr_r", vmin=low, vmax=high, aspect="auto")
-    for (row, column), value in np.ndenumerate(values.to_numpy(dtype=float)):
-        shade = np.dot(picture.cmap(picture.norm(value))[:3], (0.299, 0.587, 0.114))
-        axis.text(
-            column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color="black" if shade > 0.5 else "white"
-        )
-    axis.set_xticks(range(values.shape[1]), [wrapped(name, 14) for name in values.columns], fontsize=8)
-    axis.set_yticks(range(len(values)), [wrapped(name, 44) for name in values.index], fontsize=8)
-    figure.colorbar(picture, ax=axis, label=unit)
-    axis.set_title(f"{title} (n = {len(values)} prompts)")
-    return figure
+def name_of(metric: str) -> str:
+    """A metric's name as it is written in a figure."""
+    return "AUROC" if metric == "auroc" else metric.replace("_", " ")
 
 
 def wrapped(text: object, width: int) -> str:
@@ -242,8 +54,344 @@ def wrapped(text: object, width: int) -> str:
     return "\n".join(textwrap.fill(line, width, break_long_words=False) for line in str(text).splitlines())
 
 
-def _despined(figure: Figure) -> Figure:
-    axes: list[Axes] = figure.axes
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
+# ------------------------------------------------------------------------------------------------------------ images
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What is marked on an image under one label: a mask (H, W) or a box (x, y, width, height), in pixels.
+
+    `text` is written in the box. `fill`: opacity of the colour inside a mask.
+    """
+
+    label: str
+    mask: np.ndarray | None = None
+    box: Sequence[float] | None = None
+    dashed: bool = False
+    text: str = ""
+    fill: float = 0.0
+
+
+def image_grid(
+    images: Sequence[np.ndarray | None],
+    titles: Sequence[str] = (),
+    marks: Sequence[Sequence[Mark]] = (),
+    *,
+    colours: Mapping[str, str | Colour] | None = None,
+    row_labels: Sequence[str] = (),
+    columns: int = 5,
+    side: float = 2.4,
+    title: str = "Studies",
+) -> Figure:
+    """Gray images (H, W) side by side, uint8 as 0..255 and floats over their own range; None leaves a place blank.
+
+    `titles` and `marks` are one an image, `side` is the width of an image in inches. A label of the marks has one
+    colour in all images, which the legend names; `colours` fixes them. Raises ValueError for no image, other numbers of
+    titles or marks, or a mask of other pixels.
+    """
+    images = list(images)
+    shapes = [np.shape(image) for image in images if image is not None]
+    if not shapes:
+        raise ValueError("an image grid needs at least one image")
+    if len(titles) not in (0, len(images)) or len(marks) not in (0, len(images)):
+        raise ValueError(f"{len(titles)} titles and {len(marks)} lists of marks for {len(images)} images")
+    labels = sorted({mark.label for several in marks for mark in several})
+    legend = {"facecolor": "0.25", "edgecolor": "0.25", "labelcolor": "white"} if colours else {"frameon": False}
+    colours = colours or dict(zip(labels, _distinct_colours(len(labels)), strict=True))
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    texts = [wrapped(text, 30) for text in titles]
+    width = side * columns + 0.3
+    # a constrained layout makes room for the legend, but lets one that is too wide run over the edges
+    across = min(max(int(width / (0.6 + 0.075 * max(map(len, labels), default=1))), 1), 4)
+    tall = side * np.clip(max(h / w for h, w in shapes), 0.6, 1.5)
+    height = rows * (tall + 0.14 * max((len(text.splitlines()) for text in texts), default=0))
+    figure, axes = new_figure(rows, columns, width=width, height=height + 0.19 * -(-len(labels) // across) + 0.6)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[], frame_on=False)
+    for axis, label in zip(axes[:, 0], row_labels, strict=False):
+        axis.set_ylabel(wrapped(label, 30), fontsize=9)
+    for number, (axis, image) in enumerate(zip(axes.flat, images, strict=False)):
+        if image is not None:
+            show_image(axis, image)
+            axis.set_title(texts[number] if texts else "", fontsize=8)
+            for mark in marks[number] if marks else ():
+                draw_mark(axis, mark, colours[mark.label])
+    every = [mark for several in marks for mark in several]
+    styles = {label: "--" if all(mark.dashed for mark in every if mark.label == label) else "-" for label in labels}
+    handles = [Line2D([], [], color=colours[label], linestyle=styles[label], label=label) for label in labels]
+    if handles:
+        figure.legend(handles=handles, loc="outside lower center", ncols=across, fontsize=8, **legend)
+    figure.suptitle(f"{title} (n = {len(shapes)})", fontsize=10)
+    return figure
+
+
+def annotated_images(
+    cases: Sequence[tuple[np.ndarray, Mapping[str, np.ndarray], Mapping[str, Sequence[Sequence[float]]], str]],
+    *,
+    columns: int = 5,
+    fill: float = 0.3,
+    title: str = "Annotations",
+) -> Figure:
+    """Images with their masks filled and outlined and their boxes as frames.
+
+    A case is (image (H, W) uint8, label -> mask (H, W) bool, label -> boxes (x, y, width, height), its title), all in
+    pixels of the image. `fill`: opacity of a mask's colour; where masks overlap, both cover the image.
+    """
+    marks = [
+        [Mark(label, mask=mask, fill=fill) for label, mask in masks.items()]
+        + [Mark(label, box=box) for label, several in boxes.items() for box in several]
+        for _, masks, boxes, _ in cases
+    ]
+    images, titles = [case[0] for case in cases], [case[3] for case in cases]
+    return image_grid(images, titles, marks, columns=columns, title=title)
+
+
+def show_image(axis: Axes, image: np.ndarray) -> None:
+    """Gray pixels, uint8 from 0 to 255, without ticks."""
+    limits = {"vmin": 0, "vmax": 255} if np.asarray(image).dtype == np.uint8 else {}
+    axis.imshow(image, cmap="gray", **limits)
+    axis.set(xticks=[], yticks=[])
+
+
+def draw_mark(axis: Axes, mark: Mark, colour: str | Colour) -> None:
+    """A mark on an axis that shows an image. Raises ValueError for a mask with other pixels than the image."""
+    style = "dashed" if mark.dashed else "solid"
+    if mark.box is not None:
+        # pixel 0 is drawn from -0.5 to 0.5, while a box counts from the outer corner of pixel 0
+        x, y, width, height = mark.box[0] - 0.5, mark.box[1] - 0.5, mark.box[2], mark.box[3]
+        axis.add_patch(Rectangle((x, y), width, height, fill=False, edgecolor=colour, linestyle=style, linewidth=1.6))
+        if mark.text:
+            plate = {"facecolor": "black", "alpha": 0.6, "pad": 0.8, "edgecolor": "none"}
+            axis.text(x + 1, y + 1, mark.text, color="white", fontsize=7, va="top", bbox=plate)
+    if mark.mask is None:
+        return
+    mask, shape = np.asarray(mark.mask, bool), axis.images[0].get_array().shape
+    if mask.shape != shape:
+        raise ValueError(f"a mask of {mask.shape} pixels on an image of {shape}")
+    if mark.fill:
+        axis.imshow(np.where(mask[..., None], (*to_rgb(colour), mark.fill), 0.0))
+    if mask.any():
+        # a frame of background closes the line of a region that touches the border of the image
+        down, across = (np.arange(size + 2) - 1 for size in shape)
+        limits = axis.axis()
+        axis.contour(across, down, np.pad(mask, 1).astype(float), levels=[0.5], colors=[colour], linestyles=[style])
+        axis.axis(limits)  # a contour widens the axes, and the image would no longer fill them
+
+
+def _distinct_colours(n: int) -> list[Colour]:
+    """n colours that differ from each other and from gray: the colour-blind ones while they last."""
+    safe = [colour for colour in sns.color_palette("colorblind") if max(colour) - min(colour) > 0.05]
+    return safe[:n] if n <= len(safe) else sns.color_palette("husl", n)
+
+
+# ----------------------------------------------------------------------------------------------- metrics' intervals
+
+
+def intervals(rows: pd.DataFrame) -> np.ndarray:
+    """(2, n) lengths of the error bars below and above `value`, at least zero; NaN (not drawn) where n is 1.
+
+    A percentile interval need not contain its point: the bootstrap of a biased statistic lies beside it. The bar then
+    ends at the point on that side.
+    """
+    value, low, high = (rows[name].to_numpy(dtype=float) for name in ("value", "ci_low", "ci_high"))
+    return np.where(rows["n"].to_numpy(dtype=float) == 1, np.nan, np.maximum([value - low, high - value], 0.0))
+
+
+def draw_bars(
+    axis: Axes,
+    places: np.ndarray,
+    rows: pd.DataFrame,
+    *,
+    colour: object,
+    height: float = 0.8,
+    start: float = 0.0,
+    label: str = "",
+) -> None:
+    """Horizontal bars from `start` to `value` with their intervals, one a row, at the places of the y axis."""
+    value = rows["value"].to_numpy(dtype=float)
+    axis.barh(places, value - start, height, left=start, color=colour, label=label)
+    axis.errorbar(value, places, xerr=intervals(rows), fmt="none", color="black", capsize=2, linewidth=1)
+
+
+def metric_bars(
+    rows: pd.DataFrame, *, metric: str = "auroc", by: str = "objective", count: str = "n", title: str = ""
+) -> Figure:
+    """One group of bars a target, one bar a value of the column `by`, with intervals; bars of AUROC begin at chance.
+
+    `rows`: metric rows (target, metric, value, ci_low, ci_high, n), and a column `chance` for a black tick at each bar.
+    With `by="metric"` all metrics of the rows are drawn. `count`: the column that is written at the targets.
+    Raises ValueError for no row, or two of one bar.
+    """
+    rows = rows if by == "metric" else rows[rows["metric"] == metric]
+    rows = rows if by in rows else rows.assign(**{by: ""})
+    targets, names = list(dict.fromkeys(rows["target"])), list(dict.fromkeys(rows[by]))
+    if rows.empty or rows.duplicated(["target", by]).any():
+        raise ValueError(f"metric_bars takes one row per target and {by} of metric {metric!r}, and at least one")
+    figure, ((axis,),) = new_figure(1, 1, width=8, height=(0.22 * len(names) + 0.16) * len(targets) + 1.3)
+    palette = [colour_of(name) for name in names] if by == "objective" else sns.color_palette("colorblind", len(names))
+    start, thickness = _CHANCE.get(metric, 0.0), 0.8 / len(names)
+    for number, (name, colour) in enumerate(zip(names, palette, strict=True)):
+        part = rows[rows[by] == name].set_index("target").reindex(targets)
+        places = np.arange(len(targets)) - 0.4 + (number + 0.5) * thickness
+        label = name.replace("_", " ")
+        draw_bars(axis, places, part, colour=colour, height=thickness, start=start, label=label)
+        ends = np.nanmax([part["value"], part["ci_high"], np.full(len(part), start)], axis=0)
+        for place, value, end in zip(places, part["value"], ends, strict=True):
+            axis.text(end + 0.01, place, f"{value:.2f}" if np.isfinite(value) else "-", va="center", fontsize=8)
+        if "chance" in part:
+            axis.scatter(part["chance"], places, marker="|", color="black", s=90, zorder=3)
+    counts, unit = rows.groupby("target")[count].max(), count.replace("_", " ")
+    axis.set_yticks(range(len(targets)), [f"{target} ({unit} = {int(counts[target])})" for target in targets])
+    axis.set_ylim(len(targets) - 0.5, -0.5)
+    axis.axvline(start, color="black", linewidth=1)
+    low = min(start - 0.1, np.nanmin(rows["ci_low"].to_numpy(dtype=float), initial=start) - 0.02) if start else 0.0
+    axis.set_xlim(low, 1.08)
+    hint = f"; {start:g} is chance" if start else "; black tick: chance" if "chance" in rows else ""
+    axis.set_xlabel(f"{name_of(metric)}, 95 % interval{hint}")
+    axis.set_title(f"{title or name_of(metric)} (n = {int(rows['n'].max())})")
+    if names != [""]:
+        figure.legend(loc="outside lower center", ncols=len(names), frameon=False)
+    return figure
+
+
+def label_efficiency(
+    rows: pd.DataFrame,
+    metrics: Mapping[str, Mapping[str, float | str]] | None = None,
+    *,
+    target: str = "macro",
+    title: str = "Linear probe",
+) -> Figure:
+    """Metrics of one target against the label fraction (log axis): the mean over seeds, their range, and each seed.
+
+    `rows`: metric rows with label_fraction, seed and, for several lines, objective. One objective alone has the
+    interval of every seed. `metrics`: metric -> its baselines by name, each a value or the metric that holds it; by
+    default every metric of the rows, with chance for AUROC. Raises ValueError where a metric has no row.
+    """
+    rows = rows[rows["target"] == target]
+    rows = rows if "objective" in rows else rows.assign(objective="")
+    if metrics is None:
+        metrics = {name: {"chance": _CHANCE[name]} if name in _CHANCE else {} for name in rows["metric"].unique()}
+    missing = [metric for metric in metrics if metric not in set(rows["metric"])]
+    if missing or not metrics:
+        raise ValueError(f"no row of metric {', '.join(missing) or 'any'!r} for target {target!r}")
+    figure, (axes,) = new_figure(1, len(metrics), width=4.4 * len(metrics) + 1.6, height=3.9)
+    for axis, (metric, baselines) in zip(axes, metrics.items(), strict=True):
+        part = rows[rows["metric"] == metric]
+        for objective, one in part.groupby("objective", sort=False):
+            seeds, colour = one.groupby("label_fraction"), colour_of(objective)
+            mean, low, high = (seeds["value"].agg(how) for how in ("mean", "min", "max"))
+            axis.plot(mean.index, mean, color=colour, label=objective.replace("_", " ") or "mean")
+            axis.fill_between(mean.index, low, high, color=colour, alpha=0.2, linewidth=0)
+            # seeds side by side, so that their intervals can be told apart
+            shift = 1.06 ** (seeds.cumcount() - (seeds["value"].transform("size") - 1) / 2)
+            bars = intervals(one) if part["objective"].nunique() == 1 else None
+            place = one["label_fraction"] * shift
+            axis.errorbar(place, one["value"], yerr=bars, fmt="o", color=colour, capsize=2, markersize=4, alpha=0.7)
+        for (name, value), style in zip(baselines.items(), ("--", ":", "-."), strict=False):
+            if isinstance(value, str):
+                base = rows[rows["metric"] == value].groupby("label_fraction")["value"].mean()
+                axis.plot(base.index, base, color="0.35", linestyle=style, linewidth=1, label=name)
+            else:
+                label = f"{name.replace('_', ' ')} ({value:.3g})"
+                axis.axhline(value, color="0.35", linestyle=style, linewidth=1, label=label)
+        axis.set_xscale("log")
+        axis.xaxis.set_major_locator(FixedLocator(sorted(part["label_fraction"].unique())))
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+        axis.set(xlabel="share of training labels", ylabel=f"{name_of(metric)} ({target})")
+        if metric not in _CHANCE:
+            axis.set_ylim(bottom=-0.01)
+        axis.legend(frameon=False, fontsize=8)
+    n = rows.loc[rows["metric"].isin(metrics), "n"].max()
+    figure.suptitle(f"{title} (n = {int(n)} test studies, {rows['seed'].nunique()} seeds)")
+    return figure
+
+
+# ---------------------------------------------------------------------------------------------- training and data
+
+
+def training_curves(
+    histories: Mapping[str, pd.DataFrame],
+    columns: Mapping[str, str],
+    *,
+    x: str,
+    kept: Mapping[str, float],
+    title: str,
+) -> Figure:
+    """One axis a column (name -> title), one line a history over the column `x`; a ring marks where `kept` says."""
+    across = min(3, len(columns))
+    rows = -(-len(columns) // across)
+    figure, axes = new_figure(rows, across, width=3.6 * across + 0.4, height=2.5 * rows + 0.9)
+    for axis in axes.flat[len(columns) :]:
+        axis.set_axis_off()
+    palette = sns.color_palette("colorblind", len(histories))
+    for axis, (column, text) in zip(axes.flat, columns.items(), strict=False):
+        for (name, history), colour in zip(histories.items(), palette, strict=True):
+            if column not in history:
+                continue
+            axis.plot(history[x], history[column], color=colour, marker="o", markersize=3.5, label=name)
+            point = history[history[x] == kept.get(name)]
+            axis.scatter(point[x], point[column], s=90, facecolors="none", edgecolors=[colour], zorder=3)
+        axis.set_title(text, fontsize=10)
+        axis.set_xlabel(x)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.suptitle(title + ("; ring: kept" if kept else ""))
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def loss_history(history: pd.DataFrame, *, title: str = "Pretraining") -> Figure:
+    """Loss terms over epochs, training and validation; the epoch of the lowest validation total is the kept one.
+
+    `history` has the columns epoch, train_<term> and valid_<term>, one row an epoch.
+    """
+    terms = [name.removeprefix("train_") for name in history if name.startswith("train_")]
+    if not terms or history.empty:
+        raise ValueError("a history needs at least one row and one column train_<term>")
+    sides = {
+        side: history.set_index("epoch").filter(like=f"{side}_").rename(columns=lambda name: name[6:]).reset_index()
+        for side in ("train", "valid")
+    }
+    kept = {}
+    if "valid_total" in history and history["valid_total"].notna().any():
+        kept = dict.fromkeys(sides, history.loc[history["valid_total"].idxmin(), "epoch"])
+    titles = {term: term.replace("_", " ") for term in terms}
+    return training_curves(sides, titles, x="epoch", kept=kept, title=f"{title} (n = {len(history)} epochs)")
+
+
+def label_prevalence(frame: pd.DataFrame, labels: Sequence[str], *, title: str = "Labels") -> Figure:
+    """Share of studies with each label positive, uncertain, negative and blank; the number of positives is written."""
+    values = frame[list(labels)].apply(pd.to_numeric)
+    palette = sns.color_palette("colorblind")
+    kinds = {"positive": values == 1, "uncertain": values == -1, "negative": values == 0, "blank": values.isna()}
+    share = pd.DataFrame({name: mask.mean() for name, mask in kinds.items()}).fillna(0.0)
+    figure, ((axis,),) = new_figure(1, 1, width=8, height=0.28 * len(labels) + 1.3)
+    colours = [palette[0], palette[1], "0.75", "white"]
+    share.plot.barh(stacked=True, ax=axis, color=colours, width=0.8, edgecolor="0.4", linewidth=0.4, legend=False)
+    for row, count in enumerate((values == 1).sum()):
+        axis.text(1.01, row, f"{count} positive", va="center", fontsize=8)
+    axis.invert_yaxis()
+    axis.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axis.set(xlim=(0, 1), xlabel="share of studies", title=f"{title} (n = {len(frame)} studies)")
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def report_lengths(frame: pd.DataFrame, *, title: str = "Report length") -> Figure:
+    """Histogram of the words in findings and impression; empty sections are counted in the axis title, not drawn."""
+    figure, (axes,) = new_figure(1, 2, width=9, height=3)
+    for axis, section in zip(axes, ("findings", "impression"), strict=True):
+        words = frame[section].fillna("").astype(str).str.split().str.len()
+        used = words[words > 0]
+        text = f"{section}: {len(used)} with text, {(words == 0).sum()} empty"
+        if len(used):
+            step = max(1, -(-int(np.ptp(used)) // 40))  # whole words a bin, so that no bin has two numbers by rounding
+            sns.histplot(used, discrete=step == 1, binwidth=step, color=colour_of(""), alpha=1, ax=axis)
+            axis.axvline(used.median(), color="black", linestyle="--", linewidth=1)
+            text += f"\ndashed: median {used.median():g} words"
+        axis.set_title(text, fontsize=10)
+        axis.set(xlabel="words", ylabel="studies")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.suptitle(f"{title} (n = {len(frame)} studies)")
     return figure

@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gloria_core.viz.plots import colour_of, new_figure, wrapped
+from gloria_core.viz.attention import draw_map
+from gloria_core.viz.plots import colour_of, new_figure, show_image, wrapped
 
 
 def wording_spread(wording: pd.DataFrame, *, together: pd.Series | None = None, title: str = "Wording") -> Figure:
@@ -19,24 +21,22 @@ def wording_spread(wording: pd.DataFrame, *, together: pd.Series | None = None, 
     known = wording.dropna(subset="auroc")
     if known.empty:
         raise ValueError("no prompt has an AUROC: every finding has one class only")
-    spread = known.groupby("label")["auroc"].agg(["min", "max"])
-    order = (spread["max"] - spread["min"]).sort_values(ascending=False, kind="stable").index
-    figure, ((axis,),) = new_figure(1, 1, width=8.5, height=0.34 * len(order) + 2.2)
-    for place, label in enumerate(order):
-        values = known.loc[known["label"] == label, "auroc"]
-        axis.plot([values.min(), values.max()], [place, place], color="0.7", linewidth=2, zorder=1)
-        axis.scatter(values, np.full(len(values), place), color=colour_of(""), s=28, alpha=0.75, zorder=2)
-        if together is not None and np.isfinite(together.get(label, np.nan)):
-            axis.scatter(together[label], place, marker="D", color="black", s=34, zorder=3)
-    first = known[known["label"] == order[0]].sort_values("auroc")
-    ends = [f"{row.auroc:.2f}: {row.prompt}" for row in (first.iloc[0], first.iloc[-1])]
+    spread = known.groupby("label")["auroc"].agg(["min", "max", "count"])
+    spread = spread.loc[(spread["max"] - spread["min"]).sort_values(ascending=False, kind="stable").index]
+    places = pd.Series(range(len(spread)), index=spread.index)
+    figure, ((axis,),) = new_figure(1, 1, width=8.5, height=0.34 * len(spread) + 2.2)
+    axis.hlines(places, spread["min"], spread["max"], color="0.7", linewidth=2, zorder=1)
+    axis.scatter(known["auroc"], known["label"].map(places), color=colour_of(""), s=28, alpha=0.75, zorder=2)
+    if together is not None:
+        axis.scatter(together.reindex(spread.index), places, marker="D", color="black", s=34, zorder=3)
     axis.axvline(0.5, color="black", linewidth=1)
-    axis.set_yticks(range(len(order)), [f"{label} ({(known['label'] == label).sum()} prompts)" for label in order])
+    axis.set_yticks(places, [f"{label} ({count} prompts)" for label, count in spread["count"].items()])
     axis.invert_yaxis()
+    widest = known[known["label"] == spread.index[0]].sort_values("auroc")
+    ends = "".join(f"\n{row.auroc:.2f}: {row.prompt}" for row in (widest.iloc[0], widest.iloc[-1]))
     diamond = "; black: all prompts together" if together is not None else ""
-    axis.set_xlabel(f"AUROC of single prompts{diamond}; 0.5 is chance\n{order[0]}, worst and best\n" + "\n".join(ends))
+    axis.set_xlabel(f"AUROC of single prompts{diamond}; 0.5 is chance\n{spread.index[0]}, worst and best{ends}")
     axis.set_title(f"{title} (n = {len(known)} prompts)")
-    axis.spines[["top", "right"]].set_visible(False)
     return figure
 
 
@@ -61,49 +61,32 @@ def answer_figure(
     figure, (axes,) = new_figure(1, pictures + 1, width=3.2 * pictures + 5.2, height=max(3.4, 0.27 * len(table) + 1.2))
     axes[0].get_gridspec().set_width_ratios([1] * pictures + [1.3])
     for axis in axes[:pictures]:
-        axis.imshow(image, cmap="gray", vmin=0, vmax=255)
-        axis.set_axis_off()
-    axes[0].set_title("image", fontsize=10)
-    if values is None:
-        axes[0].set_title("image (the objective has no map)", fontsize=10)
-    else:
-        high = float(np.nanmax(np.abs(values))) or 1.0
-        limits = (-high, high) if signed else (float(np.nanmin(values)), float(np.nanmax(values)))
-        drawn = axes[1].imshow(
-            np.ma.masked_invalid(values),
-            cmap="PuOr_r" if signed else "viridis",
-            vmin=limits[0],
-            vmax=limits[1],
-            alpha=0.5,
-        )
-        figure.colorbar(drawn, ax=axes[1], shrink=0.6, label="cosine" if signed else "weight")
+        show_image(axis, image)
+    axes[0].set_title("image" if pictures == 2 else "image (the objective has no map)", fontsize=10)
+    if values is not None:
+        drawn, meaning = draw_map(axes[1], values, signed=signed)
+        figure.colorbar(drawn, ax=axes[1], shrink=0.6).set_label(meaning, fontsize=8)
         axes[1].set_title(wrapped(finding, 30), fontsize=10)
-    _bars(axes[-1], table)
+    _answer_bars(axes[-1], table)
     figure.suptitle(f"{title} (n = 1 image, {len(table)} findings)", fontsize=11)
     return figure
 
 
-def _bars(axis, table: pd.DataFrame) -> None:
+def _answer_bars(axis: Axes, table: pd.DataFrame) -> None:
     ranked = "percentile" in table
-    value = table["percentile" if ranked else "score"].to_numpy(dtype=float)
-    dark = table["stands_out"].to_numpy(dtype=bool) if ranked else np.zeros(len(table), dtype=bool)
-    strong, pale = sns.color_palette("colorblind")[0], "0.75"
-    axis.barh(np.arange(len(table)), np.nan_to_num(value), color=[strong if d else pale for d in dark])
-    for place, row in enumerate(table.to_dict("records")):
-        text = _percent(row) if ranked else f"{row['score']:.2f}"
-        axis.text(max(np.nan_to_num(value[place]), 0) + 0.02, place, text, va="center", fontsize=8)
+    value = table["percentile" if ranked else "score"].fillna(0.0)
+    dark = table["stands_out"] if ranked else [False] * len(table)
+    axis.barh(range(len(table)), value, color=[sns.color_palette("colorblind")[0] if d else "0.75" for d in dark])
+    for place, (_, row) in enumerate(table.iterrows()):
+        text = f"{row['score']:.2f}"
+        if ranked:
+            known = np.isfinite(row["probability"])
+            text = f"{row['probability']:.0%} ({row['prevalence']:.0%})" if known else "- (too few to calibrate)"
+        axis.text(max(value.iloc[place], 0) + 0.02, place, text, va="center", fontsize=8)
     axis.set_yticks(range(len(table)), table.index, fontsize=9)
     axis.invert_yaxis()
     if ranked:
-        axis.set_xlim(0, 1.45)
-        axis.set_xticks([0, 0.5, 1], ["0", "50 %", "100 %"])
+        axis.set(xlim=(0, 1.45), xticks=[0, 0.5, 1], xticklabels=["0", "50 %", "100 %"])
         axis.set_xlabel("validation studies without the finding that score lower;\nwritten: probability (prevalence)")
     else:
         axis.set_xlabel("score (no cohort: not comparable)")
-    axis.spines[["top", "right"]].set_visible(False)
-
-
-def _percent(row: dict) -> str:
-    if not np.isfinite(row["probability"]):
-        return "too few to calibrate"
-    return f"{100 * row['probability']:.0f} % ({100 * row['prevalence']:.0f} %)"

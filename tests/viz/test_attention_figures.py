@@ -1,24 +1,21 @@
-import matplotlib
+"""Maps over radiographs: colours, signs, outlines, and the controls beside them."""
 
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 
-from gloria_core.viz.attention import TRUTH, MapPanel, attention_row, control_bars
+from gloria_core.viz.attention import TRUTH, attention_row, control_bars
 
 IMAGE = np.zeros((40, 30), dtype=np.uint8)
 
 
-def _panels():
+def _maps():
     values = np.linspace(0.0, 1.0, 40 * 30).reshape(40, 30)
     outside = values.copy()
     outside[:5] = np.nan
-    return [MapPanel(outside, "attention\nCNR 0.35"), MapPanel(values - 0.25, "cosine", signed=True, unit="cosine")]
+    return {"attention": outside, "cosine": values - 0.25, "word_softmax": None}
 
 
 def _map_axes(figure):
@@ -26,9 +23,7 @@ def _map_axes(figure):
 
 
 def test_image_alone_then_every_map_with_its_bar():
-    before = plt.get_fignums()
-    figure = attention_row(IMAGE, _panels(), title="small effusion")
-    assert plt.get_fignums() == before
+    figure = attention_row(IMAGE, _maps(), title="small effusion", scores={"attention": "CNR 0.35"})
     assert len(figure.axes) == 3 + 3  # images and their bars
     assert [axis.get_title().strip() for axis in figure.axes[:3]] == ["image", "attention\nCNR 0.35", "cosine"]
     assert figure.get_suptitle() == "small effusion (n = 1 image, 2 maps)"
@@ -37,10 +32,10 @@ def test_image_alone_then_every_map_with_its_bar():
 
 
 def test_signed_maps_are_centred_and_unseen_pixels_are_transparent():
-    attention, cosine = _map_axes(attention_row(IMAGE, _panels(), title="x"))
+    attention, cosine = _map_axes(attention_row(IMAGE, _maps(), title="x"))
     assert cosine.images[1].get_clim() == pytest.approx((-0.75, 0.75))
     low, high = attention.images[1].get_clim()
-    assert low == pytest.approx(np.nanmin(_panels()[0].values)) and high == 1.0
+    assert low == pytest.approx(np.nanmin(_maps()["attention"])) and high == 1.0
     overlay = attention.images[1]
     assert overlay.get_array().mask[:5].all() and not overlay.get_array().mask[5:].any()
     rgba = overlay.cmap(overlay.norm(overlay.get_array()))
@@ -50,19 +45,28 @@ def test_signed_maps_are_centred_and_unseen_pixels_are_transparent():
 def test_rounding_errors_of_a_flat_map_get_no_colours():
     flat = np.full(IMAGE.shape, 0.25)
     flat[3:9, 4:7] += 1e-7
-    figure = attention_row(IMAGE, [MapPanel(flat, "word softmax")], title="x")
+    figure = attention_row(IMAGE, {"word_softmax": flat}, title="x")
     low, high = _map_axes(figure)[0].images[1].get_clim()
     assert low == pytest.approx(0.125) and high == pytest.approx(0.375)
     assert "the same everywhere" in figure.axes[-1].get_xlabel()
     flat[3:9, 4:7] += 1e-3
-    shown = _map_axes(attention_row(IMAGE, [MapPanel(flat, "word softmax")], title="x"))[0].images[1].get_clim()
+    shown = _map_axes(attention_row(IMAGE, {"word_softmax": flat}, title="x"))[0].images[1].get_clim()
     assert shown == pytest.approx((0.25, 0.251), abs=1e-6)
+
+
+def test_kind_comes_from_the_last_word_of_a_name_or_is_given():
+    values = np.linspace(0.1, 1.0, 40 * 30).reshape(40, 30)
+    named, given = (
+        _map_axes(attention_row(IMAGE, maps, title="x", kind=kind))[0].images[1].get_clim()
+        for maps, kind in (({"gloria\ncosine": values}, ""), ({"effusion": values}, "cosine"))
+    )
+    assert named == given == (-1.0, 1.0)
 
 
 def test_outline_is_drawn_around_the_right_pixels():
     mask = np.zeros(IMAGE.shape, dtype=bool)
     mask[10:20, 0:8] = True
-    figure = attention_row(IMAGE, _panels(), title="x", outlines=[mask])
+    figure = attention_row(IMAGE, _maps(), title="x", outlines=[mask])
     for axis in figure.axes[:3]:
         (contour,) = [c for c in axis.collections if c.get_paths()]
         vertices = np.concatenate([path.vertices for path in contour.get_paths()])
@@ -74,7 +78,7 @@ def test_outline_is_drawn_around_the_right_pixels():
 def test_outline_appears_on_the_rendered_picture():
     mask = np.zeros(IMAGE.shape, dtype=bool)
     mask[10:20, 10:20] = True
-    figure = attention_row(IMAGE, [], title="x", outlines=[mask])
+    figure = attention_row(IMAGE, {}, title="x", outlines=[mask])
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     picture = np.asarray(canvas.buffer_rgba())[..., :3] / 255
@@ -87,21 +91,21 @@ def test_outline_appears_on_the_rendered_picture():
 
 
 def test_boxes_use_the_pixel_corners():
-    figure = attention_row(IMAGE, _panels(), title="x", boxes=[(3, 4, 10, 20)])
+    figure = attention_row(IMAGE, _maps(), title="x", boxes=[(3, 4, 10, 20)])
     (box,) = figure.axes[1].patches
     assert (box.get_x(), box.get_y(), box.get_width(), box.get_height()) == (2.5, 3.5, 10, 20)
 
 
 def test_a_map_that_saw_nothing_says_so():
-    figure = attention_row(IMAGE, [MapPanel(np.full(IMAGE.shape, np.nan), "cosine")], title="x")
+    figure = attention_row(IMAGE, {"cosine": np.full(IMAGE.shape, np.nan)}, title="x")
     assert figure.axes[1].texts[0].get_text().startswith("outside")
 
 
 def test_other_pixels_are_refused():
     with pytest.raises(ValueError, match=r"map 'cosine' has \(4, 4\) pixels"):
-        attention_row(IMAGE, [MapPanel(np.zeros((4, 4)), "cosine")], title="x")
-    with pytest.raises(ValueError, match="outline"):
-        attention_row(IMAGE, [], title="x", outlines=[np.zeros((4, 4), dtype=bool)])
+        attention_row(IMAGE, {"cosine": np.zeros((4, 4))}, title="x")
+    with pytest.raises(ValueError, match="a mask of"):
+        attention_row(IMAGE, {}, title="x", outlines=[np.zeros((4, 4), dtype=bool)])
 
 
 def test_control_bars_show_values_in_order():

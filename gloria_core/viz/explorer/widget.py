@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from gloria_core.data.dataset import PreparedDataset
-from gloria_core.viz.attention import MapPanel, attention_row
+from gloria_core.viz.attention import attention_row
 from gloria_core.viz.explorer.page import export_page, program, style
 from gloria_core.viz.explorer.scene import SceneMaker, unit_map, units
 from gloria_core.viz.explorer.subject import Subject, Text, own_subject, study_subject
@@ -100,21 +100,19 @@ class Explorer(anywidget.AnyWidget):
         entry, place = self._start()
         words = units(entry)[place]
         first, last = entry["words"][words[0]], entry["words"][words[-1]]
-        panels = []
+        maps = {}
         for number, (name, side) in enumerate(self._maker.sides.items()):
             key = f"{number}/{entry['id']}"
             grids = np.frombuffer(self.maps[key], "<f4").reshape(self.scene["shapes"][key])
             for kind in sorted({"attention", "cosine"} & set(side.kinds)):
                 grid = unit_map(grids, side.kinds.index(kind), words)
                 if grid is not None:
-                    values = side.geometry.map_to_original(grid, crop=side.model.config.crop)
-                    unit = "cosine" if kind == "cosine" else "weight"
-                    panels.append(MapPanel(values, f"{name}\n{kind}", signed=kind == "cosine", unit=unit))
+                    maps[f"{name}\n{kind}"] = side.geometry.map_to_original(grid, crop=side.model.config.crop)
         subject = self._maker.subject
         title = f"{subject.title}: “{entry['text'][first[0] : last[1]]}”"
         masks = [truth.mask for truth in subject.truths if not truth.boxes]
         boxes = [box for truth in subject.truths for box in truth.boxes]
-        return attention_row(subject.image, panels, title=title, outlines=masks, boxes=boxes)
+        return attention_row(subject.image, maps, title=title, outlines=masks, boxes=boxes)
 
     def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict, dict] | None:
         bundle = super()._repr_mimebundle_(**kwargs)

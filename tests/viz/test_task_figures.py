@@ -1,0 +1,178 @@
+"""Figures of single tasks: what is drawn is what was given."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.colors import to_rgba
+
+from gloria_core.tasks.classification.decisions import reliability
+from gloria_core.viz import classification
+from gloria_core.viz.detection import box_cases, iou_pair
+from gloria_core.viz.retrieval import Shown, neighbours, recall_curves
+from gloria_core.viz.segmentation import COLOURS, fit_curves, overlays
+from gloria_core.viz.zero_shot import answer_figure, wording_spread
+
+IMAGE = np.arange(64, dtype=np.uint8).reshape(8, 8)
+
+
+def texts_of(figure):
+    found = [figure.get_suptitle()]
+    for axis in figure.axes:
+        found += [axis.get_title(), axis.get_xlabel(), *(text.get_text() for text in axis.texts)]
+        found += [label.get_text() for label in axis.get_yticklabels()]
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------- classification
+
+TARGETS = pd.DataFrame({"a": [0, 0, 1, 1], "b": [1, 1, 1, np.nan]})
+SCORES = pd.DataFrame({"a": [0.1, 0.6, 0.4, 0.9], "b": [0.5, 0.6, 0.7, 0.8]})
+
+
+def test_roc_goes_through_the_counted_points():
+    figure = classification.roc_curves(TARGETS, SCORES, ["a", "b"])
+    curves = [line.get_xydata().tolist() for line in figure.axes[0].lines]
+    assert any([0.0, 0.5] in curve and [0.5, 1.0] in curve for curve in curves)  # 0.9 first, then 0.6 (wrong), then 0.4
+    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert labels == ["a (2 of 4)", "b: one class only"]
+
+
+def test_confusion_counts():
+    scores = SCORES.assign(a=[0.1, 0.2, 0.4, 0.9])
+    figure = classification.confusion(TARGETS, scores, {"a": 0.15, "b": np.nan}, ["a", "b"])
+    figure.draw_without_rendering()
+    assert [text.get_text() for text in figure.axes[0].texts] == ["1", "1", "0", "2"]  # by truth, then by decision
+    assert figure.axes[1].texts[0].get_text() == "-"
+
+
+def test_reliability_points():
+    figure = classification.reliability_plot({"a": reliability(TARGETS["a"], SCORES["a"])})
+    points = figure.axes[0].collections[0].get_offsets().tolist()
+    assert points == [[0.1, 0], [0.4, 1], [0.6, 0], [0.9, 1]]
+    with pytest.raises(ValueError, match="at least one"):
+        classification.reliability_plot({})
+
+
+# --------------------------------------------------------------------------------------- segmentation and detection
+
+
+def test_overlays_outline_truth_and_prediction_in_groups():
+    image = np.full((20, 30), 90, np.uint8)
+    truth, prediction = np.zeros((2, 20, 30), bool)
+    truth[4:10, 5:15] = True
+    prediction[:6, 20:] = True
+    cases = {"best": [(image, truth, 0 * truth, "s1")], "median": [], "worst": [(image, truth, prediction, "s2")] * 2}
+    figure = overlays(cases)
+    assert len(figure.axes) == 4  # two rows of two, one of them blank
+    assert [len(axis.collections) for axis in figure.axes] == [1, 0, 2, 2]
+    assert [figure.axes[0].get_ylabel(), figure.axes[2].get_ylabel()] == ["best", "worst"]
+    assert "n = 3" in figure.get_suptitle() and figure.axes[2].get_title() == "s2"
+    dashes = {tuple(item.get_edgecolor()[0]): item.get_linestyle()[0][1] for item in figure.axes[2].collections}
+    assert dashes[to_rgba(COLOURS["truth"])] is None and dashes[to_rgba(COLOURS["prediction"])]
+    with pytest.raises(ValueError, match="at least one"):
+        overlays({"best": []})
+
+
+def test_curves_mark_the_best_step():
+    history = pd.DataFrame({"step": [10, 20, 30], "train_loss": [3.0, 2.0, 1.0], "valid_dice": [0.2, 0.5, 0.4]})
+    loss, score = fit_curves({"1 %": history, "10 %": history}).axes
+    assert [line.get_label() for line in loss.lines] == ["1 %", "10 %"]
+    assert score.collections[0].get_offsets()[0].tolist() == [20, 0.5]
+    with pytest.raises(ValueError, match="at least one history"):
+        fit_curves({})
+
+
+def test_boxes_below_the_threshold_are_counted_and_not_drawn():
+    truth = SimpleNamespace(boxes=np.array([[1, 2, 4, 6]]), labels=np.array([1]), scores=None)
+    found = SimpleNamespace(
+        boxes=np.array([[1, 2, 5, 6], [0, 0, 2, 2]]), labels=np.array([0, 1]), scores=np.array([0.9, 0.1])
+    )
+    figure = box_cases([IMAGE], [truth], [found], ["Mass", "Nodule"], ["s1"])
+    solid, dashed = figure.axes[0].patches
+    assert solid.get_bbox().bounds == (0.5, 1.5, 3, 4) and dashed.get_bbox().bounds == (0.5, 1.5, 4, 4)
+    assert (solid.get_linestyle(), dashed.get_linestyle()) == ("solid", "dashed")
+    assert figure.axes[0].get_title() == "s1\n1 below 0.3" and figure.axes[0].texts[0].get_text() == "0.90"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["Mass", "Nodule"]
+    with pytest.raises(ValueError):
+        box_cases([IMAGE], [truth], [found], ["Mass", "Nodule"], ["s1", "s2"])
+
+
+def test_the_intersection_of_two_boxes_is_shaded():
+    (axis,) = iou_pair([10, 10, 50, 40], [30, 10, 70, 40], value=1 / 3).axes
+    assert axis.patches[-1].get_bbox().bounds == (30, 10, 20, 30) and axis.get_title().endswith("0.33")
+    assert len(iou_pair([0, 0, 2, 2], [5, 5, 6, 6], value=0).axes[0].patches) == 2
+
+
+# --------------------------------------------------------------------------------------------------------- retrieval
+
+
+def test_right_answers_are_ticked_and_counted():
+    answers = [[Shown("one", score=0.9, right=True), Shown("two", score=0.5, right=False)]]
+    figure = neighbours([Shown("query text", image=IMAGE)], answers, title="T")
+    texts = texts_of(figure)
+    assert texts[0] == "T (n = 1 queries, 2 texts each, 1 of 2 right)"
+    assert "1.  0.90  ✓ right" in texts and "2.  0.50  ✗" in texts and "query" in texts and "query text" in texts
+    widths = [axis.spines["right"].get_linewidth() for axis in figure.axes if axis.spines["right"].get_visible()]
+    assert len(widths) == 3 and widths[1] > widths[2]
+    figure.canvas.draw()
+
+
+def test_images_and_unknown_answers():
+    figure = neighbours([Shown("text")], [[Shown("x", image=IMAGE), Shown("y", image=IMAGE)]])
+    assert "2 images each)" in texts_of(figure)[0] and len(figure.axes[1].images) == 1
+    long = neighbours([Shown("word " * 200)], [[Shown("x")]])
+    assert max(text.count("\n") for text in texts_of(long)) < 9 and any(text.endswith("…") for text in texts_of(long))
+
+
+@pytest.mark.parametrize(("queries", "answers"), [([], []), ([Shown("a")], []), ([Shown("a")] * 2, [[Shown("b")], []])])
+def test_unequal_rows_are_refused(queries, answers):
+    with pytest.raises(ValueError, match="at least one query"):
+        neighbours(queries, answers)
+
+
+def test_recall_curves_draw_chance_beside():
+    figure = recall_curves({"image_to_text": ([0.1, 0.5], [0.01, 0.1])}, [1, 10], n=7)
+    lines = figure.axes[0].lines
+    assert [line.get_linestyle() for line in lines] == ["-", "--"]
+    np.testing.assert_allclose(lines[1].get_ydata(), [0.01, 0.1])
+    assert "n = 7" in figure.axes[0].get_title()
+    with pytest.raises(ValueError, match="at least one curve"):
+        recall_curves({}, [1], n=1)
+
+
+# --------------------------------------------------------------------------------------------------------- zero-shot
+
+
+def test_wording_spread_begins_with_the_widest():
+    wording = pd.DataFrame(
+        {
+            "label": ["A", "A", "B", "B", "C"],
+            "prompt": ["a", "b", "worst", "best", "c"],
+            "auroc": [0.6, 0.7, 0.2, 0.9, np.nan],
+        }
+    )
+    figure = wording_spread(wording, together=pd.Series({"A": 0.8, "B": 0.9}))
+    texts = texts_of(figure)
+    assert texts[-2:] == ["B (2 prompts)", "A (2 prompts)"]
+    assert any("0.20: worst" in text and "0.90: best" in text for text in texts)
+    assert figure.axes[0].collections[-1].get_offsets().tolist() == [[0.9, 0], [0.8, 1]]
+    with pytest.raises(ValueError, match="no prompt"):
+        wording_spread(wording.tail(1))
+
+
+def test_answer_figure_with_and_without_a_map():
+    columns = {"score": [0.5, 0.1], "percentile": [0.97, np.nan], "probability": [0.6, np.nan]}
+    columns |= {"prevalence": [0.2, 0.1], "stands_out": [True, False]}
+    table = pd.DataFrame(columns, index=["Edema", "Fracture"])
+    values = np.where(np.arange(8) < 2, np.nan, 0.5) * np.ones((8, 8))
+    figure = answer_figure(IMAGE, table, values=values, finding="Edema")
+    assert len(figure.axes[1].images) == 2 and figure.axes[1].images[1].get_clim() == (-0.5, 0.5)
+    texts = texts_of(figure)
+    assert "60% (20%)" in texts and "- (too few to calibrate)" in texts
+    figure.canvas.draw()
+    alone = answer_figure(IMAGE, table[["score"]])
+    assert "image (the objective has no map)" in texts_of(alone) and "0.50" in texts_of(alone)
+    with pytest.raises(ValueError, match="pixels"):
+        answer_figure(IMAGE, table, values=values[:4])
