@@ -30,6 +30,9 @@ Behavior = Literal["published", "corrected"]
 class _Movable:
     """Gives a dataclass of tensors `to(device)`; other fields are left alone."""
 
+    PADDING: ClassVar[dict[str, int]] = {}
+    """What axis 1 of a field is lengthened with, where that is not zero."""
+
     def to(self, device: torch.device | str) -> Self:
         moved = {}
         for item in fields(self):
@@ -52,6 +55,8 @@ class TextBatch(_Movable):
     `words[i][j]` is the text of word j of text i (specials included), `spans[i][j]` its (start, end) in the text
     that was tokenised, (0, 0) for specials. Both are for people and figures; no forward pass reads them.
     """
+
+    PADDING: ClassVar[dict[str, int]] = {"word_ids": -1, "sentence_ids": -1}
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -122,7 +127,6 @@ class TextFeatures(_Movable):
     """
 
     PADDING: ClassVar[dict[str, int]] = {"token_words": -1, "token_sentences": -1, "word_sentence": -1}
-    """What a row is lengthened with, for the fields where that is not zero."""
 
     tokens: Tensor
     token_mask: Tensor

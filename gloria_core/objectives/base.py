@@ -30,7 +30,8 @@ class Objective(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, images: ImageFeatures, texts: TextFeatures, batch: Batch | None = None) -> ObjectiveOutput:
-        """Loss of B images paired with N = B texts."""
+        """Loss of B images paired with N = B texts. Random numbers come from torch's generators, which resuming puts
+        back, and from no other."""
 
     @abstractmethod
     def similarity(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:

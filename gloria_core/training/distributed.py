@@ -20,7 +20,7 @@ import os
 import socket
 from collections.abc import Callable
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -44,9 +44,7 @@ def launch(function: Callable[..., None], args: tuple[Any, ...] = (), *, num_pro
         return
     gpus = torch.cuda.device_count()
     if 0 < gpus < num_processes:
-        raise ValueError(
-            f"{num_processes} processes were asked for, but there are {gpus} GPUs; ask for {gpus} or fewer"
-        )
+        raise ValueError(f"num_processes is {num_processes}, but there are {gpus} GPUs; give {gpus} or fewer")
     from accelerate import notebook_launcher  # slow to import
 
     threads = max(1, (os.cpu_count() or 1) // num_processes)
@@ -60,13 +58,10 @@ def launch(function: Callable[..., None], args: tuple[Any, ...] = (), *, num_pro
             if dist.is_initialized():
                 dist.destroy_process_group()
 
-    notebook_launcher(worker, args=args, num_processes=num_processes, use_port=str(_free_port()))
-
-
-def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        port = str(probe.getsockname()[1])
+    notebook_launcher(worker, args=args, num_processes=num_processes, use_port=port)
 
 
 def world_size() -> int:
@@ -107,67 +102,35 @@ def all_gather_with_grad(tensor: Tensor) -> Tensor:
     return torch.cat(parts).to(tensor.dtype)
 
 
-def _longest(length: int, device: torch.device) -> int:
-    value = torch.tensor(length, device=device)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return int(value)
+Features = TypeVar("Features", ImageFeatures, TextFeatures, TextBatch)
 
 
-def _pad(tensor: Tensor, length: int, *, value: float = 0) -> Tensor:
-    """Lengthen axis 1 of (N, W, ...) to `length`."""
-    after = [0, 0] * (tensor.ndim - 2) + [0, length - tensor.shape[1]]
-    return F.pad(tensor, after, value=value)
-
-
-def gather_images(images: ImageFeatures) -> ImageFeatures:
-    """Image features of the global batch, with gradient."""
+def gather(features: Features) -> Features:
+    """Features or texts of the global batch, with gradient; axis 1 is padded to the longest of all ranks."""
     if world_size() == 1:
-        return images
-    gathered = {item.name: getattr(images, item.name) for item in fields(images)}
-    return ImageFeatures(**{name: None if v is None else all_gather_with_grad(v) for name, v in gathered.items()})
-
-
-def gather_texts(texts: TextFeatures) -> TextFeatures:
-    """Text features of the global batch, with gradient; L and W are padded to the longest of all ranks."""
-    if world_size() == 1:
-        return texts
-    longest = {
-        1: _longest(texts.tokens.shape[1], texts.tokens.device),
-        2: _longest(texts.words.shape[1], texts.words.device),
-    }
-    gathered = {}
-    for item in fields(texts):
-        value = getattr(texts, item.name)
-        if value is not None and item.name != "sentence":
-            per_token = item.name == "cls_attention" or item.name.startswith("token")
-            value = _pad(value, longest[1 if per_token else 2], value=texts.PADDING.get(item.name, 0))
-        gathered[item.name] = None if value is None else all_gather_with_grad(value)
-    return TextFeatures(**gathered)
+        return features
+    values = {item.name: getattr(features, item.name) for item in fields(features)}
+    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    device = next(iter(tensors.values())).device
+    longest = torch.tensor([value.shape[1] for value in tensors.values()], device=device)
+    dist.all_reduce(longest, op=dist.ReduceOp.MAX)
+    for (name, value), length in zip(tensors.items(), longest.tolist(), strict=True):
+        after = [0, 0] * (value.ndim - 2) + [0, length - value.shape[1]]
+        tensors[name] = all_gather_with_grad(F.pad(value, after, value=features.PADDING.get(name, 0)))
+    return type(features)(**tensors)  # the words of a text are for people, and stay behind
 
 
 def gather_batch(batch: Batch, *, pixels: bool) -> Batch:
     """The global batch itself. Without `pixels` they are NaN of the right shape: they are large and few read them."""
     if world_size() == 1:
         return batch
-    length = _longest(batch.text.input_ids.shape[1], batch.text.input_ids.device)
-    text = {}
-    for item in fields(TextBatch):
-        value = getattr(batch.text, item.name)
-        if isinstance(value, Tensor):
-            padding = -1 if item.name in ("word_ids", "sentence_ids") else 0
-            text[item.name] = all_gather_with_grad(_pad(value, length, value=padding))
     if pixels:
         gathered = all_gather_with_grad(batch.pixels)
     else:
         shape = (world_size() * len(batch.pixels), *batch.pixels.shape[1:])
         gathered = batch.pixels.new_full((), float("nan")).expand(shape)
-    return replace(
-        batch,
-        pixels=gathered,
-        text=TextBatch(**text),
-        labels=all_gather_with_grad(batch.labels),
-        index=all_gather_with_grad(batch.index),
-    )
+    labels, index = all_gather_with_grad(batch.labels), all_gather_with_grad(batch.index)
+    return replace(batch, pixels=gathered, text=gather(batch.text), labels=labels, index=index)
 
 
 class GlobalBatch(nn.Module):
@@ -184,8 +147,8 @@ class GlobalBatch(nn.Module):
         if alone or world_size() == 1:
             output = self.model(batch)
         else:
-            images = gather_images(self.model.encode_images(batch.pixels))
-            texts = gather_texts(self.model.encode_texts(batch.text))
+            images = gather(self.model.encode_images(batch.pixels))
+            texts = gather(self.model.encode_texts(batch.text))
             objective = self.model.objective
             output = objective(images, texts, gather_batch(batch, pixels=objective.needs.pixels))
         return output.total, output.terms

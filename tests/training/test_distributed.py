@@ -13,7 +13,6 @@ from gloria_core.checkpoints.model import build_model
 from gloria_core.data.dataset import make_loader
 from gloria_core.training.distributed import GlobalBatch, all_gather_with_grad, gather_batch, launch, world_size
 from gloria_core.training.pretrain import pretrain
-from gloria_core.training.progress import Silence
 
 EPOCH = 3
 
@@ -108,7 +107,7 @@ def whole_run(folder, processes):
     still = tiny_study.model("gloria", dropout=0.0).config
     model = build_model(type(still)(**{**still.to_dict(), "frozen_image": True}), tiny_study.TOKENIZER)
     config = tiny_study.config(epochs=2, learning_rate=1e-4, checkpoint_steps=2)
-    pretrain(model, train, valid, config, folder=folder / str(processes), progress=Silence(), device="cpu")
+    pretrain(model, train, valid, config, folder=folder / str(processes), show=False, device="cpu")
 
 
 def test_pretraining_with_two_processes_follows_that_with_one(tmp_path):

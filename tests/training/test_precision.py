@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from gloria_core.training import precision
-from gloria_core.training.precision import accelerate_name, choose_precision
+from gloria_core.training.precision import autocast, choose_precision
 
 
 @pytest.mark.parametrize(
@@ -40,9 +40,14 @@ def test_cuda(monkeypatch, supported, expected):
     assert choose_precision("cuda", "float32") == "float32"
 
 
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+def test_products_are_computed_in_the_chosen_format(name):
+    with autocast("cpu", name):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == getattr(torch, name)
+
+
 def test_what_is_asked_for_is_what_is_used():
     assert choose_precision("cpu", "bfloat16") == "bfloat16"
-    assert [accelerate_name(name) for name in ("float32", "bfloat16", "float16")] == ["no", "bf16", "fp16"]
 
 
 def test_bad_requests():

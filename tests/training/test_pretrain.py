@@ -10,8 +10,7 @@ from gloria_core.checkpoints import native
 from gloria_core.training import pretrain as loop
 from gloria_core.training.config import PretrainConfig
 from gloria_core.training.pretrain import TrainingError, numbers, on_device, pretrain, validation_loader
-from gloria_core.training.progress import Silence
-from gloria_core.training.schedule import Schedule
+from gloria_core.training.schedule import learning_rate
 
 TERMS = ["local_image_to_text", "local_text_to_image", "global_image_to_text", "global_text_to_image"]
 
@@ -20,7 +19,7 @@ def run(folder, *, model=None, data=None, **changes):
     train, valid = data or tiny_study.datasets()
     model = model or tiny_study.model()
     config = tiny_study.config(**changes)
-    return pretrain(model, train, valid, config, folder=folder, progress=Silence(), device="cpu")
+    return pretrain(model, train, valid, config, folder=folder, show=False, device="cpu")
 
 
 def logged(folder):
@@ -62,10 +61,11 @@ def test_it_learns(finished):
 
 def test_log_has_the_learning_rate_of_the_schedule_at_every_step(finished):
     values = logged(finished[0])
-    schedule = Schedule("cosine", base=1e-3, total_steps=12, warmup_fraction=0.25)
     assert [step for step, _ in values["learning_rate"]] == list(range(1, 13))
     rates = [rate for _, rate in values["learning_rate"]]
-    assert rates == pytest.approx([schedule.at(t) for t in range(12)], rel=1e-5)
+    assert rates == pytest.approx(
+        [learning_rate(t, base=1e-3, total_steps=12, warmup_steps=3) for t in range(12)], rel=1e-5
+    )
     assert [step for step, _ in values["valid/total"]] == [3, 6, 9, 12]
     assert set(values) == {"learning_rate", "gradient_norm"} | {
         f"{p}/{n}" for p in ("train", "valid") for n in ("total", *TERMS)
@@ -135,19 +135,12 @@ def test_the_callers_random_state_is_left_alone(tmp_path):
 
 def test_early_stopping_counts_epochs_without_gain(tmp_path, monkeypatch):
     losses = iter([3.0, 2.0, 2.5, 2.0, 9.0, 9.0])
-    monkeypatch.setattr(loop.Run, "_validate", lambda self, names: {"total": next(losses)})
+    monkeypatch.setattr(loop.Pretraining, "_validate", lambda self: {"total": next(losses)})
     history = run(tmp_path, epochs=6, patience=2)
     assert history["valid_total"].tolist() == [3.0, 2.0, 2.5, 2.0]
     assert native.read(tmp_path / "best.pt")["extra"]["epoch"] == 2
     again = run(tmp_path, epochs=6, patience=2)  # stopped is finished
     assert len(again) == 4
-
-
-def test_plateau_lowers_the_rate_between_epochs(tmp_path, monkeypatch):
-    losses = iter([2.0, 2.0, 2.0, 2.0])
-    monkeypatch.setattr(loop.Run, "_validate", lambda self, names: {"total": next(losses)})
-    history = run(tmp_path, epochs=4, schedule="plateau", plateau_patience=0, warmup_fraction=0.0)
-    assert history["learning_rate"].tolist() == pytest.approx([1e-3, 1e-3, 5e-4, 2.5e-4])
 
 
 def test_a_loss_that_is_not_finite_names_the_studies(tmp_path):
@@ -191,11 +184,10 @@ def test_objective_and_loader_are_told_the_epoch(tmp_path, monkeypatch):
     assert model.training is False  # the last thing it did was to validate
 
 
-@pytest.mark.parametrize(("given", "rates"), [((), [1.0, 1.0, 0.5]), ((0.2, 0.4, 0.6), [0.2, 0.4, 0.6])])
-def test_stages_peak_at_their_share_of_the_rate(tmp_path, given, rates):
-    settings = {"epochs": 3, "schedule": "constant", "warmup_fraction": 0.0, "stage_factors": given}
+def test_stages_peak_at_their_share_of_the_rate(tmp_path):
+    settings = {"epochs": 3, "schedule": "constant", "warmup_fraction": 0.0}
     history = run(tmp_path, model=tiny_study.model("prior"), **settings)
-    assert history["learning_rate"].tolist() == pytest.approx([1e-3 * rate for rate in rates])
+    assert history["learning_rate"].tolist() == pytest.approx([1e-3, 1e-3, 5e-4])
 
 
 @pytest.mark.parametrize("objective", ["gloria", "convirt"])
@@ -238,23 +230,24 @@ def test_too_little_data_is_said_plainly(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    "changes",
     [
-        ({"epochs": 0}, "epochs is 0"),
-        ({"batch_size": 2.5}, "batch_size is 2.5"),
-        ({"learning_rate": 0.0}, "learning_rate is 0.0"),
-        ({"learning_rate": math.nan}, "learning_rate is nan"),
-        ({"gradient_clip": -1.0}, "gradient_clip is -1.0"),
-        ({"schedule": "step"}, "schedule is 'step'; choose one of cosine, plateau, constant"),
-        ({"optimizer": "sgd"}, "optimizer is 'sgd'"),
-        ({"precision": "bf16"}, "precision is 'bf16'"),
-        ({"warmup_fraction": 1.0}, "warmup_fraction is 1.0"),
-        ({"plateau_factor": 1.0}, "plateau_factor is 1.0"),
-        ({"betas": (0.9, 1.0)}, "betas is"),
+        {"epochs": 0},
+        {"batch_size": 2.5},
+        {"batch_size": True},
+        {"learning_rate": 0.0},
+        {"learning_rate": math.nan},
+        {"gradient_clip": -1.0},
+        {"schedule": "step"},
+        {"optimizer": "sgd"},
+        {"precision": "bf16"},
+        {"warmup_fraction": 1.0},
+        {"betas": (0.9, 1.0)},
     ],
 )
-def test_bad_settings_are_named(changes, message):
-    with pytest.raises(ValueError, match=message):
+def test_bad_settings_are_named(changes):
+    (field,) = changes
+    with pytest.raises(ValueError, match=f"1 validation error for PretrainConfig\n{field}"):
         PretrainConfig(**{"epochs": 1, "batch_size": 2, **changes})
 
 
@@ -267,7 +260,7 @@ def test_after_every_epoch_somebody_may_look(tmp_path):
 
     for name, hook in (("a", look), ("b", None)):
         model = tiny_study.model("gloria")
-        settings = {"folder": tmp_path / name, "progress": Silence(), "device": "cpu", "after_epoch": hook}
+        settings = {"folder": tmp_path / name, "show": False, "device": "cpu", "after_epoch": hook}
         histories.append(pretrain(model, train, valid, tiny_study.config(epochs=2), **settings))
     assert [epoch for epoch, _ in seen] == [1, 2]
     assert histories[0]["train_total"].tolist() == histories[1]["train_total"].tolist()

@@ -13,7 +13,7 @@ from gloria_core import objectives
 from gloria_core.checkpoints.model import ModelConfig, VisionLanguageModel, build_model
 from gloria_core.data.dataset import Collate, StudyDataset
 from gloria_core.data.tokenizer import train_wordpiece
-from gloria_core.training.pretrain import PretrainConfig
+from gloria_core.training.config import PretrainConfig
 
 REPORTS = (
     "No pneumothorax. Heart size is normal.",
@@ -95,7 +95,7 @@ def config(**changes: object) -> PretrainConfig:
         "batch_size": 8,
         "learning_rate": 1e-3,
         "precision": "float32",
-        "checkpoint_seconds": 0.0,
+        "checkpoint_steps": 0,
         **changes,
     }
     return PretrainConfig(**settings)
