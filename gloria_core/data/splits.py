@@ -20,11 +20,11 @@ from sklearn.model_selection import train_test_split
 
 from gloria_core.data.manifest import (
     COMPETITION_LABELS,
+    SPLIT_MARK,
     SPLITS,
     ManifestError,
     finding_columns,
     label_columns,
-    torn_ids,
 )
 
 DEFAULT_FRACTIONS = {"train": 0.7, "valid": 0.1, "test": 0.2}
@@ -235,4 +235,4 @@ def torn_patients(patients: pd.Series, split: Sequence[str]) -> pd.Series:
     split = pd.Series(np.asarray(split, object), index=patients.index)
     torn = split.groupby(patients.to_numpy(object)).nunique()
     apart = patients.isin(torn.index[torn > 1])
-    return patients.mask(apart, torn_ids(patients, split))
+    return patients.mask(apart, patients + split.map(lambda name: SPLIT_MARK.format(split=name)))
