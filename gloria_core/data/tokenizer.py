@@ -1,25 +1,26 @@
-"""Token ids that know their word and their sentence; the door to everything about tokenizers.
+"""Word-piece tokenizers, and texts as token ids that know their word and their sentence.
+
+Tokenizers are trained offline, loaded from a folder, a vocabulary file or the hub, and stored as JSON.
 
 The word rule is GLoRIA's (Huang et al., ICCV 2021, `text_model.py::aggregate_tokens`): a piece that begins with "##"
 belongs to the word before it, `[CLS]` and `[SEP]` are words of their own, nothing counts after the first `[SEP]`.
-
-Word-piece tokenizers: trained offline, loaded from a folder, a vocabulary file or the hub, stored as JSON.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from tokenizers import Encoding, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import WordPiece
 from tokenizers.trainers import WordPieceTrainer
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast
 
 from gloria_core.data.packages import PACKAGE, folder_with
 from gloria_core.data.reports import ReportError, Span, sentences
@@ -37,23 +38,6 @@ CLINICAL_BERT = "emilyalsentzer/Bio_ClinicalBERT"
 
 class TokenizerError(ValueError):
     """A tokenizer cannot be found or used; the message says what would work."""
-
-
-def _wordpiece(vocabulary: dict[str, int], *, lowercase: bool) -> PreTrainedTokenizerFast:
-    """The BERT pipeline over a given vocabulary: clean, lower-case, split at blanks and punctuation, word pieces."""
-    missing = [token for token in SPECIALS.values() if token not in vocabulary]
-    if missing:
-        raise TokenizerError(f"the vocabulary lacks {', '.join(missing)}; a BERT vocabulary has all five specials")
-    backend = Tokenizer(WordPiece(vocabulary, unk_token="[UNK]"))
-    backend.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    backend.decoder = decoders.WordPiece(prefix="##")
-    backend.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")],
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=512, **SPECIALS)
 
 
 def train_wordpiece(
@@ -85,7 +69,7 @@ def train_wordpiece(
     with _one_thread():
         trained.train_from_iterator(words, trainer)
     vocabulary = dict(sorted(trained.get_vocab(with_added_tokens=False).items(), key=lambda item: item[1]))
-    tokenizer = _wordpiece(vocabulary, lowercase=True)
+    tokenizer = BertTokenizer(vocab=vocabulary, do_lower_case=True, model_max_length=512)
     if folder is not None:
         tokenizer.save_pretrained(str(folder))
     return tokenizer
@@ -117,13 +101,19 @@ def load_tokenizer(name_or_path: str | Path, *, lowercase: bool = True) -> PreTr
     """
     path = Path(name_or_path)
     if str(name_or_path).startswith(PACKAGE):
-        path = _in_package(str(name_or_path).removeprefix(PACKAGE))
-    if path.is_file():
-        tokenizer = _from_file(path, lowercase=lowercase)
-    elif path.is_dir() and not any((path / n).is_file() for n in ("tokenizer.json", "tokenizer_config.json")):
+        package = str(name_or_path).removeprefix(PACKAGE)
+        try:
+            path = folder_with(package, "vocab.txt")
+        except ModuleNotFoundError as error:
+            raise TokenizerError(str(error)) from None
+        if path is None:
+            raise TokenizerError(f"package {package!r} holds no vocabulary (vocab.txt)")
+    if path.is_dir() and not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         if not (path / "vocab.txt").is_file():
             raise TokenizerError(f"{path} has neither tokenizer.json, tokenizer_config.json nor vocab.txt")
-        tokenizer = _from_file(path / "vocab.txt", lowercase=lowercase)
+        path /= "vocab.txt"
+    if path.is_file():
+        tokenizer = _from_file(path, lowercase=lowercase)
     else:
         options = {"do_lower_case": lowercase} if str(name_or_path) == CLINICAL_BERT else {}
         try:
@@ -134,31 +124,22 @@ def load_tokenizer(name_or_path: str | Path, *, lowercase: bool = True) -> PreTr
                 f"({'HF_HUB_OFFLINE is set' if os.environ.get('HF_HUB_OFFLINE') else type(error).__name__}). "
                 "Give a local folder with the model's tokenizer files, or its vocab.txt"
             ) from error
-    lacking = [key for key in ("cls_token", "sep_token", "pad_token", "unk_token") if getattr(tokenizer, key) is None]
-    if lacking or not tokenizer.is_fast:
-        raise TokenizerError(f"{name_or_path} is no BERT-like fast tokenizer ({', '.join(lacking) or 'no offsets'})")
+    missing = [key for key in ("cls_token", "sep_token", "pad_token", "unk_token") if getattr(tokenizer, key) is None]
+    if missing or not tokenizer.is_fast:
+        raise TokenizerError(f"{name_or_path} is no BERT-like fast tokenizer ({', '.join(missing) or 'no offsets'})")
     return tokenizer
-
-
-def _in_package(package: str) -> Path:
-    try:
-        folder = folder_with(package, "vocab.txt")
-    except ModuleNotFoundError as error:
-        raise TokenizerError(str(error)) from None
-    if folder is None:
-        raise TokenizerError(f"package {package!r} holds no vocabulary (vocab.txt)")
-    return folder
 
 
 def _from_file(path: Path, *, lowercase: bool) -> PreTrainedTokenizerFast:
     if path.suffix == ".json":
         return PreTrainedTokenizerFast(tokenizer_file=str(path), model_max_length=512, **SPECIALS)
-    lines = path.read_text(encoding="utf-8").split("\n")
-    tokens = [line.rstrip("\r") for line in (lines[:-1] if lines[-1] == "" else lines)]
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    if len(vocabulary) < len(tokens):
+    vocabulary = WordPiece.read_file(str(path))
+    if len(vocabulary) <= max(vocabulary.values(), default=-1):
         raise TokenizerError(f"{path} lists a token twice; a vocabulary file has one token a line")
-    return _wordpiece(vocabulary, lowercase=lowercase)
+    missing = [token for token in SPECIALS.values() if token not in vocabulary]
+    if missing:
+        raise TokenizerError(f"{path} lacks {', '.join(missing)}; a BERT vocabulary has all five specials")
+    return BertTokenizer(vocab=vocabulary, do_lower_case=lowercase, model_max_length=512)
 
 
 def tokenizer_to_json(tokenizer: PreTrainedTokenizerFast) -> str:
@@ -202,27 +183,38 @@ def tokenize(
     """
     if max_tokens < 3:
         raise ValueError(f"max_tokens is {max_tokens}; it must hold [CLS], one piece and [SEP]")
-    keep = max_tokens - 2
+    backend = tokenizer.backend_tokenizer
+    # a call of the tokenizer itself sets these three anew
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
     rows, words, spans = [], [], []
-    for number, (text, encoded) in enumerate(zip(texts, _encode(tokenizer, texts), strict=True)):
-        ids = encoded.ids[:keep]
-        if not ids and not allow_empty:
+    for number, text in enumerate(texts):
+        # one by one: the batch call starts a thread pool, which forked loader workers cannot use
+        encoded = backend.encode(text, add_special_tokens=False)
+        encoded.truncate(max_tokens - 2)
+        if not encoded.ids and not allow_empty:
             name = names[number] if names is not None else f"text {number}"
             raise ReportError(f"{name} has no word: {text[:40]!r}. Exclude it or choose another section (text='both')")
+        n_words = max(encoded.word_ids, default=-1) + 1
+        word_spans = [encoded.word_to_chars(word) for word in range(n_words)]
         limits = sentences(text) if sentence_spans is None else sentence_spans[number]
-        word_of, word_spans = _merge(encoded.word_ids[:keep], encoded.offsets[:keep])
-        sentence_of = _sentence_of(word_spans, limits)
+        begins = [start for start, _ in limits]
+        sentence_of = []
+        for start, _ in word_spans:
+            sentence = bisect_right(begins, start) - 1
+            sentence_of.append(sentence if sentence >= 0 and start < limits[sentence][1] else -1)
         rows.append(
             (
-                [tokenizer.cls_token_id, *ids, tokenizer.sep_token_id],
-                [0, *(word + 1 for word in word_of), len(word_spans) + 1],
-                [-1, *(sentence_of[word] for word in word_of), -1],
+                [tokenizer.cls_token_id, *encoded.ids, tokenizer.sep_token_id],
+                [0, *(word + 1 for word in encoded.word_ids), n_words + 1],
+                [-1, *(sentence_of[word] for word in encoded.word_ids), -1],
             )
         )
         words.append((tokenizer.cls_token, *(text[a:b] for a, b in word_spans), tokenizer.sep_token))
         spans.append(((0, 0), *word_spans, (0, 0)))
     ids, word_ids, sentence_ids = (
-        _pad([row[part] for row in rows], fill) for part, fill in ((0, tokenizer.pad_token_id), (1, -1), (2, -1))
+        _pad([row[part] for row in rows], fill) for part, fill in enumerate((tokenizer.pad_token_id, -1, -1))
     )
     return TextBatch(
         input_ids=ids,
@@ -236,51 +228,8 @@ def tokenize(
     )
 
 
-def _encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[Encoding]:
-    """Pieces without specials, with offsets and word numbers; the tokenizer is left as it was found."""
-    backend = tokenizer.backend_tokenizer
-    before = backend.truncation, backend.padding, backend.encode_special_tokens
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = True
-    try:
-        # one by one: the batch call starts a thread pool, which forked loader workers cannot use
-        return [backend.encode(text, add_special_tokens=False) for text in texts]
-    finally:
-        truncation, padding, backend.encode_special_tokens = before
-        if truncation is not None:
-            backend.enable_truncation(**truncation)
-        if padding is not None:
-            backend.enable_padding(**padding)
-
-
-def _merge(word_ids: Sequence[int | None], offsets: Sequence[Span]) -> tuple[list[int], list[Span]]:
-    """Numbers words without gaps from 0, and gives each word the range that its pieces cover."""
-    numbers: list[int] = []
-    spans: list[Span] = []
-    previous: int | None = None
-    for word, (start, end) in zip(word_ids, offsets, strict=True):
-        if word is None or word != previous:
-            spans.append((start, end))
-        else:
-            spans[-1] = (spans[-1][0], max(spans[-1][1], end))
-        previous = word
-        numbers.append(len(spans) - 1)
-    return numbers, spans
-
-
-def _sentence_of(words: Sequence[Span], limits: Sequence[Span]) -> list[int]:
-    """Number of the sentence in which each word begins; both lists are in the order of the text."""
-    found, current = [], 0
-    for start, _ in words:
-        while current < len(limits) and limits[current][1] <= start:
-            current += 1
-        found.append(current if current < len(limits) and limits[current][0] <= start else -1)
-    return found
-
-
 def _pad(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
-    width = max((len(row) for row in rows), default=0)
+    width = max(map(len, rows), default=0)
     return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], dtype=torch.long).view(len(rows), width)
 
 
@@ -294,11 +243,8 @@ def continuation_table(tokenizer: PreTrainedTokenizerFast) -> Tensor:
 
 def vocabulary_list(tokenizer: PreTrainedTokenizerFast) -> list[str]:
     """Token strings by id; ids that the vocabulary leaves out are empty strings."""
-    vocabulary = tokenizer.get_vocab()
-    tokens = [""] * (max(vocabulary.values()) + 1)
-    for token, index in vocabulary.items():
-        tokens[index] = token
-    return tokens
+    count = max(tokenizer.get_vocab().values()) + 1
+    return [token or "" for token in tokenizer.convert_ids_to_tokens(range(count))]
 
 
 def text_batch_from_ids(

@@ -185,13 +185,12 @@ def test_a_sentence_begins_where_the_last_one_ends():
     assert of_word == {"[CLS]": -1, "Lungs": 0, "clear": 0, ".": 0, "No": 1, "effusion": 1, "[SEP]": -1}
 
 
-def test_the_tokenizer_is_left_as_it_was():
-    backend = TOKENIZER.backend_tokenizer
-    TOKENIZER(REPORTS, padding="max_length", truncation=True, max_length=12)
-    before = backend.truncation, backend.padding, backend.encode_special_tokens
-    tokenize(TOKENIZER, REPORTS)
-    assert (backend.truncation, backend.padding, backend.encode_special_tokens) == before
-    assert before[0]["max_length"] == 12
+def test_the_library_s_own_calls_give_the_same_before_and_after():
+    texts = [*REPORTS, "no [SEP] edema"]
+    options = {"padding": "max_length", "truncation": True, "max_length": 12}
+    before = TOKENIZER(texts, **options).input_ids
+    tokenize(TOKENIZER, texts)
+    assert TOKENIZER(texts, **options).input_ids == before
 
 
 def test_given_sentence_spans():
