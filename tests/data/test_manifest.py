@@ -225,7 +225,12 @@ CASES = {
     "boxes_no_json": ("boxes", 3, "[{", ["row 5", "Invalid JSON", "leave the cell empty"]),
     "boxes_no_list": ("boxes", 3, '{"label": "a"}', ["row 5", "list"]),
     "boxes_three": ("boxes", 3, '[{"label": "a", "image": 0, "xywh": [1, 2, 3]}]', ["row 5", "four numbers"]),
-    "boxes_flat": ("boxes", 3, '[{"label": "a", "image": 0, "xywh": [1, 2, 3, 0]}]', ["row 5", "['xywh'][3]", "greater than 0"]),
+    "boxes_flat": (
+        "boxes",
+        3,
+        '[{"label": "a", "image": 0, "xywh": [1, 2, 3, 0]}]',
+        ["row 5", "['xywh'][3]", "greater than 0"],
+    ),
     "boxes_nan": ("boxes", 3, '[{"label": "a", "image": 0, "xywh": [1, NaN, 3, 4]}]', ["row 5", "four numbers"]),
     "boxes_image": ("boxes", 3, '[{"label": "a", "image": 1, "xywh": [1, 2, 3, 4]}]', ["row 5", "'image' is 1"]),
     "boxes_label": ("boxes", 3, '[{"image": 0, "xywh": [1, 2, 3, 4]}]', ["row 5", "[0]['label']: Field required"]),
