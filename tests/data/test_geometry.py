@@ -96,11 +96,26 @@ def test_apply_pads_with_zeros_only_outside_the_content(behavior):
     assert (square == np.where(inside, 255, 0)).all()
     with pytest.raises(ValueError, match="this geometry was made for"):
         g.apply(np.zeros((17, 30), np.uint8))
+    with pytest.raises(ValueError, match="gray uint8"):
+        g.apply(np.zeros((30, 17), np.float32))
+
+
+def test_rounding_of_the_area_interpolation():
+    """Halves round up in 2 x 2 blocks and to even in other whole blocks; part blocks and enlarging round in float."""
+
+    def apply(rows, size):
+        return Geometry.fit(*np.shape(rows), size).apply(np.array(rows, np.uint8)).tolist()
+
+    assert apply([[0, 1], [0, 1]], 1) == [[1]]
+    assert apply([[1, 1, 1, 1], [1, 1, 1, 1], [0, 0, 0, 0], [0, 0, 0, 0]], 1) == [[0]]
+    rows = [[0, 50, 100], [20, 70, 255], [3, 90, 180]]
+    assert apply(rows, 2) == [[23, 120], [34, 164]]
+    assert apply(rows, 4) == [[0, 33, 67, 100], [13, 47, 110, 203], [14, 56, 128, 230], [3, 61, 120, 180]]
 
 
 @given(side, side, target, st.sampled_from(["corrected", "published"]), st.data())
 @settings(max_examples=150, deadline=None)
-def test_points_and_boxes_return(height, width, size, behavior, data):
+def test_points_return_and_boxes_have_the_corners_of_their_points(height, width, size, behavior, data):
     if behavior == "published" and int(min(height, width) * (size / max(height, width))) < 1:
         return
     g = Geometry.fit(height, width, size, behavior=behavior)
@@ -109,8 +124,10 @@ def test_points_and_boxes_return(height, width, size, behavior, data):
     back = g.points_to_original(g.points_from_original(points, crop=crop), crop=crop)
     assert np.abs(back - points).max() < 1e-9 * max(height, width, size) * max(1, max(height, width) / size)
     boxes = np.array([[0, 0, width, height], [width / 5, height / 7, width / 3, 1]])
-    again = g.box_to_original(g.box_from_original(boxes, crop=crop), crop=crop)
-    assert np.abs(again - boxes).max() < 1e-9 * max(height, width, size) * max(1, max(height, width) / size)
+    placed = g.box_from_original(boxes, crop=crop)
+    for box, (x, y, wide, high) in zip(boxes, placed, strict=True):
+        ends = g.points_from_original([box[:2], box[:2] + box[2:]], crop=crop)
+        np.testing.assert_allclose([[x, y], [x + wide, y + high]], ends, atol=1e-9 * size)
 
 
 @given(side, side, target)
@@ -217,7 +234,7 @@ def test_a_tiny_mask_does_not_vanish():
     mask = np.zeros((2000, 2000), bool)
     mask[1000, 500] = True
     assert np.argwhere(g.mask_from_original(mask)).tolist() == [[32, 16]]
-    assert np.argwhere(g.mask_to_crop(mask, 56)).tolist() == [[28, 12]]
+    assert np.argwhere(g.mask_from_original(mask, crop=56)).tolist() == [[28, 12]]
     mask[:] = False
     mask[0, 0] = True  # lies outside the crop: not seen, so empty
-    assert not g.mask_to_crop(mask, 56).any()
+    assert not g.mask_from_original(mask, crop=56).any()
