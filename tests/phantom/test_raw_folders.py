@@ -49,5 +49,5 @@ def test_a_folder_with_files_and_an_unknown_dataset_are_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(FileExistsError, match="new folder"):
         write("nih", tmp_path)
-    with pytest.raises(ValueError, match="available: .*nih"):
+    with pytest.raises(ValueError, match=r"available: .*nih"):
         write("nhi", tmp_path / "raw")
