@@ -6,6 +6,7 @@
 # make explore                        click a word, see the region: the quickstart's models as a web page (STUDY=...)
 # make test | lint | lab              tests | style check | JupyterLab on the notebooks
 # make test-browser                   the explorer in JupyterLab and Voila, driven in Debian's chromium
+# make figures                        the README's pictures of the explorer, from the quickstart's models
 #
 # The first call makes .venv from requirements.txt; later calls do so only when requirements.txt or pyproject.toml changed.
 
@@ -21,7 +22,7 @@ SNAKEMAKE_ARGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: study explore test test-browser lint lab install
+.PHONY: study explore test test-browser figures lint lab install
 .DEFAULT_GOAL := study
 
 install: $(INSTALLED)
@@ -45,6 +46,9 @@ test: $(INSTALLED)
 
 test-browser: $(INSTALLED)
 	GLORIA_BROWSER_TESTS=1 $(BIN)/python -m pytest -n 0 tests/browser
+
+figures: $(INSTALLED)
+	GLORIA_BROWSER_TESTS=1 GLORIA_PICTURES=results $(BIN)/python -m pytest -n 0 tests/browser -k "readme or jupyterlab or voila"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

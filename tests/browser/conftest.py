@@ -16,6 +16,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
 SWITCH = "GLORIA_BROWSER_TESTS"
+PICTURES = "GLORIA_PICTURES"
+"""Environment variable: folder that the pictures of `make figures` are written to; without it they do not last."""
 
 if SWITCH not in os.environ:
     collect_ignore_glob = ["test_*.py"]
@@ -23,10 +25,7 @@ if SWITCH not in os.environ:
 
 @pytest.fixture(scope="session")
 def trained():
-    """Folder of the quickstart, if it has been run: its models are shown then, and the pictures are worth keeping.
-
-    GLORIA_BROWSER_TESTS=made leaves it aside.
-    """
+    """Folder of the quickstart, if it has been run: its models are shown then. GLORIA_BROWSER_TESTS=made leaves it."""
     if os.environ[SWITCH] == "made":
         return None
     folder = ROOT / "results" / "runs" / "quickstart"
@@ -58,13 +57,13 @@ def studio(trained, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def keep(trained, tmp_path_factory):
-    """Where pictures go: into the repository where the models were trained, else nowhere that lasts."""
-    base = ROOT / "results" if trained is not None else tmp_path_factory.mktemp("kept")
-    figures, examples = base / "figures" / "explorer", base / "examples"
-    figures.mkdir(parents=True, exist_ok=True)
-    examples.mkdir(parents=True, exist_ok=True)
-    return figures, examples
+def pictures(trained, tmp_path_factory):
+    """Folder for screenshots and the exported page: a temporary one, except for `make figures`."""
+    if PICTURES not in os.environ:
+        return tmp_path_factory.mktemp("pictures")
+    if trained is None:
+        pytest.fail("the pictures show the quickstart's models: run `make study` first")
+    return ROOT / os.environ[PICTURES]
 
 
 @pytest.fixture(scope="session")

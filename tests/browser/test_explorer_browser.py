@@ -35,8 +35,8 @@ def explorer(studio):
 
 
 @pytest.fixture(scope="module")
-def file(explorer, tmp_path_factory, keep):
-    explorer.save_html(keep[1] / "explorer_phantom.html")
+def file(explorer, tmp_path_factory, pictures):
+    explorer.save_html(pictures / "examples" / "explorer_phantom.html")
     return explorer.save_html(tmp_path_factory.mktemp("page") / "explorer.html")
 
 
@@ -81,15 +81,15 @@ def test_map_lies_where_the_preprocessing_says(open_page, explorer, file, scale)
     assert drawn.shape[1] == width * scale
     unit = json.loads(
         page.evaluate(
-            "JSON.stringify([explorer.sides[0], explorer.state.unit.text, explorer.unitWords(explorer.state.unit)])"
+            "JSON.stringify([explorer.choices[0], explorer.state.unit.text, explorer.unitWords(explorer.state.unit)])"
         )
     )
     chosen, text, words = unit
     key = f"{chosen['model']}/{text}"
     grids = np.frombuffer(explorer.maps[key], "<f4").reshape(explorer.scene["shapes"][key])
-    side = list(explorer._maker.sides.values())[chosen["model"]]
+    side = list(explorer._maker.encoded.values())[chosen["model"]]
     grid = unit_map(grids, chosen["kind"], words)
-    wanted = side.geometry.map_to_original(grid, crop=side.model.config.crop)
+    wanted = side.geometry.map_to_original(grid, crop=side.crop)
     step = 3 * scale
     low, high = grid.min(), grid.max()
     if side.kinds[chosen["kind"]] == "cosine":
@@ -119,7 +119,7 @@ def test_a_click_costs_only_drawing(open_page, file, capsys):
     assert len(times) == 20 and median(times) < CLICK_MS
 
 
-def test_keys_modes_and_words_that_look_here(open_page, explorer, file):
+def test_keys_modes_and_highest_words(open_page, explorer, file):
     page = load(open_page(), file)
     page.locator('[data-text="findings"] .gx-word').first.click()
     page.keyboard.press("ArrowRight")
@@ -140,17 +140,17 @@ def test_keys_modes_and_words_that_look_here(open_page, explorer, file):
     np.testing.assert_array_equal(stage(page), plain)
     box = page.locator(".gx-stage").first.bounding_box()
     page.mouse.click(box["x"] + box["width"] * 0.7, box["y"] + box["height"] * 0.6)
-    values = page.evaluate("explorer.lookers(0).map((item) => item.value)")
+    values = page.evaluate("explorer.topUnits(0).map((item) => item.value)")
     assert len(values) == 8 and values == sorted(values, reverse=True)
-    row, column = page.evaluate("explorer.pictures[0].cell(...explorer.state.spot)")
-    key = f"{page.evaluate('explorer.sides[0].model')}/findings"
-    kind = page.evaluate("explorer.sides[0].kind")
+    row, column = page.evaluate("explorer.pictures[0].cell(...explorer.state.point)")
+    key = f"{page.evaluate('explorer.choices[0].model')}/findings"
+    kind = page.evaluate("explorer.choices[0].kind")
     grids = np.frombuffer(explorer.maps[key], "<f4").reshape(explorer.scene["shapes"][key])
     assert values[0] >= np.nanmax(grids[kind, :, row, column]) - 1e-6
     assert page.locator(".gx-word.gx-here").count() >= 4
     assert f"(row {row}, column {column}" in page.locator(".gx-value").first.inner_text()
     page.locator(".gx-here-list button").first.click()
-    assert page.evaluate("explorer.state.unit.index") == page.evaluate("explorer.lookers(0)[0].unit.index")
+    assert page.evaluate("explorer.state.unit.index") == page.evaluate("explorer.topUnits(0)[0].unit.index")
     page.keyboard.press("Escape")
     assert page.locator(".gx-word.gx-on").count() == 0 and layer(page)[..., 3].max() == 0
 
@@ -199,15 +199,38 @@ def test_picture_can_be_saved(open_page, file, tmp_path):
     assert np.abs(kept - shown).mean() < 3 and kept.std() > 30
 
 
-def test_pictures_for_the_readme(open_page, file, keep):
+def test_pictures_for_the_readme(open_page, file, pictures):
     page = load(open_page(width=1280, scale=1.5), file)
-    page.screenshot(path=keep[0] / "page_light.png", full_page=True)
+    page.screenshot(path=pictures / "figures" / "explorer" / "page_light.png", full_page=True)
     page.locator('[data-key="swap"] [data-value="difference"]').click()
-    page.screenshot(path=keep[0] / "sides_swapped.png", full_page=True)
+    page.screenshot(path=pictures / "figures" / "explorer" / "sides_swapped.png", full_page=True)
     page = load(open_page(width=1000, scheme="dark"), file)
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     page.get_by_label("Model of picture 2").select_option(index=0)
     page.get_by_label("Map of picture 2").select_option(index=0)
     box = page.locator(".gx-stage").first.bounding_box()
     page.mouse.click(box["x"] + box["width"] * 0.7, box["y"] + box["height"] * 0.65)
-    page.screenshot(path=keep[0] / "words_that_look_here.png", full_page=True)
+    page.screenshot(path=pictures / "figures" / "explorer" / "highest_words.png", full_page=True)
+
+
+def test_words_are_the_report_s_after_a_character_beyond_the_basic_plane(open_page, explorer, tmp_path):
+    """JavaScript counts U+1F6A9 as two units of UTF-16, Python as one character."""
+    model = next(iter(explorer._maker.encoded.values())).model
+    report = "\U0001f6a9 Small left effusion. \U0001d465 = 3: the heart is normal."
+    made = Explorer(model, image=np.full((64, 64), 90, np.uint8), report=report)
+    page = load(open_page(), made.save_html(tmp_path / "page.html"))
+    words = [word for word in page.locator(".gx-word").all_inner_texts() if word.isascii()]
+    assert words == [
+        "Small",
+        "left",
+        "effusion",
+        "3",
+        "the",
+        "heart",
+        "is",
+        "normal",
+    ]
+    page.locator('[data-key="swap"] [data-value="swapped"]').click()
+    assert page.locator(".gx-word.gx-swapped").all_inner_texts() == ["right"]
+    page.get_by_text("effusion", exact=True).click()
+    assert page.evaluate("explorer.unitName(explorer.state.unit)") == "effusion"

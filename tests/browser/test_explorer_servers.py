@@ -65,7 +65,7 @@ def exercise(page, tmp_path, open_page) -> None:
     page.wait_for_selector(".gx-word.gx-on")
 
 
-def test_jupyterlab(serve, open_page, notebook, studio, tmp_path, keep):
+def test_jupyterlab(serve, open_page, notebook, studio, tmp_path, pictures):
     options = ("--no-browser", "--allow-root", "--IdentityProvider.token=", "--ServerApp.ip=127.0.0.1")
     address = serve(
         "jupyterlab",
@@ -83,10 +83,10 @@ def test_jupyterlab(serve, open_page, notebook, studio, tmp_path, keep):
     page.keyboard.press("Shift+Enter")
     exercise(page, tmp_path, open_page)
     assert page.locator(".jp-Notebook .jp-CodeCell").count() <= 2  # Shift+Enter made one; no key cut or made another
-    page.screenshot(path=keep[0] / "jupyterlab.png")
+    page.screenshot(path=pictures / "figures" / "explorer" / "jupyterlab.png")
 
 
-def test_voila(serve, open_page, notebook, studio, tmp_path, keep):
+def test_voila(serve, open_page, notebook, studio, tmp_path, pictures):
     address = serve(
         "voila",
         notebook.name,
@@ -100,7 +100,7 @@ def test_voila(serve, open_page, notebook, studio, tmp_path, keep):
     page.goto(address)
     exercise(page, tmp_path, open_page)
     page.locator(".gx-chip").first.click()
-    page.screenshot(path=keep[0] / "voila.png", full_page=True)
+    page.screenshot(path=pictures / "figures" / "explorer" / "voila.png", full_page=True)
     page.keyboard.press("t")
     first = stage(page)
     page.get_by_text("Your own radiograph and report").click()

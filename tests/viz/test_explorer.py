@@ -82,7 +82,7 @@ def test_maps_and_scores_are_those_of_grounding(model, data, study):
     rows = score_phrases(model, frame, data.cache, data.root, phrases, precision="float32")
     drawn = original_maps(model, frame, data.cache, phrases, precision="float32")
     text = next(entry for entry in maker.texts if entry["id"] == "impression")
-    side, grids = maker.sides["gloria"], grids_of(maker, "0/impression")
+    side, grids = maker.encoded["gloria"], grids_of(maker, "0/impression")
     assert phrases
     for phrase, by_kind in zip(phrases, drawn, strict=True):
         number = next(i for i, p in enumerate(text["phrases"]) if _span(text, p) == (phrase.spans[0][0], phrase.words))

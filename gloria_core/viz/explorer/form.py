@@ -19,19 +19,22 @@ CHOICES = 60
 
 
 def with_own_study(explorer: Explorer) -> ipywidgets.VBox:
-    """The explorer under a form that takes one's own image (upload, or a path on the kernel's machine) and report."""
+    """The explorer above a form that takes one's own image (upload, or a path on the kernel's machine) and report."""
     upload = ipywidgets.FileUpload(
-        accept=".png,.jpg,.jpeg,.dcm,.dicom", multiple=False, description="Image: PNG, JPEG or DICOM"
+        accept=".png,.jpg,.jpeg,.dcm,.dicom",
+        multiple=False,
+        description="Image: PNG, JPEG or DICOM",
+        layout={"width": "230px"},
     )
-    upload.layout.width = "230px"
     path = ipywidgets.Text(placeholder="or a path on the kernel's machine", layout={"width": "260px"})
-    report = ipywidgets.Textarea(placeholder="Its report, with or without headings", layout={"flex": "1 1 260px"})
-    report.rows = 2
+    report = ipywidgets.Textarea(
+        placeholder="Its report, with or without headings", rows=2, layout={"flex": "1 1 260px"}
+    )
     button = ipywidgets.Button(description="Show", button_style="primary", layout={"width": "90px"})
-    said = ipywidgets.HTML()
+    message = ipywidgets.HTML()
 
     def show(_: object) -> None:
-        said.value = ""
+        message.value = ""
         try:
             if upload.value:
                 explorer.show_own(bytes(upload.value[0].content), report.value, name=upload.value[0].name)
@@ -40,11 +43,11 @@ def with_own_study(explorer: Explorer) -> ipywidgets.VBox:
             else:
                 raise ValueError("Choose a file or give a path.")
         except (ValueError, OSError) as error:
-            said.value = f"<p role='alert' style='color:#b3261e'>{html.escape(str(error))}</p>"
+            message.value = f"<p role='alert' style='color:#b3261e'>{html.escape(str(error))}</p>"
 
     button.on_click(show)
     row = ipywidgets.HBox([upload, path, report, button], layout={"flex_flow": "row wrap", "align_items": "center"})
-    form = ipywidgets.Accordion([ipywidgets.VBox([row, said])], titles=("Your own radiograph and report",))
+    form = ipywidgets.Accordion([ipywidgets.VBox([row, message])], titles=("Your own radiograph and report",))
     return ipywidgets.VBox([explorer, form])
 
 
@@ -62,12 +65,9 @@ def study_page(folder: str | Path | None = None) -> ipywidgets.Widget:
             "(about ten minutes), or open <code>results/examples/explorer_phantom.html</code>, which needs nothing.</p>"
         )
     data = open_dataset(manifests[0])
-    models = {}
-    for checkpoint in checkpoints:
-        model = native.load(checkpoint)
-        run = checkpoint.parent.parent.name.removeprefix("02_pretraining-")
-        # an untrained or ImageNet baseline is saved with the objective it is compared with: the run says which it is
-        models.setdefault(run.split("-")[0], model)
+    # an untrained or ImageNet baseline is saved with the objective it is compared with: its run says which it is
+    runs = {path.parent.parent.name.removeprefix("02_pretraining-"): path for path in reversed(checkpoints)}
+    models = {name.split("-")[0]: native.load(path) for name, path in runs.items()}
     order = sorted(models, key=lambda name: (name in ("random", "imagenet"), name))
     test = data.split("test")
     known = test[(test["masks"] != "") | (test["boxes"] != "")]

@@ -23,7 +23,7 @@ SWAPPED = "~swapped"
 
 @dataclass(frozen=True)
 class Text:
-    """A text that is encoded by itself: `name` is its key, `title` what stands over it; `own` if the user wrote it."""
+    """A text that is encoded by itself: `name` is its key, `title` its heading; `own` if the user wrote it."""
 
     name: str
     title: str
@@ -39,7 +39,7 @@ class Truth:
     label: str
     mask: NDArray[np.bool_]
     boxes: tuple[tuple[float, ...], ...] = ()
-    spans: Mapping[str, tuple[Span, ...]] = field(default_factory=dict)
+    spans: Mapping[str, Sequence[Span]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -81,14 +81,13 @@ def own_subject(image: NDArray[np.uint8] | str | Path | bytes, report: str, *, n
     PNG, JPEG and DICOM. Raises ImageError for a file that cannot be used, ReportError for a report without text.
     """
     if isinstance(image, bytes):
-        pixels, name = decode_gray(image, name or "upload"), name or "upload"
-    elif isinstance(image, np.ndarray):
-        pixels, name = image, name or "array"
-    else:
-        pixels, name = read_gray(image), name or Path(image).name
-    found = sections(report)
-    texts = [Text(section, section.capitalize(), text) for section, text in found.items()]
-    return Subject(pixels, tuple(texts), (), name, name)
+        name = name or "upload"
+        image = decode_gray(image, name)
+    elif isinstance(image, str | Path):
+        name = name or Path(image).name
+        image = read_gray(image)
+    texts = [Text(section, section.capitalize(), text) for section, text in sections(report).items()]
+    return Subject(image, tuple(texts), (), name or "array", name or "array")
 
 
 def swapped(text: Text) -> Text | None:
@@ -100,29 +99,26 @@ def swapped(text: Text) -> Text | None:
 def _truths(row: Mapping, number: int, image: NDArray, root: Path) -> tuple[Truth, ...]:
     """Masks that share label and words are one truth; boxes speak for the labels that have no mask."""
     geometry = Geometry.fit(*image.shape, max(image.shape))
-    grouped: dict[tuple, list[dict]] = {}
+    by_words: dict[tuple, list[dict]] = {}
     for mask in masks_of(row):
         if mask.get("image", 0) == number:
-            spans = tuple(sorted((str(name), int(s), int(e)) for name, s, e in mask.get("spans", ())))
-            grouped.setdefault((mask["label"], spans), []).append(mask)
-    found = []
-    for (label, spans), masks in grouped.items():
-        phrase = Phrase(0, label, "", "", (), "", masks=tuple(mask["path"] for mask in masks))
-        several = sum(other == label for other, _ in grouped) > 1
+            words = tuple(sorted((str(name), int(start), int(end)) for name, start, end in mask.get("spans", ())))
+            by_words.setdefault((mask["label"], words), []).append(mask)
+    labels = [label for label, _ in by_words]
+    truths = []
+    for (label, words), masks in by_words.items():
         sides = sorted({mask["side"] for mask in masks if mask.get("side")})
-        name = f"{label} ({', '.join(sides)})" if several and sides else label
-        found.append(Truth(name, original_region(phrase, geometry, root), spans=_by_text(spans)))
-    masked = {label for label, _ in grouped}
+        name = f"{label} ({', '.join(sides)})" if labels.count(label) > 1 and sides else label
+        spans: dict[str, list[Span]] = {}
+        for text, start, end in words:
+            spans.setdefault(text, []).append((start, end))
+        phrase = Phrase(0, label, "", "", (), "", masks=tuple(mask["path"] for mask in masks))
+        truths.append(Truth(name, original_region(phrase, geometry, root), spans=spans))
     boxes: dict[str, list[tuple[float, ...]]] = {}
     for box in boxes_of(row):
-        if box["image"] == number and box["label"] not in masked:
+        if box["image"] == number and box["label"] not in labels:
             boxes.setdefault(box["label"], []).append(tuple(float(value) for value in box["xywh"]))
     for label, several in boxes.items():
         phrase = Phrase(0, label, "", "", (), "", boxes=tuple(several))
-        found.append(Truth(label, original_region(phrase, geometry, root), boxes=tuple(several)))
-    return tuple(found)
-
-
-def _by_text(spans: Sequence[tuple[str, int, int]]) -> dict[str, tuple[Span, ...]]:
-    names = dict.fromkeys(name for name, *_ in spans)
-    return {name: tuple((s, e) for other, s, e in spans if other == name) for name in names}
+        truths.append(Truth(label, original_region(phrase, geometry, root), boxes=tuple(several)))
+    return tuple(truths)

@@ -8,7 +8,6 @@ Where nobody runs widgets (papermill's executed copies, a plain viewer) the same
 
 from __future__ import annotations
 
-from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -23,8 +22,8 @@ from torch import nn
 
 from gloria_core.data.dataset import PreparedDataset
 from gloria_core.viz.attention import attention_row
-from gloria_core.viz.explorer.page import export_page, program, style
-from gloria_core.viz.explorer.scene import SceneMaker, unit_map, units
+from gloria_core.viz.explorer.page import PROGRAM, STYLE, export_page
+from gloria_core.viz.explorer.scene import SceneMaker, base64, unit_map, units
 from gloria_core.viz.explorer.subject import Subject, Text, own_subject, study_subject
 
 
@@ -39,8 +38,8 @@ class Explorer(anywidget.AnyWidget):
     KeyError for an unknown study.
     """
 
-    _esm = program()
-    _css = style()
+    _esm = PROGRAM
+    _css = STYLE
     scene = traitlets.Dict().tag(sync=True)
     maps = traitlets.Dict().tag(sync=True)
     revision = traitlets.Int(0).tag(sync=True)
@@ -101,13 +100,13 @@ class Explorer(anywidget.AnyWidget):
         words = units(entry)[place]
         first, last = entry["words"][words[0]], entry["words"][words[-1]]
         maps = {}
-        for number, (name, side) in enumerate(self._maker.sides.items()):
+        for number, (name, image) in enumerate(self._maker.encoded.items()):
             key = f"{number}/{entry['id']}"
             grids = np.frombuffer(self.maps[key], "<f4").reshape(self.scene["shapes"][key])
-            for kind in sorted({"attention", "cosine"} & set(side.kinds)):
-                grid = unit_map(grids, side.kinds.index(kind), words)
-                if grid is not None:
-                    maps[f"{name}\n{kind}"] = side.geometry.map_to_original(grid, crop=side.model.config.crop)
+            for place, kind in enumerate(image.kinds):
+                grid = unit_map(grids, place, words)
+                if kind in ("attention", "cosine") and grid is not None:
+                    maps[f"{name}\n{kind}"] = image.geometry.map_to_original(grid, crop=image.crop)
         subject = self._maker.subject
         title = f"{subject.title}: “{entry['text'][first[0] : last[1]]}”"
         masks = [truth.mask for truth in subject.truths if not truth.boxes]
@@ -118,11 +117,10 @@ class Explorer(anywidget.AnyWidget):
         bundle = super()._repr_mimebundle_(**kwargs)
         if bundle is None:
             return None
-        data, metadata = bundle
         buffer = BytesIO()
         self.figure().savefig(buffer, format="png", dpi=110)
-        said = f"Attention explorer: {self.scene['title']}. Run the notebook, or open the exported page, to click."
-        return {**data, "text/plain": said, "image/png": b64encode(buffer.getvalue()).decode("ascii")}, metadata
+        text = f"Attention explorer: {self.scene['title']}. Run the notebook, or open the exported page, to click."
+        return {**bundle[0], "text/plain": text, "image/png": base64(buffer.getvalue())}, bundle[1]
 
     def _show(self, subject: Subject, study: str) -> None:
         self._maker, self._study = SceneMaker(self._models, subject), study
@@ -132,11 +130,10 @@ class Explorer(anywidget.AnyWidget):
         entry, place = self._start()
         words = len(entry["words"])
         kind, index = ("word", place) if place < words else ("phrase", place - words - entry["sentences"])
-        made = self._maker.scene()
-        made |= {"study": self._study, "studies": self._studies}
-        made["start"] = {"text": entry["id"], "type": kind, "index": index}
+        start = {"text": entry["id"], "type": kind, "index": index}
+        chosen = {"study": self._study, "studies": self._studies, "start": start}
         with self.hold_sync():
-            self.scene, self.maps = made, dict(self._maker.maps)
+            self.scene, self.maps = self._maker.scene() | chosen, dict(self._maker.maps)
             self.revision += 1
 
     def _start(self) -> tuple[dict[str, Any], int]:
@@ -154,7 +151,7 @@ class Explorer(anywidget.AnyWidget):
         return texts[0], 0
 
     def _on_message(self, _: object, content: dict[str, Any], __: object) -> None:
-        """What the page asks of the kernel. A fault is said on the page."""
+        """Requests of the page. An error is shown on the page."""
         try:
             match content.get("type"):
                 case "phrase":

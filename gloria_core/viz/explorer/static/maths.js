@@ -101,18 +101,16 @@ export function colourTable(text) {
   return table;
 }
 
-/** The colours as a CSS gradient from low (left) to high (right). */
-export function gradient(table) {
-  const stops = [];
-  for (let i = 0; i <= 16; i++) {
+/** 17 evenly spaced colours of a table, from low to high, as CSS. */
+export function stops(table) {
+  return Array.from({ length: 17 }, (_, i) => {
     const colour = table[Math.min(255, i * 16)];
-    stops.push(`rgb(${colour & 255} ${(colour >> 8) & 255} ${(colour >> 16) & 255})`);
-  }
-  return `linear-gradient(to right, ${stops.join(", ")})`;
+    return `rgb(${colour & 255} ${(colour >> 8) & 255} ${(colour >> 16) & 255})`;
+  });
 }
 
 /** Short text of a number, with a true minus sign. */
-export function number(value, digits = 3) {
+export function shortNumber(value, digits = 3) {
   if (value === null || value === undefined || Number.isNaN(value)) return "–";
   const size = Math.abs(value);
   if (size === 0) return "0";

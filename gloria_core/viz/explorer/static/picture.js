@@ -21,8 +21,8 @@ export function select(label, options, value, change) {
 const PLACES = [["upper left", "upper middle", "upper right"], ["middle left", "centre", "middle right"], ["lower left", "lower middle", "lower right"]];
 
 export class Picture {
-  /** `choose(what, value)`, `point(x, y)` (file pixels, or null) and `look(x, y)` are told what the reader does. */
-  constructor(number, { choose, look }) {
+  /** Calls `choose(what, value)` for a new model or kind, and `choosePoint(x, y)` (file pixels) for a click. */
+  constructor(number, { choose, choosePoint }) {
     this.number = number;
     this.choose = choose;
     this.layers = ["image", "map", "marks"].map((name) => make("canvas", `gx-layer gx-${name}`));
@@ -30,7 +30,7 @@ export class Picture {
       role: "img", tabindex: -1,
       onpointermove: (event) => this.read(event),
       onpointerleave: () => this.read(null),
-      onclick: (event) => look(...this.filePoint(event)),
+      onclick: (event) => choosePoint(...this.filePoint(event)),
     }, ...this.layers);
     this.pickers = make("div", "gx-pickers");
     this.bar = make("div", "gx-bar");
@@ -97,10 +97,10 @@ export class Picture {
       paint(new Uint32Array(this.pixels.data.buffer), map, w, this.axes.across, this.axes.down, table, range);
       context.putImageData(this.pixels, 0, 0);
     } else context.clearRect(0, 0, ...this.size);
-    this.bar.style.background = gradient(table);
+    this.bar.style.background = `linear-gradient(to right, ${stops(table).join(", ")})`;
     this.bar.parentElement.classList.toggle("gx-off", !map);
     const middle = (range[0] + range[1]) / 2;
-    [range[0], middle, range[1]].forEach((value, i) => { this.ticks[i].textContent = number(Math.abs(value) < 1e-9 ? 0 : value); });
+    [range[0], middle, range[1]].forEach((value, i) => { this.ticks[i].textContent = shortNumber(Math.abs(value) < 1e-9 ? 0 : value); });
     this.stage.setAttribute("aria-label", this.alt(name));
   }
 
@@ -113,11 +113,11 @@ export class Picture {
     const third = (value, size) => Math.min(2, Math.max(0, Math.floor((3 * value) / size)));
     const across = third(x + (((best % w) + 0.5) * width) / w, this.scene.image.width);
     const down = third(y + ((Math.floor(best / w) + 0.5) * height) / h, this.scene.image.height);
-    return `${what}, with the ${this.kind.name.replace("_", " ")} map of “${name}” by ${this.model.name}. Highest in the ${PLACES[down][across]} of the picture, ${number(this.map[best])}.`;
+    return `${what}, with the ${this.kind.name.replace("_", " ")} map of “${name}” by ${this.model.name}. Highest in the ${PLACES[down][across]} of the picture, ${shortNumber(this.map[best])}.`;
   }
 
   /** Grid, outlines and the chosen region; `truth` is the one in full line, or -1. */
-  mark({ grid, truth, outlines, spot }) {
+  mark({ grid, truth, outlines, point }) {
     const context = this.layers[2].getContext("2d");
     const scale = this.size[0] / this.scene.image.width;
     const unit = window.devicePixelRatio || 1;
@@ -142,8 +142,8 @@ export class Picture {
       stroke("rgba(0, 0, 0, 0.5)", 2);
       stroke("rgba(255, 255, 255, 0.75)", 0.8);
     }
-    if (spot) {
-      const cell = this.cell(...spot);
+    if (point) {
+      const cell = this.cell(...point);
       if (cell) {
         context.beginPath();
         context.rect(x + (cell[1] * width) / w, y + (cell[0] * height) / h, width / w, height / h);
@@ -190,6 +190,6 @@ export class Picture {
     if (!this.map) { this.value.textContent = place; return; }
     const canvas = [x / this.scene.image.width, y / this.scene.image.height].map((part, i) => Math.min(this.size[i] - 1, Math.max(0, Math.floor(part * this.size[i]))));
     const value = valueAt(this.map, this.grid[1], this.axes.across, this.axes.down, ...canvas);
-    this.value.textContent = `value ${number(this.map[index])} (drawn ${number(value)}) · ${place}`;
+    this.value.textContent = `value ${shortNumber(this.map[index])} (drawn ${shortNumber(value)}) · ${place}`;
   }
 }
