@@ -233,14 +233,6 @@ def _pad(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
     return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], dtype=torch.long).view(len(rows), width)
 
 
-# ------------------------------------------------------------------------------------------------- ids only
-
-
-def continuation_table(tokenizer: PreTrainedTokenizerFast) -> Tensor:
-    """(vocabulary,) bool: True for the pieces that continue a word ("##...")."""
-    return torch.tensor([token.startswith("##") for token in vocabulary_list(tokenizer)], dtype=torch.bool)
-
-
 def vocabulary_list(tokenizer: PreTrainedTokenizerFast) -> list[str]:
     """Token strings by id; ids that the vocabulary leaves out are empty strings."""
     count = max(tokenizer.get_vocab().values()) + 1
@@ -248,52 +240,41 @@ def vocabulary_list(tokenizer: PreTrainedTokenizerFast) -> list[str]:
 
 
 def text_batch_from_ids(
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    token_type_ids: Tensor,
-    *,
-    continuation: Tensor,
-    sep_id: int,
-    unk_id: int,
-    vocabulary: Sequence[str] | None = None,
+    input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor, *, vocabulary: Sequence[str]
 ) -> TextBatch:
     """Word ids by GLoRIA's published scan (`text_model.py::aggregate_tokens`), for token ids without their text.
 
-    A piece that does not continue opens a word; so a continuation right after `[CLS]` joins the `[CLS]` word, as in
-    the released loop. The first `[SEP]` is a word of its own and ends the text; later tokens have word -1. All words
-    are sentence 0. `words` is filled when the `vocabulary` is given; `spans` stays empty.
+    A piece that does not continue a word ("##...") opens one; so a continuation right after `[CLS]` joins the `[CLS]`
+    word, as in the released loop. The first `[SEP]` is a word of its own and ends the text; later tokens have word -1.
+    All words are sentence 0. `spans` stays empty.
 
-    Shape: input_ids, attention_mask, token_type_ids (N, L); continuation (vocabulary,) bool.
+    Shape: input_ids, attention_mask, token_type_ids (N, L). `vocabulary`: the token of each id.
     Raises: ValueError for a row without `[SEP]` (the released loop loses its last word and counts padding).
     """
     n, length = input_ids.shape
-    is_sep = input_ids == sep_id
-    lacking = (~is_sep.any(dim=1)).nonzero().flatten().tolist()
-    if lacking:
-        raise ValueError(f"rows {lacking} have no [SEP] (id {sep_id}); truncate texts so that [SEP] is kept")
+    is_sep = input_ids == vocabulary.index("[SEP]")
+    without = (~is_sep.any(dim=1)).nonzero().flatten().tolist()
+    if without:
+        raise ValueError(f"rows {without} have no [SEP]; truncate texts so that [SEP] is kept")
     position = torch.arange(length, device=input_ids.device).expand(n, length)
     end = is_sep.long().argmax(dim=1, keepdim=True)
     valid = position <= end
-    opens = valid & (~continuation.to(input_ids.device)[input_ids] | (position == 0))
+    continues = torch.tensor([token.startswith("##") for token in vocabulary], device=input_ids.device)
+    opens = valid & (~continues[input_ids] | (position == 0))
     word_ids = (opens.long().cumsum(dim=1) - 1).masked_fill(~valid, -1)
-    inner = valid & (word_ids > 0) & (position != end)
-    words: tuple[tuple[str, ...], ...] = ()
-    if vocabulary is not None:
-        words = tuple(_joined(i, w, vocabulary) for i, w in zip(input_ids.tolist(), word_ids.tolist(), strict=True))
+    words = []
+    for ids, numbers in zip(input_ids.tolist(), word_ids.tolist(), strict=True):
+        pieces = [""] * (max(numbers) + 1)
+        for token, word in zip(ids, numbers, strict=True):
+            if word >= 0:
+                pieces[word] += vocabulary[token].removeprefix("##")
+        words.append(tuple(pieces))
     return TextBatch(
         input_ids=input_ids,
         attention_mask=attention_mask,
         token_type_ids=token_type_ids,
         word_ids=word_ids,
-        sentence_ids=torch.where(inner, 0, -1),
-        unknown=(input_ids == unk_id) & valid,
-        words=words,
+        sentence_ids=torch.where((word_ids > 0) & (position != end), 0, -1),
+        unknown=(input_ids == vocabulary.index("[UNK]")) & valid,
+        words=tuple(words),
     )
-
-
-def _joined(ids: Sequence[int], word_ids: Sequence[int], vocabulary: Sequence[str]) -> tuple[str, ...]:
-    pieces = [""] * (max(word_ids) + 1)
-    for token, word in zip(ids, word_ids, strict=True):
-        if word >= 0:
-            pieces[word] += vocabulary[token].removeprefix("##")
-    return tuple(pieces)

@@ -20,7 +20,6 @@ from gloria_core.data.images import read_gray, to_tensor
 from gloria_core.data.reports import ReportError, clean_report, legacy_cap_len
 from gloria_core.data.tokenizer import (
     TokenizerError,
-    continuation_table,
     load_tokenizer,
     text_batch_from_ids,
     tokenize,
@@ -150,9 +149,6 @@ class GLoRIA(nn.Module):
             caption_ids,
             attention_mask,
             token_type_ids,
-            continuation=continuation_table(tokenizer),
-            sep_id=tokenizer.sep_token_id,
-            unk_id=tokenizer.unk_token_id,
             vocabulary=vocabulary_list(tokenizer),
         )
         features = self.model.encode_texts(batch)

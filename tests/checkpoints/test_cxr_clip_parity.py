@@ -113,12 +113,9 @@ def call(seeded, text):
 
 
 def read_captions(seeded, arrays):
-    vocabulary = seeded.vocabulary()
     return text_batch_from_ids(
         **{name: torch.from_numpy(value) for name, value in arrays.items()},
-        continuation=torch.tensor([word.startswith("##") for word in vocabulary]),
-        sep_id=seeded.SEP,
-        unk_id=seeded.UNK,
+        vocabulary=seeded.vocabulary(),
     )
 
 

@@ -54,13 +54,11 @@ def kit(request, seeded, tmp_path_factory):
     pixels = torch.from_numpy(call(seeded, golden["inputs"]["images"]))
     with torch.no_grad():
         images = model.encode_images(pixels)
-    continuation = torch.tensor([word.startswith("##") for word in vocabulary])
     return SimpleNamespace(
         golden=golden,
         model=model,
         seeded=seeded,
         vocabulary=vocabulary,
-        continuation=continuation,
         pixels=pixels,
         images=images,
     )
@@ -68,13 +66,7 @@ def kit(request, seeded, tmp_path_factory):
 
 def read_captions(kit, arrays):
     tensors = {name: torch.from_numpy(value) for name, value in arrays.items()}
-    return text_batch_from_ids(
-        **tensors,
-        continuation=kit.continuation,
-        sep_id=kit.seeded.SEP,
-        unk_id=kit.seeded.UNK,
-        vocabulary=kit.vocabulary,
-    )
+    return text_batch_from_ids(**tensors, vocabulary=kit.vocabulary)
 
 
 def call(seeded, text):

@@ -75,9 +75,6 @@ def kit(request, tmp_path_factory):
     texts = {
         case: text_batch_from_ids(
             **{name: torch.from_numpy(value) for name, value in arrays.items()},
-            continuation=torch.tensor([word.startswith("##") for word in vocabulary]),
-            sep_id=seeded.SEP,
-            unk_id=seeded.UNK,
             vocabulary=vocabulary,
         )
         for case, arrays in captions.items()

@@ -94,9 +94,8 @@ def call(seeded, text):
 
 
 def read(seeded, arrays):
-    continuation = torch.tensor([word.startswith("##") for word in seeded.vocabulary()])
     tensors = {name: torch.from_numpy(value) for name, value in arrays.items()}
-    return text_batch_from_ids(**tensors, continuation=continuation, sep_id=seeded.SEP, unk_id=seeded.UNK)
+    return text_batch_from_ids(**tensors, vocabulary=seeded.vocabulary())
 
 
 def sentence_index(attention_mask):

@@ -13,7 +13,6 @@ from gloria_core.data.reports import ReportError, clean_report, sentences
 from gloria_core.data.tokenizer import (
     CLINICAL_BERT,
     TokenizerError,
-    continuation_table,
     load_tokenizer,
     text_batch_from_ids,
     tokenize,
@@ -31,15 +30,12 @@ REPORTS = [
 TOKENIZER = train_wordpiece(REPORTS * 2, vocab_size=90)  # small, so that words break into pieces
 
 
-def ids_only(batch, tokenizer=TOKENIZER, **options):
+def ids_only(batch, tokenizer=TOKENIZER):
     return text_batch_from_ids(
         batch.input_ids,
         batch.attention_mask,
         batch.token_type_ids,
-        continuation=continuation_table(tokenizer),
-        sep_id=tokenizer.sep_token_id,
-        unk_id=tokenizer.unk_token_id,
-        **options,
+        vocabulary=vocabulary_list(tokenizer),
     )
 
 
@@ -266,9 +262,6 @@ def test_published_rule_equals_the_naive_scan():
         ids,
         (ids != 0).long(),
         torch.zeros_like(ids),
-        continuation=continuation_table(TOKENIZER),
-        sep_id=TOKENIZER.sep_token_id,
-        unk_id=TOKENIZER.unk_token_id,
         vocabulary=vocabulary,
     )
     for row in range(40):
@@ -284,10 +277,7 @@ def test_published_rule_equals_the_naive_scan():
 def test_ids_without_sep_are_refused():
     ids = torch.tensor([[2, 8, 3], [2, 8, 9]])
     with pytest.raises(ValueError, match=r"rows \[1\] have no \[SEP\]"):
-        text_batch_from_ids(
-            ids, torch.ones_like(ids), torch.zeros_like(ids), continuation=torch.zeros(90, dtype=torch.bool),
-            sep_id=3, unk_id=1,
-        )  # fmt: skip
+        text_batch_from_ids(ids, torch.ones_like(ids), torch.zeros_like(ids), vocabulary=vocabulary_list(TOKENIZER))
 
 
 def test_both_ways_agree_on_real_reports(open_i):
