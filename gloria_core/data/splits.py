@@ -35,6 +35,8 @@ RANK_EDGES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.
 SURE_EDGE = 0.01
 """The subset of this fraction holds every label at least once where it has room for it."""
 
+GOLDEN_RATIO = 0.6180339887498949
+
 
 def assign_splits(
     frame: pd.DataFrame, *, fractions: Mapping[str, float] = DEFAULT_FRACTIONS, seed: int
@@ -82,11 +84,17 @@ def assign_label_ranks(frame: pd.DataFrame, *, seed: int) -> pd.DataFrame:
     return result
 
 
-def label_subset(frame: pd.DataFrame, fraction: float) -> pd.DataFrame:
-    """Training rows with `label_rank < fraction`; the index is kept. Raises ValueError unless 0 < fraction <= 1."""
+def label_subset(frame: pd.DataFrame, fraction: float, seed: int = 0) -> pd.DataFrame:
+    """Training rows with `(label_rank + seed * golden ratio) mod 1 < fraction`; the index is kept.
+
+    Seed 0 is the manifest's own subset, `label_rank < fraction`. Another seed shifts the ranks: within a seed 1 % lies
+    inside 10 % inside 100 %, whole patients stay together, and multiples of the golden ratio keep small subsets of
+    different seeds apart. Raises ValueError unless 0 < fraction <= 1.
+    """
     if not 0 < fraction <= 1:
         raise ValueError(f"the label fraction is {fraction}; it must be in (0, 1], 0.01 for one per cent")
-    return frame[(frame["split"] == "train") & (frame["label_rank"] < fraction)]
+    rank = (frame["label_rank"].to_numpy(dtype=float) + seed * GOLDEN_RATIO) % 1.0
+    return frame[(frame["split"] == "train").to_numpy() & (rank < fraction)]
 
 
 def exclusive_test_set(

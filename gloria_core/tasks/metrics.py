@@ -267,7 +267,8 @@ def auprc(y: Sequence[float], score: Sequence[float]) -> float:
     return _alone(y, score, "auprc")
 
 
-RECORDED = ("task", "label_fraction", "seed", "split", "target", "metric", "value", "ci_low", "ci_high", "n")
+RECORDED = ("objective", "dataset", "task", "label_fraction", "seed", "split", "target", "metric")
+RECORDED += ("value", "ci_low", "ci_high", "n")
 
 
 def record_rows(rows: pd.DataFrame, *, task: str) -> pd.DataFrame:

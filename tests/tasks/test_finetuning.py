@@ -12,11 +12,13 @@ from gloria_core.tasks.classification.finetuning import (
     LabelledImages,
     classification_loss,
     finetune,
+    label_efficiency,
     layer_groups,
     parameter_groups,
     positive_weights,
     predict,
 )
+from gloria_core.tasks.label_efficiency import LabelEfficiency
 
 FAST = {"batch_size": 4, "precision": "float32", "learning_rate": 3e-3}
 
@@ -52,7 +54,7 @@ def test_it_learns_and_leaves_the_pretrained_encoder_alone(small, head, frozen):
     before = {name: value.clone() for name, value in small.state_dict().items()}
     config = FinetuneConfig(epochs=12, head=head, frozen=frozen, hidden_dim=16, patience=12, **FAST)
     tuned = finetune(small, studies(range(32)), studies(range(100, 116)), Halves(), config)
-    scores = predict(tuned, small, studies(range(200, 220))[0], Halves())
+    scores = predict(tuned, studies(range(200, 220))[0], Halves())
     assert list(scores.columns) == ["left"]
     assert (scores["left"][::2].mean() - scores["left"][1::2].mean()) > 0
     if not frozen:
@@ -81,9 +83,30 @@ def test_the_best_epoch_is_kept(small):
     tuned = finetune(small, studies(range(16)), valid, Halves(), config)
     assert tuned.best_epoch == tuned.history["valid_loss"].idxmin() + 1
     assert len(tuned.history) <= tuned.best_epoch + 2
-    logits = torch.tensor(predict(tuned, small, valid[0], Halves()).to_numpy())
+    logits = torch.tensor(predict(tuned, valid[0], Halves()).to_numpy())
     loss = classification_loss(logits, torch.tensor(valid[1].to_numpy()), loss="bce")
     assert float(loss) == pytest.approx(tuned.history["valid_loss"].min(), rel=0.05)
+
+
+def test_label_efficiency_is_finetuning_on_each_subset(small):
+    frame, targets = studies(range(40))
+    split = np.repeat(["train", "valid", "test"], [16, 8, 16])
+    frame = frame.assign(patient_id=frame["study_id"], split=split, label_rank=np.arange(40) % 16 / 16)
+    config, parts = FinetuneConfig(epochs=1, **FAST), {"all": frame, "few": frame[30:]}
+    protocol = LabelEfficiency((0.5, 1.0), subsets=2, macro=["left"], n_bootstrap=10, test_sets=parts)
+    rows, tuned = label_efficiency(small, frame, targets, Halves(), config, protocol)
+    assert list(tuned) == [(0.5, 0), (0.5, 1), (1.0, 0)] and set(rows["target"]) == {"left", "macro"}
+    assert rows.groupby("dataset")["n"].first().to_dict() == {"all": 16, "few": 10}
+    valid = frame[16:24], targets[16:24]
+    alone = finetune(small, (frame[:16], targets[:16]), valid, Halves(), config)
+    for name, value in tuned[1.0, 0].model.state_dict().items():
+        assert torch.equal(value, alone.model.state_dict()[name]), name
+
+
+def test_a_loss_that_is_not_finite_names_the_studies(small):
+    config = FinetuneConfig(epochs=2, **{**FAST, "learning_rate": 1e30})
+    with pytest.raises(ValueError, match=r"not finite.*studies s\d"):
+        finetune(small, studies(range(8)), studies(range(8)), Halves(), config)
 
 
 def test_random_crops_depend_on_seed_epoch_and_item_only():

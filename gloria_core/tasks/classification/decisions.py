@@ -1,8 +1,8 @@
-"""From scores to yes and no, and whether a probability means what it says.
+"""Decisions at a threshold, and calibration of probabilities.
 
-A threshold belongs to the validation split: there it is the one of highest F1, and the test split is only ever judged
-with it. Calibration is the expected calibration error (Naeini et al., AAAI 2015; Guo et al., ICML 2017) with bins of
-equal width, computed for the probability of the positive class.
+The threshold is chosen on the validation split, where it has the highest F1, and applied to the test split. Calibration
+is the expected calibration error (Naeini et al., AAAI 2015; Guo et al., ICML 2017) with bins of equal width, for the
+probability of the positive class.
 """
 
 from __future__ import annotations
@@ -13,10 +13,8 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import precision_recall_curve
 
-from gloria_core.tasks.metrics import interval, resamples
+from gloria_core.tasks.metrics import bootstrap_rows
 
-DECISIONS = ("accuracy", "balanced_accuracy", "f1", "sensitivity", "specificity", "ece")
-COLUMNS = ["target", "metric", "value", "ci_low", "ci_high", "n", "prevalence", "note"]
 BINS = 10
 
 
@@ -45,16 +43,34 @@ def reliability(y: Sequence[float], probability: Sequence[float], *, bins: int =
 
     Bins are [0, 1/bins), ..., the last one closed. Columns: confidence, frequency, n.
     """
-    y, probability = np.asarray(y, dtype=float), np.asarray(probability, dtype=float)
-    known = ~np.isnan(y)
-    y, probability = y[known], probability[known]
-    _check_probabilities(probability)
-    where = np.minimum((probability * bins).astype(int), bins - 1)
-    table = pd.DataFrame({"bin": where, "confidence": probability, "frequency": y})
-    found = table.groupby("bin").agg(
-        confidence=("confidence", "mean"), frequency=("frequency", "mean"), n=("bin", "size")
-    )
-    return found.reset_index(drop=True)
+    table = pd.DataFrame({"confidence": np.asarray(probability, float), "frequency": np.asarray(y, float)}).dropna()
+    numbers = _bins(table["confidence"].to_numpy(), bins)
+    return table.groupby(numbers).mean().assign(n=np.unique(numbers, return_counts=True)[1]).reset_index(drop=True)
+
+
+def _bins(probability: np.ndarray, bins: int = BINS) -> np.ndarray:
+    """Number of the bin of each probability (n,). Raises ValueError for one outside [0, 1]."""
+    if len(probability) and not ((probability >= 0) & (probability <= 1)).all():
+        raise ValueError(
+            f"probabilities must lie in [0, 1]; they are {probability.min():.3g} to {probability.max():.3g}"
+        )
+    return np.minimum((probability * bins).astype(int), bins - 1)
+
+
+def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    return np.divide(above, below, out=np.full(np.shape(above), np.nan), where=below > 0)
+
+
+# of weighted counts (b,): true and false positives, false and true negatives, and sum (p - y) in each bin (b, BINS)
+_FORMULAS: dict[str, Callable[..., np.ndarray]] = {
+    "accuracy": lambda tp, fp, fn, tn, gaps: _ratio(tp + tn, tp + fp + fn + tn),
+    "balanced_accuracy": lambda tp, fp, fn, tn, gaps: (_ratio(tp, tp + fn) + _ratio(tn, tn + fp)) / 2,
+    "f1": lambda tp, fp, fn, tn, gaps: np.where(tp + fn > 0, _ratio(2 * tp, 2 * tp + fp + fn), np.nan),
+    "sensitivity": lambda tp, fp, fn, tn, gaps: _ratio(tp, tp + fn),
+    "specificity": lambda tp, fp, fn, tn, gaps: _ratio(tn, tn + fp),
+    "ece": lambda tp, fp, fn, tn, gaps: _ratio(np.abs(gaps).sum(axis=1), tp + fp + fn + tn),
+}
+DECISIONS = tuple(_FORMULAS)
 
 
 def decision_rows(
@@ -68,7 +84,7 @@ def decision_rows(
     n_bootstrap: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """One row per label and metric with 95 % interval, and `macro`: the mean over the labels named in it.
+    """One row per label and metric with 95 % interval, and `macro`; see `metrics.bootstrap_rows`.
 
     targets (n, K): 1, 0, NaN = left out; probabilities (n, K) in [0, 1]; `thresholds` by label, in probability. A study
     at or above the threshold is called positive. Not defined, and NaN: everything for a label without threshold or
@@ -80,75 +96,43 @@ def decision_rows(
     if unknown:
         raise ValueError(f"unknown metric {unknown[0]!r}; available: {', '.join(DECISIONS)}")
     labels = list(probabilities.columns)
-    judged = [_Decided(targets[name], probabilities[name], thresholds.get(name, float("nan"))) for name in labels]
-    point = np.array([[judge(np.ones((1, len(targets))), m)[0] for m in metrics] for judge in judged])
-    blocks = [np.full((0, len(labels), len(metrics)), np.nan)]
-    for weights in resamples(len(targets), groups=groups, n_bootstrap=n_bootstrap, seed=seed):
-        blocks.append(np.stack([np.stack([judge(weights, m) for m in metrics], axis=1) for judge in judged], axis=1))
-    drawn, rows = np.concatenate(blocks), []
-    for k, (label, judge) in enumerate(zip(labels, judged, strict=True)):
-        majority = max(judge.prevalence, 1 - judge.prevalence)
-        for m, metric in enumerate(metrics):
-            limits = interval(drawn[:, k, m] if np.isfinite(point[k, m]) else np.array([]))
-            chance = majority if metric == "accuracy" else float("nan")
-            rows.append((label, metric, point[k, m], *limits, judge.n, judge.prevalence, judge.note, chance))
-    chosen = [k for k, label in enumerate(labels) if label in macro]
-    for m, metric in enumerate(metrics if chosen else ()):
-        defined = [k for k in chosen if np.isfinite(point[k, m])]
-        value = point[defined, m].mean() if defined else float("nan")
-        limits = interval(drawn[:, defined, m].mean(axis=1) if defined else np.array([]))
-        note = f"mean over {len(defined)} of {len(macro)} labels"
-        n = max((judged[k].n for k in chosen), default=0)
-        rows.append(("macro", metric, value, *limits, n, float("nan"), note, float("nan")))
-    return pd.DataFrame(rows, columns=[*COLUMNS, "chance"])
+    known, tables, notes, prevalence = targets[labels].notna().to_numpy(), [], [], []
+    for k, label in enumerate(labels):
+        y, p = (part[label].to_numpy(dtype=float)[known[:, k]] for part in (targets, probabilities))
+        threshold = thresholds.get(label, float("nan"))
+        note = "no threshold: one class only in validation" if np.isnan(threshold) else ""
+        note = "not scored" if np.isnan(p).any() else note
+        notes.append(note if len(y) else "no study with a known label")
+        prevalence.append(y.mean() if len(y) else np.nan)
+        if notes[-1]:
+            tables.append(None)
+            continue
+        called = p >= threshold
+        counts = (y * called, (1 - y) * called, y * ~called, (1 - y) * ~called)
+        tables.append(np.column_stack([*counts, np.eye(BINS)[_bins(p)] * (p - y)[:, None]]))
 
+    def statistic(weights: np.ndarray) -> np.ndarray:
+        values = np.full((len(weights), len(labels), len(metrics)), np.nan)
+        for k, table in enumerate(tables):
+            if table is not None:
+                sums = weights[:, known[:, k]].astype(float) @ table
+                for m, metric in enumerate(metrics):
+                    values[:, k, m] = _FORMULAS[metric](*sums[:, :4].T, sums[:, 4:])
+        return values
 
-class _Decided:
-    """One label's targets and decisions; calling it with (b, n) weights gives b values of a metric."""
-
-    def __init__(self, y: pd.Series, probability: pd.Series, threshold: float) -> None:
-        y, p = y.to_numpy(dtype=float), probability.to_numpy(dtype=float)
-        self.known = ~np.isnan(y)
-        self.y, self.p, self.n = y[self.known], p[self.known], int(self.known.sum())
-        self.prevalence = float(self.y.mean()) if self.n else float("nan")
-        self.note = ""
-        if not self.n:
-            self.note = "no study with a known label"
-        elif np.isnan(self.p).any():
-            self.note = "not scored"
-        elif np.isnan(threshold):
-            self.note = "no threshold: one class only in validation"
-        else:
-            _check_probabilities(self.p)
-            self.called = self.p >= threshold
-            self.bins = np.minimum((self.p * BINS).astype(int), BINS - 1)
-
-    def __call__(self, weights: np.ndarray, metric: str) -> np.ndarray:
-        if self.note:
-            return np.full(len(weights), np.nan)
-        weights = weights[:, self.known].astype(float)
-        if metric == "ece":
-            gap = np.stack([(weights * (self.bins == b)) @ (self.p - self.y) for b in range(BINS)])
-            return _ratio(np.abs(gap).sum(axis=0), weights.sum(axis=1))
-        yes, no = self.y == 1, self.y == 0
-        counts = (yes & self.called, no & self.called, yes & ~self.called, no & ~self.called)
-        return _FORMULAS[metric](*(weights @ part for part in counts))
-
-
-def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(below > 0, above / below, np.nan)
-
-
-_FORMULAS: dict[str, Callable[..., np.ndarray]] = {  # of true and false positives, false and true negatives
-    "accuracy": lambda tp, fp, fn, tn: _ratio(tp + tn, tp + fp + fn + tn),
-    "balanced_accuracy": lambda tp, fp, fn, tn: (_ratio(tp, tp + fn) + _ratio(tn, tn + fp)) / 2,
-    "f1": lambda tp, fp, fn, tn: np.where(tp + fn > 0, _ratio(2 * tp, 2 * tp + fp + fn), np.nan),
-    "sensitivity": lambda tp, fp, fn, tn: _ratio(tp, tp + fn),
-    "specificity": lambda tp, fp, fn, tn: _ratio(tn, tn + fp),
-}
-
-
-def _check_probabilities(values: np.ndarray) -> None:
-    if len(values) and not ((values >= 0) & (values <= 1)).all():
-        raise ValueError(f"probabilities must lie in [0, 1]; found {values.min():.3g} to {values.max():.3g}")
+    prevalence = np.array(prevalence)
+    chance = np.where(np.array(metrics) == "accuracy", np.maximum(prevalence, 1 - prevalence)[:, None], np.nan)
+    rows = bootstrap_rows(
+        statistic,
+        known,
+        labels,
+        metrics,
+        macro=[label for label in macro if label in labels],
+        notes=notes,
+        columns={"prevalence": prevalence, "chance": chance},
+        groups=groups,
+        n_bootstrap=n_bootstrap,
+        seed=seed,
+    )
+    most = max((known[:, labels.index(label)].sum() for label in macro if label in labels), default=0)
+    return rows.assign(n=rows["n"].mask(rows["target"] == "macro", most))

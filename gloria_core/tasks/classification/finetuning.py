@@ -1,35 +1,73 @@
 """Fine-tuning: a classification head on the image encoder, trained with it or on top of it frozen.
 
-The protocol of the papers (GLoRIA, Huang et al. 2021, section 4.3; MGCA, Wang et al. 2022, appendix) with what they
-leave open made explicit: studies with an unknown target take no part in that label's loss, early stopping watches the
-validation loss, and the test split is scored once, with the weights of the best epoch.
-
-A classifier on a pretrained image encoder: its head, its layer-wise learning rates, and its loss.
+The protocol of the papers (GLoRIA, Huang et al. 2021, section 4.3; MGCA, Wang et al. 2022, appendix), with what they
+leave open made explicit: unknown targets take no part in the loss, early stopping uses the validation loss, and the
+test split is scored once, with the weights of the best epoch.
 """
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import numpy as np
 import pandas as pd
 import torch
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
+from gloria_core.checkpoints.model import ModelConfig
 from gloria_core.data.images import to_tensor
 from gloria_core.models.image_encoder import ImageEncoder
 from gloria_core.tasks.features import frontal_image, inference
-from gloria_core.training.precision import Precision, choose_precision
+from gloria_core.tasks.label_efficiency import LabelEfficiency, Score
+from gloria_core.tasks.metrics import Metric, metric_rows
+from gloria_core.training import supervised
+from gloria_core.training.precision import Precision, autocast
 
 Head = Literal["linear", "mlp"]
+MAX_POSITIVE_WEIGHT = 20.0
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Settings of `finetune`. Raises ValueError naming the field.
+
+    `head`: "linear", or "mlp" (Linear, BatchNorm, ReLU, dropout, Linear with `hidden_dim` units; MGCA's code).
+    `frozen`: train the head only; BatchNorm then keeps its stored statistics.
+    `layer_decay`: the learning rate falls by this factor from each layer group of the encoder to the one below
+    (1: none); the head has `learning_rate` itself.
+    `class_weights`: "balanced" weighs the positives of each label by negatives / positives of the training subset,
+    at most 20.
+    `loss`: "bce" for labels that may occur together, "ce" where exactly one label of a study is positive.
+    `patience`: stop after so many epochs without a lower validation loss; the best epoch's weights are kept.
+    """
+
+    epochs: PositiveInt = 20
+    batch_size: PositiveInt = 32
+    learning_rate: PositiveFloat = 1e-4
+    weight_decay: NonNegativeFloat = 1e-4
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    head: Head = "linear"
+    hidden_dim: PositiveInt = 512
+    dropout: float = Field(0.0, ge=0, lt=1)
+    frozen: bool = False
+    class_weights: Literal["none", "balanced"] = "none"
+    loss: Literal["bce", "ce"] = "bce"
+    patience: PositiveInt = 5
+    seed: int = 0
+    workers: NonNegativeInt = 0
+    precision: Precision = "auto"
 
 
 class Classifier(nn.Module):
-    """Image encoder and head: "linear", or "mlp" (Linear, BatchNorm, ReLU, dropout, Linear; released code of MGCA).
+    """Image encoder and head; see `FinetuneConfig` for the arguments.
 
     A `frozen` encoder gets no gradient and stays in evaluation mode, BatchNorm included.
     Shape: pixels (B, C, H, W) -> logits (B, K)
@@ -46,8 +84,6 @@ class Classifier(nn.Module):
         frozen: bool = False,
     ) -> None:
         super().__init__()
-        if head not in ("linear", "mlp"):
-            raise ValueError(f'head must be "linear" or "mlp", got {head!r}')
         self.encoder, self.frozen = encoder, frozen
         if head == "linear":
             self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(encoder.pooled_dim, n_labels))
@@ -85,33 +121,33 @@ def layer_groups(encoder: ImageEncoder) -> list[list[nn.Parameter]]:
                 modules.append(child)
 
     walk(encoder.trunk)
-    groups = [list(module.parameters()) for module in modules]
-    groups = [group for group in groups if group]
-    held = {id(parameter) for group in groups for parameter in group}
-    return [[p for p in encoder.parameters() if id(p) not in held] + groups[0], *groups[1:]]
+    groups = [group for group in (list(module.parameters()) for module in modules) if group]
+    grouped = {id(parameter) for group in groups for parameter in group}
+    return [[p for p in encoder.parameters() if id(p) not in grouped] + groups[0], *groups[1:]]
 
 
 def parameter_groups(model: Classifier, *, learning_rate: float, layer_decay: float = 1.0) -> list[dict[str, object]]:
     """For an optimiser: the head at `learning_rate`, each layer group below at `layer_decay` times the one above."""
-    groups = [{"params": list(model.head.parameters()), "lr": learning_rate}]
+    groups = [list(model.head.parameters())]
     if not model.frozen:
-        for depth, parameters in enumerate(reversed(layer_groups(model.encoder)), start=1):
-            groups.append({"params": parameters, "lr": learning_rate * layer_decay**depth})
-    return groups
+        groups += reversed(layer_groups(model.encoder))
+    return [{"params": group, "lr": learning_rate * layer_decay**depth} for depth, group in enumerate(groups)]
 
 
-def positive_weights(targets: np.ndarray, most: float = 20.0) -> Tensor:
-    """Negatives / positives of each label among its known targets (n, K), at most `most`; 1 where one of them lacks."""
+def positive_weights(targets: np.ndarray) -> Tensor:
+    """Negatives / positives of each label among its known targets (n, K), at most 20; 1 where a class is missing."""
     positive, negative = np.nansum(targets == 1, axis=0), np.nansum(targets == 0, axis=0)
     ratio = np.where((positive > 0) & (negative > 0), negative / np.maximum(positive, 1), 1.0)
-    return torch.from_numpy(np.minimum(ratio, most).astype(np.float32))
+    return torch.from_numpy(np.minimum(ratio, MAX_POSITIVE_WEIGHT).astype(np.float32))
 
 
-def classification_loss(logits: Tensor, targets: Tensor, *, loss: str, weights: Tensor | None = None) -> Tensor:
+def classification_loss(
+    logits: Tensor, targets: Tensor, *, loss: Literal["bce", "ce"], weights: Tensor | None = None
+) -> Tensor:
     """Mean loss over the known targets (NaN: unknown); 0 where nothing is known.
 
     "bce": each label by itself, `weights` (K,) on its positives. "ce": the one positive label against the others, with
-    `weights` by class; Raises ValueError where a study has not exactly one positive.
+    `weights` by class. Raises ValueError where a study has not exactly one positive.
     Shape: logits, targets (B, K) -> scalar
     """
     logits = logits.float()
@@ -124,50 +160,8 @@ def classification_loss(logits: Tensor, targets: Tensor, *, loss: str, weights: 
     return (each * known).sum() / known.sum().clamp(min=1)
 
 
-@dataclass(frozen=True)
-class FinetuneConfig:
-    """Settings of `finetune`.
-
-    `head`: "linear", or "mlp" (Linear, BatchNorm, ReLU, dropout, Linear with `hidden_dim` units; MGCA's code).
-    `frozen`: train the head only; BatchNorm then keeps its stored statistics.
-    `layer_decay`: the learning rate falls by this factor from each layer group of the encoder to the one below
-    (1: none); the head has `learning_rate` itself.
-    `class_weights`: "balanced" weighs the positives of each label by negatives / positives of the training subset,
-    at most 20.
-    `loss`: "bce" for labels that may occur together, "ce" where exactly one label of a study is positive.
-    `patience`: stop after so many epochs without a lower validation loss; the best epoch's weights are kept.
-    """
-
-    epochs: int = 20
-    batch_size: int = 32
-    learning_rate: float = 1e-4
-    weight_decay: float = 1e-4
-    layer_decay: float = 1.0
-    head: Head = "linear"
-    hidden_dim: int = 512
-    dropout: float = 0.0
-    frozen: bool = False
-    class_weights: Literal["none", "balanced"] = "none"
-    loss: Literal["bce", "ce"] = "bce"
-    patience: int = 5
-    seed: int = 0
-    workers: int = 0
-    precision: Precision = "auto"
-
-    def __post_init__(self) -> None:
-        choices = {"head": ("linear", "mlp"), "class_weights": ("none", "balanced"), "loss": ("bce", "ce")}
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(known)}")
-        for name in ("epochs", "batch_size", "hidden_dim", "patience"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not 0 < self.layer_decay <= 1 or not 0 <= self.dropout < 1 or self.learning_rate <= 0:
-            raise ValueError("layer_decay must lie in (0, 1], dropout in [0, 1), learning_rate above 0")
-
-
-class LabelledImages(Dataset[tuple[np.ndarray, np.ndarray]]):
-    """Frontal image (crop, crop) uint8 and targets (K,) of every study; the crop is random where `augment` is set.
+class LabelledImages(Dataset[tuple[np.ndarray, np.ndarray, int]]):
+    """Frontal image (crop, crop) uint8, targets (K,) and row number of every study; with `augment` the crop is random.
 
     Item i depends on (seed, epoch, i) only.
     """
@@ -177,28 +171,33 @@ class LabelledImages(Dataset[tuple[np.ndarray, np.ndarray]]):
     ) -> None:
         if len(frame) != len(targets):
             raise ValueError(f"{len(frame)} studies, {len(targets)} rows of targets")
-        columns = frame[["study_id", "images", "views"]].to_dict("records")
-        self.paths = [frontal_image(row)[1] for row in columns]
+        self.study_ids = frame["study_id"].to_numpy()
+        self.paths = [frontal_image(row)[1] for row in frame[["study_id", "images", "views"]].to_dict("records")]
         self.targets = targets.to_numpy(dtype=np.float32)
         self.cache, self.crop, self.augment, self.seed, self.epoch = cache, crop, augment, seed, 0
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray, int]:
         image = np.asarray(self.cache[self.paths[index]])
         room = image.shape[0] - self.crop
         top = left = room // 2
         if self.augment:
             top, left = np.random.default_rng([self.seed, self.epoch, index]).integers(0, room + 1, size=2)
-        return np.ascontiguousarray(image[top : top + self.crop, left : left + self.crop]), self.targets[index].copy()
+        image = np.ascontiguousarray(image[top : top + self.crop, left : left + self.crop])
+        return image, self.targets[index].copy(), index
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Finetuned:
-    """What `finetune` returns: the classifier with its best epoch's weights, and one row an epoch."""
+    """What `finetune` returns: the classifier with its best epoch's weights, and one row an epoch.
+
+    `image_config`: crop, channels and norm of the pixels. history: epoch, train_loss, valid_loss.
+    """
 
     model: Classifier
+    image_config: ModelConfig
     labels: tuple[str, ...]
     history: pd.DataFrame
     best_epoch: int
@@ -212,93 +211,123 @@ def finetune(
     config: FinetuneConfig,
     *,
     device: torch.device | str | None = None,
+    progress: supervised.Progress | None = None,
 ) -> Finetuned:
-    """Train a classifier on (frame, targets) of `train`, choose its epoch on `valid`. `pretrained` is left as it was.
+    """Train a classifier on (frame, targets) of `train`, choose its epoch on `valid`. `pretrained` does not change.
 
     `pretrained` is a `VisionLanguageModel`; its image encoder is copied. targets: (n, K) of 1, 0, NaN, see
-    `targets.binary_targets`. The same seed gives the same weights on the same machine.
-    Raises ValueError for an empty split and for a loss that is not finite, with the epoch.
+    `label_policy.binary_targets`. The same seed gives the same weights on the same machine.
+    Raises ValueError for an empty split, and where the loss is not finite.
     """
     if not len(train[0]) or not len(valid[0]):
         raise ValueError(f"{len(train[0])} training and {len(valid[0])} validation studies: both are needed")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    look, labels = pretrained.config, tuple(train[1].columns)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(config.seed)
-        shape = {name: getattr(config, name) for name in ("head", "hidden_dim", "dropout", "frozen")}
-        model = Classifier(copy.deepcopy(pretrained.image_encoder), len(labels), **shape).to(device)
-        groups = parameter_groups(model, learning_rate=config.learning_rate, layer_decay=config.layer_decay)
-        optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
-        weights = positive_weights(train[1].to_numpy()).to(device) if config.class_weights == "balanced" else None
-        data = LabelledImages(*train, cache, crop=look.crop, augment=True, seed=config.seed)
-        watched = LabelledImages(*valid, cache, crop=look.crop)
-        best, best_epoch, kept, rows = float("inf"), 0, None, []
-        for epoch in range(1, config.epochs + 1):
-            data.epoch = epoch
-            losses = {
-                "train_loss": _epoch(model, data, config, look, weights, optimizer),
-                "valid_loss": _epoch(model, watched, config, look, weights),
-            }
-            if not np.isfinite(list(losses.values())).all():
-                raise ValueError(f"the loss of epoch {epoch} is not finite ({losses}); lower learning_rate")
-            rows.append({"epoch": epoch, **losses})
-            if losses["valid_loss"] < best:
-                best, best_epoch = losses["valid_loss"], epoch
-                kept = {name: value.detach().clone() for name, value in model.state_dict().items()}
-            elif epoch - best_epoch >= config.patience:
-                break
-    model.load_state_dict(kept)
-    return Finetuned(model.eval(), labels, pd.DataFrame(rows), best_epoch)
-
-
-def predict(
-    tuned: Finetuned, pretrained: nn.Module, frame: pd.DataFrame, cache, *, batch_size: int = 64
-) -> pd.DataFrame:
-    """Logits (n, K) of the studies' frontal images, centre crop; columns are the labels."""
-    look, out = pretrained.config, []
-    blank = pd.DataFrame(np.zeros((len(frame), 0)))
-    loader = DataLoader(LabelledImages(frame, blank, cache, crop=look.crop), batch_size=batch_size)
-    for images, _ in loader:
-        with inference(tuned.model, None, "auto") as where:
-            pixels = to_tensor(images.numpy(), channels=look.channels, norm=look.norm).to(where)
-            out.append(tuned.model(pixels).float().cpu().numpy())
-    return pd.DataFrame(np.concatenate(out), columns=list(tuned.labels))
-
-
-def _epoch(
-    model: Classifier,
-    data: LabelledImages,
-    config: FinetuneConfig,
-    look,
-    weights: Tensor | None,
-    optimizer: torch.optim.Optimizer | None = None,
-) -> float:
-    """One pass, with training where an optimiser is given; the mean loss over the studies."""
-    training, device = optimizer is not None, next(model.parameters()).device
-    # float16 would need loss scaling; a classifier is small enough to be trained without
-    half = choose_precision(device, config.precision) == "bfloat16"
-    order = torch.Generator().manual_seed(config.seed * 100_003 + data.epoch)
+    pixels, labels = pretrained.config, tuple(train[1].columns)
+    data = LabelledImages(*train, cache, crop=pixels.crop, augment=True, seed=config.seed)
+    valid_data = LabelledImages(*valid, cache, crop=pixels.crop)
+    weights = positive_weights(data.targets).to(device) if config.class_weights == "balanced" else None
     # a last batch of one study has no batch statistics
-    short = training and len(data) > config.batch_size and len(data) % config.batch_size == 1
-    loader = DataLoader(
-        data,
-        batch_size=config.batch_size,
-        shuffle=training,
-        generator=order,
-        num_workers=config.workers,
-        drop_last=short,
-    )
-    model.train(training and len(data) > 1)
-    total = 0.0
-    with torch.set_grad_enabled(training):
-        for images, targets in loader:
-            pixels = to_tensor(images.numpy(), channels=look.channels, norm=look.norm).to(device)
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
-                logits = model(pixels)
-            loss = classification_loss(logits, targets.to(device), loss=config.loss, weights=weights)
-            if training:
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-            total += float(loss.detach()) * len(images)
-    return total / len(data)
+    drop_last = len(data) > config.batch_size and len(data) % config.batch_size == 1
+    steps_per_epoch = len(data) // config.batch_size if drop_last else -(-len(data) // config.batch_size)
+
+    def batches() -> Iterator[list[Tensor]]:
+        for data.epoch in itertools.count(1):
+            order = torch.Generator().manual_seed(config.seed * 100_003 + data.epoch)
+            yield from DataLoader(
+                data,
+                batch_size=config.batch_size,
+                shuffle=True,
+                generator=order,
+                num_workers=config.workers,
+                drop_last=drop_last,
+            )
+
+    def loss(batch: list[Tensor]) -> Tensor:
+        images, targets, _ = batch
+        inputs = to_tensor(images.numpy(), channels=pixels.channels, norm=pixels.norm).to(device)
+        with autocast(device, config.precision):
+            logits = model(inputs)
+        return classification_loss(logits, targets.to(device), loss=config.loss, weights=weights)
+
+    def training_loss(batch: list[Tensor]) -> Tensor:
+        model.train(len(data) > 1)  # a single study has no batch statistics
+        return loss(batch)
+
+    @torch.no_grad()
+    def validation_loss() -> float:
+        model.eval()
+        # with a generator of its own a loader does not draw from the global one, which dropout uses
+        options = {"num_workers": config.workers, "generator": torch.Generator()}
+        loader = DataLoader(valid_data, batch_size=config.batch_size, **options)
+        total = sum(float(loss(batch)) * len(batch[0]) for batch in loader)
+        if not np.isfinite(total):
+            raise ValueError("the validation loss is not finite; lower the learning rate")
+        return total / len(valid_data)
+
+    with supervised.seeded(config.seed):
+        head = {name: getattr(config, name) for name in ("head", "hidden_dim", "dropout", "frozen")}
+        model = Classifier(copy.deepcopy(pretrained.image_encoder), len(labels), **head).to(device)
+        groups = parameter_groups(model, learning_rate=config.learning_rate, layer_decay=config.layer_decay)
+        history, step = supervised.fit(
+            model,
+            batches(),
+            training_loss,
+            lambda batch: data.study_ids[batch[2]],
+            validation_loss,
+            torch.optim.AdamW(groups, weight_decay=config.weight_decay),
+            steps=config.epochs * steps_per_epoch,
+            validate_at=range(steps_per_epoch, config.epochs * steps_per_epoch + 1, steps_per_epoch),
+            patience=config.patience,
+            metric="valid_loss",
+            mode="min",
+            precision=config.precision,
+            progress=progress,
+        )
+    history.insert(0, "epoch", history.pop("step") // steps_per_epoch)
+    return Finetuned(model, pixels, labels, history, step // steps_per_epoch)
+
+
+def predict(tuned: Finetuned, frame: pd.DataFrame, cache, *, batch_size: int = 64) -> pd.DataFrame:
+    """Logits (n, K) of the studies' frontal images, centre crop; columns are the labels."""
+    pixels, logits = tuned.image_config, []
+    data = LabelledImages(frame, pd.DataFrame(index=frame.index), cache, crop=pixels.crop)
+    for images, _, _ in DataLoader(data, batch_size=batch_size):
+        with inference(tuned.model, None, "auto") as device:
+            inputs = to_tensor(images.numpy(), channels=pixels.channels, norm=pixels.norm).to(device)
+            logits.append(tuned.model(inputs).float().cpu().numpy())
+    return pd.DataFrame(np.concatenate(logits), columns=list(tuned.labels))
+
+
+def label_efficiency(
+    pretrained: nn.Module,
+    frame: pd.DataFrame,
+    targets: pd.DataFrame,
+    cache,
+    config: FinetuneConfig,
+    protocol: LabelEfficiency,
+    *,
+    metrics: Sequence[Metric] = ("auroc",),
+    progress: supervised.Progress | None = None,
+) -> tuple[pd.DataFrame, dict[tuple[float, int], Finetuned]]:
+    """Fine-tune on every training subset of `protocol`: rows of `metric_rows` with the columns of `LabelEfficiency`.
+
+    targets (n, K) belong to the studies of `frame`, all splits, in its order. Subset number k trains with the seed
+    `config.seed` + k. Also returns the classifiers by (fraction, subset).
+    """
+    frame, targets = frame.reset_index(drop=True), targets.reset_index(drop=True)
+    valid, test = (np.flatnonzero(frame["split"] == split) for split in ("valid", "test"))
+    patients = frame["patient_id"].astype(str).to_numpy()
+
+    def fit(train: np.ndarray, subset: int) -> tuple[Finetuned, Score]:
+        parts = ((frame.loc[rows], targets.loc[rows]) for rows in (train, valid))
+        own = dataclasses.replace(config, seed=config.seed + subset)
+        tuned = finetune(pretrained, *parts, cache, own, progress=progress)
+        logits = predict(tuned, frame.loc[test], cache).set_index(test)
+
+        def score(rows: np.ndarray) -> pd.DataFrame:
+            options = {"metrics": metrics, "macro": protocol.macro, "n_bootstrap": protocol.n_bootstrap}
+            return metric_rows(targets.loc[rows], logits.loc[rows], groups=patients[rows], **options)
+
+        return tuned, score
+
+    return protocol.run(frame, fit)

@@ -1,14 +1,14 @@
-"""Linear probe: what a frozen image encoder knows, read out by logistic regression at several label fractions.
+"""Linear probe: logistic regression on the features of a frozen image encoder, at several label fractions.
 
 One L2-regularised logistic regression a label (scikit-learn, lbfgs) on features standardised with the mean and
-deviation of the training subset. The protocol is that of ConVIRT and GLoRIA: 1, 10 and 100 % of the training labels,
-the whole validation and test split. All objectives see the same subsets, the same validation and the same grid.
+deviation of the training subset; protocol of `label_efficiency`. All models get the same subsets, the same validation
+split and the same grid of regularisation strengths.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,35 +16,16 @@ import pandas as pd
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from gloria_core.tasks.classification.label_policy import Uncertain, Unmentioned, binary_targets
-from gloria_core.tasks.metrics import Metric, auroc, metric_rows
+from gloria_core.tasks.label_efficiency import LabelEfficiency, Score
+from gloria_core.tasks.metrics import Metric, metric_rows
 
-GOLDEN_RATIO = 0.6180339887498949
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-"""Grid of scikit-learn's C (inverse of the L2 penalty) for standardised features; larger fits closer."""
-
-
-def subset(frame: pd.DataFrame, fraction: float, seed: int = 0) -> pd.DataFrame:
-    """Rows of split `train` with `(label_rank + seed * golden ratio) mod 1 < fraction`.
-
-    Seed 0 is the manifest's own subset (`label_rank < fraction`); another seed turns the ranks, so that within a seed
-    1 % lies inside 10 % inside 100 %, whole patients stay together, and multiples of the golden ratio keep small
-    subsets of different seeds apart. Raises ValueError for a fraction outside (0, 1] or an empty subset.
-    """
-    if not 0 < fraction <= 1:
-        raise ValueError(f"fraction must lie in (0, 1], not {fraction}")
-    rank = (frame["label_rank"].to_numpy(dtype=float) + seed * GOLDEN_RATIO) % 1.0
-    chosen = frame[(frame["split"] == "train").to_numpy() & (rank < fraction)]
-    if not len(chosen):
-        raise ValueError(
-            f"no training study at fraction {fraction} with seed {seed}: {len(frame)} rows in the manifest"
-        )
-    return chosen
+"""Grid of scikit-learn's C (inverse of the L2 penalty) for standardised features; a larger one fits closer."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A fitted probe: standardisation (Dg,), weights (K, Dg), bias (K,), and for each label why it has none, or ""."""
+    """A fitted probe: standardisation (Dg,), weights (K, Dg), bias (K,), and per label why it was not fitted, or ""."""
 
     mean: np.ndarray
     scale: np.ndarray
@@ -70,10 +51,10 @@ def fit_probe(
 ) -> Probe:
     """Fit one logistic regression per column of `targets` (n, K; 1, 0, NaN = left out) on (n, Dg) features.
 
-    Several strengths: the one with the highest mean validation AUROC over the labels, the smallest where they tie; one
-    value for all labels, because at 1 % of labels a choice per label would be noise. A label whose known targets are
-    all alike is not fitted: NaN scores, and a note that says so. lbfgs starts from zero and the problem is convex, so
-    there is no random initialisation. Raises ValueError for several strengths without validation data.
+    Several strengths: the one with the highest mean validation AUROC over the labels, the smallest of equals. It is one
+    value for all labels, because at 1 % of the labels a choice per label would be noise. A label with only one class is
+    not fitted: NaN scores, and a note. lbfgs starts from zero and the problem is convex: nothing is random.
+    Raises ValueError for several strengths without validation data.
     """
     strengths = (float(strength),) if isinstance(strength, int | float) else tuple(sorted(strength))
     if len(strengths) > 1 and validation is None:
@@ -83,97 +64,70 @@ def fit_probe(
     mean, scale = features.mean(axis=0), features.std(axis=0)
     scale = np.where(scale > 1e-12, scale, 1.0)
     inputs = ((features - mean) / scale).astype(np.float64)
-    best: tuple[float, Probe] | None = None
+    best, chosen = -np.inf, None
     for value in strengths:
-        weights, bias, notes = _fit_all(inputs, targets, value, max_iter)
-        probe = Probe(mean, scale, weights, bias, tuple(targets.columns), value, notes)
-        if len(strengths) == 1:
-            return probe
-        reached = _mean_auroc(probe, *validation)
-        if best is None or reached > best[0] + 1e-12:
-            best = (reached, probe)
-    return best[1]
+        fits = [_fit_label(inputs, targets[label].to_numpy(dtype=float), value, max_iter) for label in targets.columns]
+        weights, bias, notes = zip(*fits, strict=True)
+        probe = Probe(mean, scale, np.stack(weights), np.array(bias), tuple(targets.columns), value, notes)
+        reached = mean_auroc(probe, *validation) if len(strengths) > 1 else 0.0
+        if reached > best + 1e-12:
+            best, chosen = reached, probe
+    return chosen
+
+
+def _fit_label(inputs: np.ndarray, y: np.ndarray, strength: float, max_iter: int) -> tuple[np.ndarray, float, str]:
+    """Weights (Dg,), bias and note of one label; y (n,): 1, 0, NaN."""
+    known = ~np.isnan(y)
+    if len(np.unique(y[known])) < 2:
+        note = f"not fitted: {int(np.nansum(y))} positive of {int(known.sum())} training studies"
+        return np.full(inputs.shape[1], np.nan), np.nan, note
+    model = LogisticRegression(C=strength, max_iter=max_iter)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the note says it
+        model.fit(inputs[known], y[known].astype(int))
+    note = f"stopped at {max_iter} iterations" if model.n_iter_[0] >= max_iter else ""
+    return model.coef_[0], model.intercept_[0], note
+
+
+def mean_auroc(probe: Probe, features: np.ndarray, targets: pd.DataFrame) -> float:
+    """Mean AUROC over the labels that have one; 0.5 where none has."""
+    rows = metric_rows(targets, probe.scores(features), n_bootstrap=0)
+    return 0.5 if rows["value"].isna().all() else float(rows["value"].mean())
 
 
 def linear_probe(
     features: np.ndarray,
     frame: pd.DataFrame,
+    targets: pd.DataFrame,
+    protocol: LabelEfficiency,
     *,
-    labels: Sequence[str],
-    fractions: Sequence[float] = (0.01, 0.1, 1.0),
-    seeds: Sequence[int] = (0,),
-    macro: Sequence[str] = (),
     strength: float | Sequence[float] = STRENGTHS,
-    policy: tuple[Unmentioned, Uncertain | Mapping[str, Uncertain]] = ("negative", "ignore"),
     metrics: Sequence[Metric] = ("auroc",),
-    n_bootstrap: int = 1000,
 ) -> pd.DataFrame:
-    """Probe at every fraction and seed, scored on split `test`: metric rows as `zero_shot.evaluate`, with more columns.
+    """Probe every training subset of `protocol`: rows of `metric_rows` with the columns of `LabelEfficiency`.
 
-    features: (n, Dg), row for row the studies of `frame` (all splits, encoded once). Split `valid` chooses the
-    strength. At fraction 1 every seed has the same subset: run once, under the first seed. The seed selects the
-    training subset (`subset`) and nothing else; the bootstrap of the test set is the same for all rows.
-    `policy` = (unmentioned, uncertain), see `targets.binary_targets`; it holds for training and scoring alike.
-    More columns: label_fraction, seed, split, n_train, strength. Raises ValueError where a split is empty.
+    features (n, Dg) and targets (n, K) (`label_policy.binary_targets`) belong to the studies of `frame`, all splits, in
+    its order. Split `valid` chooses the strength, which is a further column. Raises ValueError where a split is empty.
     """
-    if len(features) != len(frame):
-        raise ValueError(f"{len(features)} rows of features for {len(frame)} studies")
-    frame = frame.reset_index(drop=True)
-    targets = binary_targets(frame, labels, unmentioned=policy[0], uncertain=policy[1])
-    test, valid = (frame.index[frame["split"] == split] for split in ("test", "valid"))
-    if not len(test) or (not len(valid) and not isinstance(strength, int | float)):
-        raise ValueError(f"the manifest has {len(test)} test and {len(valid)} validation studies; the probe needs both")
-    patients, tables = frame["patient_id"].astype(str).to_numpy()[test], []
-    for fraction in fractions:
-        for seed in seeds if fraction < 1 else seeds[:1]:
-            rows = subset(frame, fraction, seed).index
-            validation = (features[valid], targets.loc[valid])
-            probe = fit_probe(features[rows], targets.loc[rows], strength=strength, validation=validation)
-            table = metric_rows(
-                targets.loc[test],
-                probe.scores(features[test]),
-                metrics=metrics,
-                macro=macro,
-                groups=patients,
-                n_bootstrap=n_bootstrap,
-            )
-            table["note"] = _notes(table, probe)
-            about = {"label_fraction": fraction, "seed": seed, "split": "test", "n_train": len(rows)}
-            tables.append(table.assign(**about, strength=probe.strength))
-    return pd.concat(tables, ignore_index=True)
+    if not len(features) == len(frame) == len(targets):
+        raise ValueError(f"{len(features)} rows of features and {len(targets)} of targets for {len(frame)} studies")
+    patients, targets = frame["patient_id"].astype(str).to_numpy(), targets.reset_index(drop=True)
+    valid = np.flatnonzero(frame["split"] == "valid")
+    if not len(valid) and not isinstance(strength, int | float):
+        raise ValueError("split 'valid' is empty; it chooses between the strengths")
 
+    def fit(train: np.ndarray, subset: int) -> tuple[Probe, Score]:
+        validation = features[valid], targets.loc[valid]
+        probe = fit_probe(features[train], targets.loc[train], strength=strength, validation=validation)
+        not_fitted = dict(zip(probe.labels, probe.notes, strict=True))
 
-def _notes(table: pd.DataFrame, probe: Probe) -> list[str]:
-    """Why a label was not fitted, which says more than that it was not scored; else the metric's own note."""
-    of_fit = dict(zip(probe.labels, probe.notes, strict=True))
-    return [of_fit.get(target, "") or note for target, note in zip(table["target"], table["note"], strict=True)]
+        def score(test: np.ndarray) -> pd.DataFrame:
+            options = {"metrics": metrics, "macro": protocol.macro, "n_bootstrap": protocol.n_bootstrap}
+            rows = metric_rows(targets.loc[test], probe.scores(features[test]), groups=patients[test], **options)
+            # why a label was not fitted says more than that it was not scored
+            notes = [not_fitted.get(t) or note for t, note in zip(rows["target"], rows["note"], strict=True)]
+            return rows.assign(note=notes, strength=probe.strength)
 
+        return probe, score
 
-def _fit_all(
-    inputs: np.ndarray, targets: pd.DataFrame, strength: float, max_iter: int
-) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    weights, bias, notes = [], [], []
-    for label in targets.columns:
-        y = targets[label].to_numpy(dtype=float)
-        known = ~np.isnan(y)
-        if len(np.unique(y[known])) < 2:
-            weights.append(np.full(inputs.shape[1], np.nan))
-            bias.append(np.nan)
-            notes.append(f"not fitted: {int(np.nansum(y))} positive of {int(known.sum())} training studies")
-            continue
-        model = LogisticRegression(C=strength, max_iter=max_iter)
-        with warnings.catch_warnings():
-            # an unconverged fit is still a probe; it is said in the note rather than once a label on the screen
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            model.fit(inputs[known], y[known].astype(int))
-        weights.append(model.coef_[0])
-        bias.append(model.intercept_[0])
-        notes.append(f"stopped at {max_iter} iterations" if model.n_iter_[0] >= max_iter else "")
-    return np.stack(weights), np.array(bias), tuple(notes)
-
-
-def _mean_auroc(probe: Probe, features: np.ndarray, targets: pd.DataFrame) -> float:
-    scores = probe.scores(features)
-    fitted = [label for label in probe.labels if not scores[label].isna().any()]
-    found = np.array([auroc(targets[label].to_numpy(), scores[label].to_numpy()) for label in fitted], dtype=float)
-    return float(np.nanmean(found)) if np.isfinite(found).any() else 0.5
+    return protocol.run(frame, fit)[0]

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from gloria_core.data.images import to_tensor
+from gloria_core.data.splits import label_subset
 from gloria_core.models.detection import BatchNorm, Detector, FasterDetector, RetinaDetector
 from gloria_core.models.yolov3 import YoloDetector
-from gloria_core.tasks.classification.linear_probe import subset
 from gloria_core.tasks.detection.data import BoxData
 from gloria_core.tasks.detection.metrics import Boxes, evaluate
 from gloria_core.tasks.features import inference
@@ -290,7 +290,7 @@ def label_fractions(
     for fraction in fractions:
         for seed in seeds if fraction < 1 else seeds[:1]:
             key = float(fraction), int(seed)
-            rows = chosen[key] = subset(data.frame, fraction, seed).index.to_numpy()
+            rows = chosen[key] = label_subset(data.frame, fraction, seed).index.to_numpy()
             detectors[key], histories[key] = train_detector(
                 model, data, rows, data.rows("valid"), settings, seed=seed, stages=stages, progress=progress
             )

@@ -23,8 +23,8 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from gloria_core.data.splits import label_subset
 from gloria_core.models.segmentation import BatchNormMode, Decoder, SegmentationNet, decoder_inputs, decoder_kind
-from gloria_core.tasks.classification.linear_probe import subset
 from gloria_core.tasks.segmentation.data import FeatureStore, SegmentationData, augmented, shuffled_batches
 from gloria_core.tasks.segmentation.losses import available, segmentation_loss
 from gloria_core.tasks.segmentation.metrics import (
@@ -322,7 +322,7 @@ def label_efficiency(
     tables, fitted = [], {}
     for fraction in fractions:
         for seed in seeds if fraction < 1 else list(seeds)[:1]:
-            train = subset(data.frame, fraction, seed).index.to_numpy()
+            train = label_subset(data.frame, fraction, seed).index.to_numpy()
             about = {"label_fraction": fraction, "seed": seed, "split": "test", "n_train": len(train)}
             why = unfit(data, train, data.rows("valid"))
             if why:

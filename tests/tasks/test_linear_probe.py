@@ -4,7 +4,8 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 from gloria_core.data.splits import label_subset
-from gloria_core.tasks.classification.linear_probe import _mean_auroc, fit_probe, linear_probe, subset
+from gloria_core.tasks.classification.linear_probe import fit_probe, linear_probe, mean_auroc
+from gloria_core.tasks.label_efficiency import LabelEfficiency
 
 
 def _study(n=600, labels=2, seed=0, width=12):
@@ -25,45 +26,17 @@ def _study(n=600, labels=2, seed=0, width=12):
     return features, frame
 
 
-def test_subset_seed_zero_is_the_manifests_own():
-    _, frame = _study()
-    for fraction in (0.01, 0.1, 1.0):
-        pd.testing.assert_frame_equal(subset(frame, fraction, 0), label_subset(frame, fraction))
-
-
-@pytest.mark.parametrize("seed", [0, 1, 2, 7])
-def test_subsets_are_nested_within_a_seed_and_keep_patients_whole(seed):
-    _, frame = _study()
-    small, middle, whole = (subset(frame, p, seed) for p in (0.02, 0.1, 1.0))
-    assert set(small.index) <= set(middle.index) <= set(whole.index)
-    assert len(whole) == (frame["split"] == "train").sum()
-    train = frame[frame["split"] == "train"]
-    assert (train[train["patient_id"].isin(middle["patient_id"])].index == middle.index).all()
-    assert 0.05 < len(middle) / len(whole) < 0.15
-
-
-def test_small_subsets_of_different_seeds_do_not_overlap():
-    _, frame = _study()
-    parts = [set(subset(frame, 0.05, seed).index) for seed in range(5)]
-    assert len(set.union(*parts)) == sum(map(len, parts))
-
-
-def test_subset_errors():
-    _, frame = _study()
-    for fraction in (0, 1.1):
-        with pytest.raises(ValueError, match="fraction"):
-            subset(frame, fraction)
-    with pytest.raises(ValueError, match="no training study"):
-        subset(frame.assign(label_rank=0.5), 0.01)
+def probe(features, frame, labels, *, metrics=("auroc",), **protocol):
+    return linear_probe(features, frame, frame[labels], LabelEfficiency(**protocol), metrics=metrics)
 
 
 def test_probe_is_logistic_regression_on_standardised_features():
     features, frame = _study()
     targets = frame[["L0"]]
-    probe = fit_probe(features, targets, strength=0.1)
+    fitted = fit_probe(features, targets, strength=0.1)
     scaled = (features - features.mean(0)) / features.std(0)
     reference = LogisticRegression(C=0.1, max_iter=500).fit(scaled, targets["L0"].astype(int))
-    np.testing.assert_allclose(probe.scores(features)["L0"], reference.decision_function(scaled), atol=1e-3)
+    np.testing.assert_allclose(fitted.scores(features)["L0"], reference.decision_function(scaled), atol=1e-3)
 
 
 def test_strength_is_the_best_on_validation():
@@ -72,7 +45,7 @@ def test_strength_is_the_best_on_validation():
     targets = frame[["L0", "L1"]]
     grid, validation = (1e-6, 1e-2, 1e3), (features[valid], targets.loc[valid])
     chosen = fit_probe(features[rows], targets.loc[rows], strength=grid, validation=validation)
-    reached = [_mean_auroc(fit_probe(features[rows], targets.loc[rows], strength=value), *validation) for value in grid]
+    reached = [mean_auroc(fit_probe(features[rows], targets.loc[rows], strength=value), *validation) for value in grid]
     assert chosen.strength == grid[int(np.argmax(reached))]
     with pytest.raises(ValueError, match="validation"):
         fit_probe(features[rows], targets.loc[rows], strength=grid)
@@ -83,42 +56,36 @@ def test_constant_features_and_ignored_targets_are_no_trouble():
     features[:, 3] = 7.0
     targets = frame[["L0"]].copy()
     targets.iloc[:20] = np.nan
-    probe = fit_probe(features, targets, strength=1.0)
-    assert np.isfinite(probe.scores(features)).all(axis=None)
+    fitted = fit_probe(features, targets, strength=1.0)
+    assert np.isfinite(fitted.scores(features)).all(axis=None)
     other = fit_probe(features, targets.fillna(1.0), strength=1.0)
-    assert not np.allclose(probe.weights, other.weights)
+    assert not np.allclose(fitted.weights, other.weights)
 
 
 def test_linear_probe_rows():
     features, frame = _study()
-    rows = linear_probe(
-        features, frame, labels=["L0", "L1"], macro=["L0", "L1"], fractions=(0.05, 1.0), seeds=(0, 1), n_bootstrap=50
-    )
+    both = ["L0", "L1"]
+    rows = probe(features, frame, both, macro=both, fractions=(0.05, 1.0), subsets=2, n_bootstrap=50)
     assert len(rows) == 3 * (2 + 1)  # at 100 % all seeds have the same subset
     assert set(rows["split"]) == {"test"} and (rows["n"] == (frame["split"] == "test").sum()).all()
     macro = rows[rows["target"] == "macro"].set_index(["label_fraction", "seed"])["value"]
     assert macro[1.0, 0] > 0.93 and macro[1.0, 0] >= macro[0.05, 0] and macro[0.05, 0] != macro[0.05, 1]
-    again = linear_probe(features, frame, labels=["L0", "L1"], fractions=(0.05,), seeds=(1,), n_bootstrap=50)
-    pd.testing.assert_series_equal(
-        again["value"],
-        rows[(rows["label_fraction"] == 0.05) & (rows["seed"] == 1)]["value"].iloc[:2],
-        check_index=False,
-    )
+    again = probe(features, frame, both, fractions=(0.05,), subsets=2, n_bootstrap=50, test_sets={"x": frame[300:]})
+    assert set(again["dataset"]) == {"x"} and (again["n"] == 60).all()
 
 
 def test_noise_features_give_chance():
     _, frame = _study(n=2000)
     noise = np.random.default_rng(9).normal(size=(2000, 8))
-    rows = linear_probe(noise, frame, labels=["L0"], fractions=(1.0,), n_bootstrap=200)
+    rows = probe(noise, frame, ["L0"], fractions=(1.0,), n_bootstrap=200)
     assert rows.loc[0, "ci_low"] < 0.5 < rows.loc[0, "ci_high"]
 
 
 def test_a_label_with_one_class_in_the_subset_is_noted_and_left_out_of_the_macro():
     features, frame = _study()
-    frame.loc[subset(frame, 0.1, 0).index, "L1"] = 0.0
-    rows = linear_probe(
-        features, frame, labels=["L0", "L1"], macro=["L0", "L1"], fractions=(0.1,), n_bootstrap=20
-    ).set_index("target")
+    frame.loc[label_subset(frame, 0.1).index, "L1"] = 0.0
+    both = ["L0", "L1"]
+    rows = probe(features, frame, both, macro=both, fractions=(0.1,), n_bootstrap=20).set_index("target")
     assert np.isnan(rows.loc["L1", "value"]) and rows.loc["L1", "n"] > 0
     assert rows.loc["L1", "note"].startswith("not fitted: 0 positive of")
     assert rows.loc["macro", "value"] == rows.loc["L0", "value"]
@@ -127,20 +94,21 @@ def test_a_label_with_one_class_in_the_subset_is_noted_and_left_out_of_the_macro
 
 def test_no_label_can_be_fitted_at_all():
     features, frame = _study()
-    rows = linear_probe(features, frame.assign(L0=1.0), labels=["L0"], macro=["L0"], fractions=(0.1,), n_bootstrap=5)
+    rows = probe(features, frame.assign(L0=1.0), ["L0"], macro=["L0"], fractions=(0.1,), n_bootstrap=5)
     assert rows["value"].isna().all()
 
 
 def test_probe_input_errors():
     features, frame = _study(n=100)
     with pytest.raises(ValueError, match="99 rows of features"):
-        linear_probe(features[:99], frame, labels=["L0"])
-    with pytest.raises(ValueError, match="0 test"):
-        linear_probe(features, frame.replace({"split": {"test": "train"}}), labels=["L0"])
+        probe(features[:99], frame, ["L0"])
+    for split in ("test", "valid"):
+        with pytest.raises(ValueError, match=f"split '{split}' is empty"):
+            probe(features, frame.replace({"split": {split: "train"}}), ["L0"])
 
 
 def test_a_frame_whose_index_does_not_start_at_zero():
     features, frame = _study()
     shuffled = frame.set_axis(np.arange(len(frame))[::-1] + 7)
-    one, other = (linear_probe(features, f, labels=["L0"], fractions=(1.0,), n_bootstrap=5) for f in (frame, shuffled))
+    one, other = (probe(features, f, ["L0"], fractions=(1.0,), n_bootstrap=5) for f in (frame, shuffled))
     pd.testing.assert_frame_equal(one, other)

@@ -1,0 +1,72 @@
+"""Label efficiency: train on 1, 10 and 100 % of the training labels, score the whole test split each time.
+
+The protocol is that of ConVIRT, GLoRIA and MGCA. Several subsets of a fraction are drawn, because at 1 % the choice of
+the subset matters as much as the method; they are the same for every model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import pandas as pd
+
+from gloria_core.data.splits import label_subset
+
+Fitted = TypeVar("Fitted")
+Score = Callable[[np.ndarray], pd.DataFrame]
+"""Row numbers of test studies -> metric rows."""
+
+
+@dataclass(frozen=True)
+class LabelEfficiency:
+    """Which training subsets are used, and how the test split is scored.
+
+    `subsets`: different subsets at each fraction below 1 (`label_subset` with seed 0, 1, ...); at 1 there is only one.
+    `repeats`: train on the first so many of them, all by default. `seed`: that of the checkpoint; the column `seed` of
+    the rows is subset + subsets * seed, so that subsets of different checkpoints have different numbers.
+    `macro`: labels that the macro averages. `test_sets`: name -> frame, see `PreparedDataset.test_sets`; every fit is
+    scored on each of them, and the rows have a column `dataset`. Without it: on split `test`.
+    """
+
+    fractions: Sequence[float] = (0.01, 0.1, 1.0)
+    subsets: int = 1
+    repeats: int | None = None
+    seed: int = 0
+    macro: Sequence[str] = ()
+    n_bootstrap: int = 1000
+    test_sets: Mapping[str, pd.DataFrame] | None = None
+
+    def run(
+        self, frame: pd.DataFrame, fit: Callable[[np.ndarray, int], tuple[Fitted, Score]]
+    ) -> tuple[pd.DataFrame, dict[tuple[float, int], Fitted]]:
+        """Call `fit(train, subset)` for every subset and score what it returns; `train`: row numbers of `frame`.
+
+        Returns the metric rows with the columns label_fraction, seed, split and n_train, and what was fitted by
+        (fraction, subset). Raises ValueError for a fraction outside (0, 1], an empty subset or an empty test set.
+        """
+        frame = frame.reset_index(drop=True)
+        test = (frame["split"] == "test").to_numpy()
+        sets = {"": test}
+        if self.test_sets is not None:
+            sets = {name: test & frame["study_id"].isin(part["study_id"]) for name, part in self.test_sets.items()}
+        sets = {name: np.flatnonzero(chosen) for name, chosen in sets.items()}
+        for name, rows in sets.items():
+            if not len(rows):
+                raise ValueError(f"no study to test on {name and f'in {name!r}'}: split 'test' is empty")
+        tables, fits = [], {}
+        for fraction in self.fractions:
+            for subset in range(self.subsets if fraction < 1 else 1)[: self.repeats]:
+                train = label_subset(frame, fraction, subset).index.to_numpy()
+                if not len(train):
+                    raise ValueError(
+                        f"no training study at fraction {fraction}, subset {subset}"
+                    )
+                fits[float(fraction), subset], score = fit(train, subset)
+                about = {"label_fraction": fraction, "seed": subset + self.subsets * self.seed, "split": "test"}
+                for name, rows in sets.items():
+                    table = score(rows).assign(**about, n_train=len(train))
+                    tables.append(table.assign(dataset=name) if name else table)
+        return (pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()), fits
