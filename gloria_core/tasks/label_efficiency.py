@@ -61,9 +61,7 @@ class LabelEfficiency:
             for subset in range(self.subsets if fraction < 1 else 1)[: self.repeats]:
                 train = label_subset(frame, fraction, subset).index.to_numpy()
                 if not len(train):
-                    raise ValueError(
-                        f"no training study at fraction {fraction}, subset {subset}"
-                    )
+                    raise ValueError(f"no training study at fraction {fraction}, subset {subset}")
                 fits[float(fraction), subset], score = fit(train, subset)
                 about = {"label_fraction": fraction, "seed": subset + self.subsets * self.seed, "split": "test"}
                 for name, rows in sets.items():
