@@ -12,41 +12,54 @@ sentences gets all combinations of its parts, without the spaces that empty part
 from __future__ import annotations
 
 import itertools
-import json
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
-KINDS = ("pos", "neg", "unc")
+from gloria_core.data.files import did_you_mean
+
+Kind = Literal["pos", "neg", "unc"]
+KINDS = Kind.__args__
 NO_FINDING = "No Finding"
+_FOLDER = resources.files("gloria_core.data") / "prompt_sets"
 
 
 class PromptError(ValueError):
-    """A prompt set is malformed, or lacks what is asked of it."""
+    """A prompt set is malformed, or lacks a label or a kind of sentence that is needed."""
 
 
-@dataclass(frozen=True)
+Sentences = list[Annotated[str, Field(pattern=r"\S")]]
+
+
+@dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid"))
 class PromptSet:
     """Sentences by label: `classes[label]["pos" | "neg" | "unc"]` is a list of strings, perhaps empty."""
 
-    name: str
-    classes: dict[str, dict[str, list[str]]]
+    name: str = ""
+    classes: dict[str, dict[Kind, Sentences]] = Field(default={}, min_length=1, validate_default=True)
     attribution: str = ""
-    combinations: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    combinations: dict[str, dict[str, list[str]]] = Field(default={})
 
-
-def _folder() -> resources.abc.Traversable:
-    return resources.files("gloria_core.data") / "prompt_sets"
+    def __post_init__(self) -> None:
+        for label in (*self.classes, *self.combinations):
+            kinds = self.classes.get(label, {})
+            self.classes[label] = {kind: kinds.get(kind, []) for kind in KINDS}
+        for label in self.combinations:
+            if not self.classes[label]["pos"]:
+                plain = (" ".join(sentence.split()) for sentence in class_combinations(self, label))
+                self.classes[label]["pos"] = list(dict.fromkeys(plain))
 
 
 def available_prompts() -> list[str]:
     """Names of the prompt sets that come with the package."""
-    return sorted(item.name.removesuffix(".json") for item in _folder().iterdir() if item.name.endswith(".json"))
+    return sorted(item.name.removesuffix(".json") for item in _FOLDER.iterdir() if item.name.endswith(".json"))
 
 
 def load_prompts(name_or_path: str | Path) -> PromptSet:
@@ -54,13 +67,17 @@ def load_prompts(name_or_path: str | Path) -> PromptSet:
 
     Raises PromptError for an unknown name, and for a malformed file, naming file, label and kind.
     """
-    text = str(name_or_path)
-    if text in available_prompts():
-        return _parse((_folder() / f"{text}.json").read_text(encoding="utf-8"), source=f"{text}.json")
-    path = Path(name_or_path)
+    name, known = str(name_or_path), available_prompts()
+    path = _FOLDER / f"{name}.json" if name in known else Path(name_or_path)
     if not path.is_file():
-        raise PromptError(f"no prompt set {text!r}: neither a file nor one of {', '.join(available_prompts())}")
-    return _parse(path.read_text(encoding="utf-8"), source=text)
+        near = did_you_mean(name, known)
+        raise PromptError(f"no prompt set {name!r}: neither a file nor one of {', '.join(known)}.{near}")
+    try:
+        prompts = TypeAdapter(PromptSet).validate_json(path.read_text(encoding="utf-8"))
+    except ValidationError as error:
+        fault = error.errors()[0]
+        raise PromptError(f"{path}: {' > '.join(map(str, fault['loc']))}: {fault['msg']}") from None
+    return prompts if prompts.name else replace(prompts, name=path.stem)
 
 
 def report_from_labels(
@@ -85,29 +102,33 @@ def report_from_labels(
     if not deterministic and rng is None:
         raise ValueError("give a random generator `rng`, or deterministic=True")
     spoken = [name for name in labels if not name.startswith("is_") and name != NO_FINDING]
-    present = [name for name in spoken if labels[name] == 1]
-    uncertain = [] if deterministic else [name for name in spoken if labels[name] == -1]
-    absent = [] if deterministic else [name for name in spoken if labels[name] == 0]
-    if n_negative and absent:
+    present, absent, uncertain = ([name for name in spoken if labels[name] == value] for value in (1, 0, -1))
+    if deterministic:
+        uncertain = []
+    if deterministic or not n_negative:
+        absent = []
+    elif absent:
         chosen = sorted(rng.choice(len(absent), size=min(n_negative, len(absent)), replace=False))
         absent = [absent[i] for i in chosen]
-    else:
-        absent = []
     if not present and not uncertain:
         present = [NO_FINDING]
     wanted = [(name, kind) for kind, names in zip(KINDS, (present, absent, uncertain), strict=True) for name in names]
-    choices = [_sentences(prompts, name, kind) for name, kind in wanted]
+    choices = [zero_shot_prompts(prompts, name, kind=kind) for name, kind in wanted]
     if deterministic:
         return " ".join(choice[0] for choice in choices)
-    drawn = [choice[int(rng.integers(len(choice)))] for choice in choices]
-    return " ".join(drawn[i] for i in rng.permutation(len(drawn)))
+    sentences = [choice[int(rng.integers(len(choice)))] for choice in choices]
+    return " ".join(sentences[i] for i in rng.permutation(len(sentences)))
 
 
 def zero_shot_prompts(prompts: PromptSet, label: str, *, kind: str = "pos") -> list[str]:
     """The sentences of one label to compare images with; PromptError where there are none."""
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
-    return list(_sentences(prompts, label, kind))
+    if label not in prompts.classes:
+        raise PromptError(f"prompt set {prompts.name!r} does not know {label!r}; it has: {', '.join(prompts.classes)}")
+    if not prompts.classes[label][kind]:
+        raise PromptError(f"prompt set {prompts.name!r} has no {kind!r} sentence for {label!r}; add one to its file")
+    return list(prompts.classes[label][kind])
 
 
 def class_combinations(prompts: PromptSet, label: str) -> list[str]:
@@ -127,8 +148,7 @@ def gloria_class_prompts(n: int = 5, seed: int = 6) -> dict[str, list[str]]:
 
     Raises PromptError where a class has fewer than n combinations (Cardiomegaly has 15).
     """
-    prompts = _gloria()
-    generator = random.Random(seed)
+    prompts, generator = load_prompts("chexpert_gloria"), random.Random(seed)
     result = {}
     for label in prompts.combinations:
         candidates = class_combinations(prompts, label)
@@ -136,50 +156,3 @@ def gloria_class_prompts(n: int = 5, seed: int = 6) -> dict[str, list[str]]:
             raise PromptError(f"{label} has {len(candidates)} prompts, {n} are asked for")
         result[label] = generator.sample(candidates, n)
     return result
-
-
-@cache
-def _gloria() -> PromptSet:
-    return load_prompts("chexpert_gloria")
-
-
-def _sentences(prompts: PromptSet, label: str, kind: str) -> list[str]:
-    if label not in prompts.classes:
-        raise PromptError(f"prompt set {prompts.name!r} does not know {label!r}; it has: {', '.join(prompts.classes)}")
-    found = prompts.classes[label][kind]
-    if not found:
-        raise PromptError(f"prompt set {prompts.name!r} has no {kind!r} sentence for {label!r}; add one to its file")
-    return found
-
-
-def _parse(text: str, *, source: str) -> PromptSet:
-    """A checked prompt set; a class may lack a kind (it is then empty), but holds no other keys."""
-    try:
-        data = json.loads(text)
-    except ValueError as error:
-        raise PromptError(f"{source}: not JSON ({error})") from error
-    known = {"name", "attribution", "classes", "combinations"}
-    if not isinstance(data, dict) or not isinstance(data.get("classes"), dict) or not data["classes"]:
-        raise PromptError(f"{source}: a prompt set is an object with 'classes': {{label: {{'pos': [...], ...}}}}")
-    if set(data) - known:
-        raise PromptError(f"{source}: unknown key {min(set(data) - known)!r}; known: {', '.join(sorted(known))}")
-    classes = {}
-    for label, kinds in data["classes"].items():
-        if not isinstance(kinds, dict) or set(kinds) - set(KINDS):
-            raise PromptError(f"{source}: {label!r} must hold lists named {', '.join(KINDS)}, it holds {kinds!r:.60}")
-        classes[label] = {kind: _strings(kinds.get(kind, []), f"{source}: {label!r}, {kind!r}") for kind in KINDS}
-    combinations = {
-        label: {part: _strings(values, f"{source}: {label!r}, {part!r}", empty=True) for part, values in parts.items()}
-        for label, parts in data.get("combinations", {}).items()
-    }
-    for label, parts in combinations.items():
-        sentences = (" ".join(" ".join(chosen).split()) for chosen in itertools.product(*parts.values()))
-        kinds = classes.setdefault(label, {kind: [] for kind in KINDS})
-        kinds["pos"] = kinds["pos"] or list(dict.fromkeys(sentences))
-    return PromptSet(data.get("name", Path(source).stem), classes, data.get("attribution", ""), combinations)
-
-
-def _strings(values: object, where: str, *, empty: bool = False) -> list[str]:
-    if not isinstance(values, list) or not all(isinstance(v, str) and (empty or v.strip()) for v in values):
-        raise PromptError(f"{where} must be a list of sentences, it is {values!r:.60}")
-    return values

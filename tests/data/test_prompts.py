@@ -192,13 +192,13 @@ def test_unknown_name_lists_the_known():
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("{", "not JSON"),
-        ("[]", "classes"),
-        ('{"classes": {}}', "classes"),
-        ('{"classes": {"A": {"pos": ["x"]}}, "clases": 1}', "unknown key 'clases'"),
-        ('{"classes": {"A": {"positive": ["x"]}}}', "'A' must hold lists named pos"),
-        ('{"classes": {"A": {"pos": "x"}}}', "'A', 'pos' must be a list"),
-        ('{"classes": {"A": {"pos": ["x", ""]}}}', "'A', 'pos' must be a list"),
+        ("{", "Invalid JSON"),
+        ("[]", "should be an object"),
+        ('{"name": "x"}', "classes: Dictionary should have at least 1 item"),
+        ('{"classes": {"A": {"pos": ["x"]}}, "clases": 1}', "clases: Unexpected keyword argument"),
+        ('{"classes": {"A": {"positive": ["x"]}}}', "classes > A > positive .*'pos', 'neg' or 'unc'"),
+        ('{"classes": {"A": {"pos": "x"}}}', "classes > A > pos: Input should be a valid"),
+        ('{"classes": {"A": {"pos": ["x", ""]}}}', "classes > A > pos > 1: "),
     ],
 )
 def test_malformed_files(tmp_path, content, words):
