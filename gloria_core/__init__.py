@@ -21,12 +21,12 @@ _ENTRIES = {
     "available_models": ("gloria_core.gloria_api.loading", "available_models"),
     "available_segmentation_models": ("gloria_core.gloria_api.loading", "available_segmentation_models"),
     "constants": ("gloria_core.gloria_api.constants", None),
-    "generate_chexpert_class_prompts": ("gloria_core.gloria_api.zero_shot", "generate_chexpert_class_prompts"),
-    "get_similarities": ("gloria_core.gloria_api.zero_shot", "get_similarities"),
+    "generate_chexpert_class_prompts": ("gloria_core.gloria_api.model", "generate_chexpert_class_prompts"),
+    "get_similarities": ("gloria_core.gloria_api.model", "get_similarities"),
     "load_gloria": ("gloria_core.gloria_api.loading", "load_gloria"),
     "load_img_classification_model": ("gloria_core.gloria_api.loading", "load_img_classification_model"),
     "load_img_segmentation_model": ("gloria_core.gloria_api.loading", "load_img_segmentation_model"),
-    "zero_shot_classification": ("gloria_core.gloria_api.zero_shot", "zero_shot_classification"),
+    "zero_shot_classification": ("gloria_core.gloria_api.model", "zero_shot_classification"),
 }
 """Name -> the module it is in, and what it is called there; None for the module itself."""
 

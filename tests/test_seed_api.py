@@ -326,9 +326,12 @@ def test_missing_weights_say_what_to_download(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("GLORIA_PRETRAINED", raising=False)
     for load in (gloria.load_gloria, gloria.load_img_classification_model, gloria.load_img_segmentation_model):
-        with pytest.raises(RuntimeError, match=r"pretrained.chexpert_resnet50\.ckpt.*https://stanfordmedicine\.box"):
+        with pytest.raises(
+            RuntimeError, match=r"pretrained.chexpert_resnet50\.ckpt.*https://stanfordmedicine\.box"
+        ) as error:
             load()
-        with pytest.raises(RuntimeError, match="'RN50' is no file, nor one of the available models: gloria_resnet50"):
+        assert str(tmp_path.resolve() / "pretrained") in str(error.value)  # an absolute path
+        with pytest.raises(RuntimeError, match=r"'RN50': no file .*RN50\. Available models: gloria_resnet50"):
             load("RN50")
     monkeypatch.setenv("GLORIA_PRETRAINED", str(tmp_path / "elsewhere"))
     with pytest.raises(RuntimeError, match=r"elsewhere.chexpert_resnet18\.ckpt"):
@@ -341,6 +344,10 @@ def test_wrong_files_and_inputs(model, images, home, tmp_path):
         gloria.get_similarities(model, images, ["edema"])
     with pytest.raises(RuntimeError, match=r"use gloria_model\.process_img"):
         gloria.get_similarities(model, [home / "0.png"], texts)
+    with pytest.raises(RuntimeError, match=r"got a tensor \(3, 56, 56\)"):
+        gloria.get_similarities(model, images[0], texts)
+    with pytest.raises(RuntimeError, match=r"'Edema' are not processed: use gloria_model\.process_class_prompts"):
+        gloria.zero_shot_classification(model, images, {"Edema": ["edema"]})
     with pytest.raises(RuntimeError, match="similarity type should be"):
         gloria.get_similarities(model, images, texts, "mean")
     with pytest.raises(ValueError, match="no class"):

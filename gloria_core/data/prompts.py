@@ -142,13 +142,14 @@ def class_combinations(prompts: PromptSet, label: str) -> list[str]:
     return [" ".join(parts) for parts in itertools.product(*prompts.combinations[label].values())]
 
 
-def gloria_class_prompts(n: int = 5, seed: int = 6) -> dict[str, list[str]]:
+def gloria_class_prompts(n: int = 5, seed: int | None = 6) -> dict[str, list[str]]:
     """n prompts for each of the five competition findings, as GLoRIA's `generate_chexpert_class_prompts(n)` gives
-    them on its first call, when the global generator is seeded with 6 by the import; here no global state is read.
+    them on its first call, when the global generator is seeded with 6 by the import.
 
+    `seed=None` draws from Python's global generator, as the original does.
     Raises PromptError where a class has fewer than n combinations (Cardiomegaly has 15).
     """
-    prompts, generator = load_prompts("chexpert_gloria"), random.Random(seed)
+    prompts, generator = load_prompts("chexpert_gloria"), random if seed is None else random.Random(seed)
     result = {}
     for label in prompts.combinations:
         candidates = class_combinations(prompts, label)

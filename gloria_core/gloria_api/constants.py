@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from gloria_core.data.manifest import COMPETITION_LABELS
+from gloria_core.data.manifest import CHEXPERT_LABELS, COMPETITION_LABELS
 from gloria_core.data.prompts import load_prompts
 
 CHEXPERT_VALID_NUM = 5000
@@ -17,22 +17,8 @@ CHEXPERT_VIEW_COL = "Frontal/Lateral"
 CHEXPERT_PATH_COL = "Path"
 CHEXPERT_SPLIT_COL = "Split"
 CHEXPERT_REPORT_COL = "Report Impression"
-CHEXPERT_TASKS = [  # in the original's order, which is not quite the dataset's
-    "No Finding",
-    "Enlarged Cardiomediastinum",
-    "Cardiomegaly",
-    "Lung Lesion",
-    "Lung Opacity",
-    "Edema",
-    "Consolidation",
-    "Pneumonia",
-    "Atelectasis",
-    "Pneumothorax",
-    "Pleural Effusion",
-    "Pleural Other",
-    "Fracture",
-    "Support Devices",
-]
+# the original's order: Lung Lesion before Lung Opacity
+CHEXPERT_TASKS = [*CHEXPERT_LABELS[:3], "Lung Lesion", "Lung Opacity", *CHEXPERT_LABELS[5:]]
 CHEXPERT_COMPETITION_TASKS = list(COMPETITION_LABELS)
 CHEXPERT_UNCERTAIN_MAPPINGS = {
     "Atelectasis": 1,
@@ -49,25 +35,25 @@ _FOLDERS = {
     "PNEUMOTHORAX_DATA_DIR": "data/siim",
     "PNEUMONIA_DATA_DIR": "data/rsna_pneumonia",
 }
-_FILES = {  # constant -> its folder and name; the file of the 5x200 set is named 8x200 in the original
-    "CHEXPERT_ORIGINAL_TRAIN_CSV": ("CHEXPERT_DATA_DIR", "train.csv"),
-    "CHEXPERT_TRAIN_CSV": ("CHEXPERT_DATA_DIR", "train_split.csv"),
-    "CHEXPERT_VALID_CSV": ("CHEXPERT_DATA_DIR", "valid_split.csv"),
-    "CHEXPERT_TEST_CSV": ("CHEXPERT_DATA_DIR", "valid.csv"),
-    "CHEXPERT_MASTER_CSV": ("CHEXPERT_DATA_DIR", "master_updated.csv"),
-    "CHEXPERT_TRAIN_DIR": ("CHEXPERT_DATA_DIR", "train"),
-    "CHEXPERT_TEST_DIR": ("CHEXPERT_DATA_DIR", "valid"),
-    "CHEXPERT_5x200": ("CHEXPERT_DATA_DIR", "chexpert_8x200.csv"),
-    "PNEUMOTHORAX_ORIGINAL_TRAIN_CSV": ("PNEUMOTHORAX_DATA_DIR", "train-rle.csv"),
-    "PNEUMOTHORAX_TRAIN_CSV": ("PNEUMOTHORAX_DATA_DIR", "train.csv"),
-    "PNEUMOTHORAX_VALID_CSV": ("PNEUMOTHORAX_DATA_DIR", "valid.csv"),
-    "PNEUMOTHORAX_TEST_CSV": ("PNEUMOTHORAX_DATA_DIR", "test.csv"),
-    "PNEUMOTHORAX_IMG_DIR": ("PNEUMOTHORAX_DATA_DIR", "dicom-images-train"),
-    "PNEUMONIA_ORIGINAL_TRAIN_CSV": ("PNEUMONIA_DATA_DIR", "stage_2_train_labels.csv"),
-    "PNEUMONIA_TRAIN_CSV": ("PNEUMONIA_DATA_DIR", "train.csv"),
-    "PNEUMONIA_VALID_CSV": ("PNEUMONIA_DATA_DIR", "val.csv"),
-    "PNEUMONIA_TEST_CSV": ("PNEUMONIA_DATA_DIR", "test.csv"),
-    "PNEUMONIA_IMG_DIR": ("PNEUMONIA_DATA_DIR", "stage_2_train_images"),
+_FILES = {  # below the folder of the same prefix; the file of the 5x200 set is named 8x200 in the original
+    "CHEXPERT_ORIGINAL_TRAIN_CSV": "train.csv",
+    "CHEXPERT_TRAIN_CSV": "train_split.csv",
+    "CHEXPERT_VALID_CSV": "valid_split.csv",
+    "CHEXPERT_TEST_CSV": "valid.csv",
+    "CHEXPERT_MASTER_CSV": "master_updated.csv",
+    "CHEXPERT_TRAIN_DIR": "train",
+    "CHEXPERT_TEST_DIR": "valid",
+    "CHEXPERT_5x200": "chexpert_8x200.csv",
+    "PNEUMOTHORAX_ORIGINAL_TRAIN_CSV": "train-rle.csv",
+    "PNEUMOTHORAX_TRAIN_CSV": "train.csv",
+    "PNEUMOTHORAX_VALID_CSV": "valid.csv",
+    "PNEUMOTHORAX_TEST_CSV": "test.csv",
+    "PNEUMOTHORAX_IMG_DIR": "dicom-images-train",
+    "PNEUMONIA_ORIGINAL_TRAIN_CSV": "stage_2_train_labels.csv",
+    "PNEUMONIA_TRAIN_CSV": "train.csv",
+    "PNEUMONIA_VALID_CSV": "val.csv",
+    "PNEUMONIA_TEST_CSV": "test.csv",
+    "PNEUMONIA_IMG_DIR": "stage_2_train_images",
 }
 
 
@@ -76,13 +62,10 @@ def __getattr__(name: str) -> object:
         return load_prompts("chexpert_gloria").combinations
     if name in _FOLDERS:
         return Path(os.environ.get(name, _FOLDERS[name]))
-    if name == "CHEXPERT_5x200":  # under its right name too, where that file is
-        folder = Path(__getattr__("CHEXPERT_DATA_DIR"))
-        right = folder / "chexpert_5x200.csv"
-        return right if right.is_file() else folder / _FILES[name][1]
     if name in _FILES:
-        folder, file = _FILES[name]
-        return Path(__getattr__(folder)) / file
+        folder = __getattr__(f"{name.partition('_')[0]}_DATA_DIR")
+        correct = folder / "chexpert_5x200.csv"
+        return correct if name == "CHEXPERT_5x200" and correct.is_file() else folder / _FILES[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

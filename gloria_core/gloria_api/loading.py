@@ -12,7 +12,7 @@ from gloria_core.checkpoints.image_models import ImageClassifier, image_classifi
 from gloria_core.checkpoints.model import VisionLanguageModel
 from gloria_core.checkpoints.published import PublishedModel, load_pretrained
 from gloria_core.data.tokenizer import load_tokenizer
-from gloria_core.gloria_api.model import GLoRIA
+from gloria_core.gloria_api.model import GLoRIAModel
 from gloria_core.models.image_encoder import ImageEncoder
 from gloria_core.types import Behavior
 
@@ -45,7 +45,7 @@ def load_gloria(
     tokenizer: Tokenizer = None,
     behavior: Behavior = "corrected",
     batch_statistics: bool = False,
-) -> GLoRIA:
+) -> GLoRIAModel:
     """A published GLoRIA in evaluation mode.
 
     `name`: one of `available_models()`, whose files are looked for in the folder that the environment variable
@@ -59,15 +59,13 @@ def load_gloria(
     image then depends on the batch, and its stored statistics move with every call.
     Raises ModelNotFoundError (a RuntimeError), CheckpointError, TokenizerError.
     """
-    reader = load_tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
-    model = load_pretrained(_file(name, available_models()))
-    if (
-        not isinstance(model, VisionLanguageModel)
-        or model.config.objective != "gloria"
-        or model.behavior != "published"
-    ):
+    if isinstance(tokenizer, str | Path):
+        tokenizer = load_tokenizer(tokenizer)
+    model = _load(name, available_models())
+    published = isinstance(model, VisionLanguageModel) and model.behavior == "published"
+    if not published or model.config.objective != "gloria":
         raise ModelNotFoundError(f"{name} holds no published GLoRIA ({_kind(model)}); use gloria_core.load_pretrained")
-    gloria = GLoRIA(model, tokenizer=reader, behavior=behavior).to(_device(device)).eval()
+    gloria = GLoRIAModel(model, tokenizer=tokenizer, behavior=behavior).to(_device(device)).eval()
     if batch_statistics:
         gloria.img_encoder.train()
     return gloria
@@ -87,7 +85,7 @@ def load_img_classification_model(
     `.train()` as in the released code. `name` may also be a file that holds an image encoder alone. `device` and what
     is raised: see `load_gloria`. Returned in evaluation mode.
     """
-    encoder = _image_encoder(_file(name, available_models()))
+    encoder = _load_image_encoder(name, available_models())
     model = image_classifier(encoder, num_cls, frozen=freeze_encoder, batch_statistics=batch_statistics)
     return model.to(_device(device)).eval()
 
@@ -99,7 +97,7 @@ def load_img_segmentation_model(name: str | Path = "gloria_resnet50", device: De
     image encoder alone. `device` and what is raised: see `load_gloria`, and ValueError for an encoder that is no
     ResNet. Returned in evaluation mode: call `.train()` before training it.
     """
-    encoder = _image_encoder(_file(name, available_segmentation_models()))
+    encoder = _load_image_encoder(name, available_segmentation_models())
     if encoder.name not in ("resnet18", "resnet34", "resnet50"):
         raise ValueError(f"{name} holds a {encoder.name}; the U-Net is made for ResNets")
     model = unet(encoder.name, in_channels=encoder.in_channels)
@@ -107,36 +105,32 @@ def load_img_segmentation_model(name: str | Path = "gloria_resnet50", device: De
     return model.to(_device(device)).eval()
 
 
-def _image_encoder(path: Path) -> ImageEncoder:
-    model = load_pretrained(path)
+def _load(name: str | Path, available: list[str]) -> PublishedModel:
+    """The model of a name or a file. Raises ModelNotFoundError for an unknown name and for a file that is not there."""
+    path = Path(name)
+    if str(name) in available:
+        path = Path(os.environ.get(FOLDER_VARIABLE, "pretrained")) / FILES[str(name)]
+    if not path.is_file():
+        here = f"{str(name)!r}: no file {path.absolute()}. Available models: {', '.join(available)}"
+        if str(name) not in available:
+            raise ModelNotFoundError(f"{here}, or the path of a checkpoint")
+        raise ModelNotFoundError(
+            f"{here}. Download {path.name} from {SOURCE} and put it there, or name its folder in the environment "
+            f"variable {FOLDER_VARIABLE}, or give its path as the name"
+        )
+    return load_pretrained(path)
+
+
+def _load_image_encoder(name: str | Path, available: list[str]) -> ImageEncoder:
+    model = _load(name, available)
     encoder = getattr(model, "image_encoder", model)
     if not isinstance(encoder, ImageEncoder):
-        raise ModelNotFoundError(f"{path} holds no pretrained image encoder ({_kind(model)})")
+        raise ModelNotFoundError(f"{name} holds no pretrained image encoder ({_kind(model)})")
     return encoder
 
 
-def _file(name: str | Path, available: list[str]) -> Path:
-    """Where the weights lie. Raises ModelNotFoundError for an unknown name and for a file that is not there."""
-    if str(name) in available:
-        folder = Path(os.environ.get(FOLDER_VARIABLE, "pretrained"))
-        path = folder / FILES[str(name)]
-        if not path.is_file():
-            raise ModelNotFoundError(
-                f"the weights of {name} are not at {path}. Download {path.name} from {SOURCE} and put it there, or "
-                f"name its folder in the environment variable {FOLDER_VARIABLE}, or give its path as the name"
-            )
-        return path
-    if not Path(name).is_file():
-        raise ModelNotFoundError(
-            f"model {str(name)!r} is no file, nor one of the available models: {', '.join(available)}"
-        )
-    return Path(name)
-
-
 def _device(device: Device) -> torch.device:
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(device)
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _kind(model: PublishedModel) -> str:

@@ -1,13 +1,15 @@
-"""GLoRIA's own model class, over ours: the same methods, the same shapes."""
+"""GLoRIA's own model class over ours, with the same methods and shapes, and its functions of a model: similarities,
+zero-shot classification, prompts."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from gloria_core.checkpoints.model import VisionLanguageModel
 from gloria_core.data.geometry import Geometry, center_crop
 from gloria_core.data.images import read_gray, to_tensor
+from gloria_core.data.prompts import gloria_class_prompts
 from gloria_core.data.reports import ReportError, clean_report, legacy_cap_len
 from gloria_core.data.tokenizer import (
     TokenizerError,
@@ -28,13 +31,17 @@ from gloria_core.data.tokenizer import (
 from gloria_core.models.heads import cosine_matrix
 from gloria_core.models.word_region import attend, word_region_similarity
 from gloria_core.objectives.gloria import PUBLISHED_INFERENCE
+from gloria_core.tasks.zero_shot import Normalise, combine
 from gloria_core.types import Behavior
 
-_WORDS = re.compile(r"\w+")
+SimilarityType = Literal["global", "local", "both"]
+IDS = ("caption_ids", "attention_mask", "token_type_ids")
 
 
-class GLoRIA(nn.Module):
+class GLoRIAModel(nn.Module):
     """A published GLoRIA with the methods of `gloria/models/gloria_model.py`; made by `load_gloria`.
+
+    The original calls this class GLoRIA; here that is the objective (`gloria_core.objectives.gloria.GLoRIA`).
 
     `behavior`: see `gloria_core.gloria_api`. `tokenizer` may be None: it is then looked for under the name that the
     checkpoint gives when a text is first processed.
@@ -78,6 +85,9 @@ class GLoRIA(nn.Module):
     def ixtoword(self) -> dict[int, str]:
         return dict(enumerate(vocabulary_list(self.tokenizer)))
 
+    def _device(self, device: torch.device | str | None) -> torch.device | str:
+        return self.model.device if device is None else device
+
     # ------------------------------------------------------------------------------------------------ processing
 
     def process_text(self, text: str | Sequence[str], device: torch.device | str | None = None) -> dict[str, Any]:
@@ -88,20 +98,18 @@ class GLoRIA(nn.Module):
         """
         texts = [text] if isinstance(text, str) else list(text)
         published, width = self.behavior == "published", self.model.config.max_tokens
-        cleaned = [clean_report(one) if published else _all_words(one) for one in texts]
-        for original, words in zip(texts, cleaned, strict=True):
-            if not words and not published:
-                raise ReportError(f"{original[:40]!r} has no word to compare with")
+        cleaned = [clean_report(one) if published else _ascii_words(one) for one in texts]
+        if not published and not all(cleaned):
+            raise ReportError(f"{texts[cleaned.index('')][:40]!r} has no word to compare with")
         batch = tokenize(self.tokenizer, cleaned, max_tokens=width, allow_empty=True)
-        missing = width - batch.input_ids.shape[1]
-        lengths = [legacy_cap_len(one) for one in texts] if published else (batch.word_ids.amax(dim=1) - 1).tolist()
-        where = self.model.device if device is None else device
-        return {
-            "caption_ids": F.pad(batch.input_ids, (0, missing), value=self.tokenizer.pad_token_id).to(where),
-            "attention_mask": F.pad(batch.attention_mask, (0, missing)).to(where),
-            "token_type_ids": F.pad(batch.token_type_ids, (0, missing)).to(where),
-            "cap_lens": lengths,
+        columns = zip(IDS, (batch.input_ids, batch.attention_mask, batch.token_type_ids), strict=True)
+        fill = {"caption_ids": self.tokenizer.pad_token_id}
+        processed = {
+            name: F.pad(ids, (0, width - ids.shape[1]), value=fill.get(name, 0)).to(self._device(device))
+            for name, ids in columns
         }
+        lengths = [legacy_cap_len(one) for one in texts] if published else (batch.word_ids.amax(dim=1) - 1).tolist()
+        return processed | {"cap_lens": lengths}
 
     def process_class_prompts(
         self, class_prompts: Mapping[str, str | Sequence[str]], device: torch.device | str | None = None
@@ -116,21 +124,21 @@ class GLoRIA(nn.Module):
         *,
         progress: bool | None = None,
     ) -> Tensor:
-        """Image files (PNG, JPEG, DICOM) -> (B, C, 224, 224), padded to a square of 256, cropped and normalised.
+        """One path or B of image files (PNG, JPEG, DICOM) -> (B, 3, 224, 224), padded to a square of 256, cropped and
+        normalised: what `get_similarities` and `zero_shot_classification` take as `imgs`.
 
         `progress`: a bar over the files; None shows it in a terminal or notebook when there are more than 64.
-        Raises ImageError that names the file.
+        Raises ImageError that names the file, ValueError for no path.
         """
         paths = [paths] if isinstance(paths, str | Path) else list(paths)
         if not paths:
-            raise ValueError("no image to process")
-        config, found = self.model.config, []
+            raise ValueError("no image to process: process_img takes the path of an image file, or a list of paths")
+        config, crops = self.model.config, []
         for path in tqdm(paths, desc="read images", disable=hidden(progress, len(paths))):
             image = read_gray(path)
             placed = Geometry.fit(*image.shape, config.image_size, behavior=self.behavior).apply(image)
-            found.append(center_crop(placed, config.crop))
-        tensor = to_tensor(np.stack(found), channels=config.channels, norm=config.norm)
-        return tensor.to(self.model.device if device is None else device)
+            crops.append(center_crop(placed, config.crop))
+        return to_tensor(np.stack(crops), channels=config.channels, norm=config.norm).to(self._device(device))
 
     # -------------------------------------------------------------------------------------------------- encoding
 
@@ -185,28 +193,118 @@ class GLoRIA(nn.Module):
 
         Raises ValueError where images and texts differ in number.
         """
-        if len(img_emb_l) != len(text_emb_l):
-            raise ValueError(
-                f"maps are of image n with text n: got {len(img_emb_l)} images and {len(text_emb_l)} texts"
-            )
-        height, width = img_emb_l.shape[2:]
+        images, texts = len(img_emb_l), len(text_emb_l)
+        if images != texts:
+            raise ValueError(f"maps are of image n with text n: got {images} images and {texts} texts")
         maps = []
         for regions, words, sent in zip(img_emb_l, text_emb_l, sents, strict=True):
             length = 1 + sum(not word.startswith("[") for word in sent)
             scores = (regions.flatten(1).T @ words[:, :length])[None]
             mask = torch.ones(1, 1, length, dtype=torch.bool, device=scores.device)
             weights = attend(scores, mask, self.model.objective.temp_attention)
-            maps.append(weights.transpose(1, 2).reshape(1, length, height, width))
+            maps.append(weights.transpose(1, 2).reshape(1, length, *img_emb_l.shape[2:]))
         return maps
 
 
-def _all_words(text: str) -> str:
-    words = (word.encode("ascii", "ignore").decode() for word in _WORDS.findall(text.lower()))
-    return " ".join(word for word in words if word)
+def _ascii_words(text: str) -> str:
+    words = re.findall(r"\w+", text.lower())
+    return " ".join(word for word in (word.encode("ascii", "ignore").decode() for word in words) if word)
 
 
 def hidden(progress: bool | None, count: int, *, few: int = 64) -> bool | None:
-    """tqdm's `disable` for a choice of the user's, or none: then shown in a terminal when there are more than `few`."""
-    if progress is None:
-        return True if count <= few else None
-    return not progress
+    """tqdm's `disable` for the user's choice; None shows the bar in a terminal where there are more than `few`."""
+    return not progress if progress is not None else count <= few or None
+
+
+def get_similarities(
+    gloria_model: GLoRIAModel,
+    imgs: Tensor,
+    txts: Mapping[str, Any],
+    similarity_type: SimilarityType = "both",
+    *,
+    batch_size: int = 64,
+    progress: bool | None = None,
+) -> np.ndarray:
+    """(B, N) similarities of images with texts; "both" is the mean of "local" (-5 to 5) and "global" (-1 to 1).
+
+    `imgs`: tensor (B, 3, H, W) of `gloria_model.process_img`; `txts`: dict of `gloria_model.process_text`, with
+    `caption_ids`, `attention_mask`, `token_type_ids` (N, 97) and `cap_lens`; on any device.
+    `batch_size` images are encoded at a time, each once. A model whose image encoder is in training mode, as the
+    released loader leaves it, gets all of them at once, because what it gives for one depends on the others.
+    `progress`: a bar over the images; None shows it in a terminal or notebook when there are more than one batch.
+    Raises RuntimeError for other inputs (paths, texts), and for an unknown type.
+    """
+    if similarity_type not in ("global", "local", "both"):
+        raise RuntimeError(f'similarity type should be "global", "local" or "both", not {similarity_type!r}')
+    if not isinstance(imgs, Tensor) or imgs.ndim != 4:
+        raise RuntimeError(f"imgs must be a tensor (B, 3, H, W), got {_described(imgs)}: use gloria_model.process_img")
+    if not isinstance(txts, Mapping) or not {*IDS, "cap_lens"} <= set(txts):
+        wanted = ", ".join((*IDS, "cap_lens"))
+        raise RuntimeError(f"txts must have {wanted}, got {_described(txts)}: use gloria_model.process_text")
+    if gloria_model.img_encoder.training:
+        batch_size = len(imgs)
+    device = gloria_model.model.device
+    rows = []
+    with torch.no_grad(), tqdm(total=len(imgs), disable=hidden(progress, len(imgs), few=batch_size)) as bar:
+        texts = [
+            gloria_model.text_encoder_forward(*(txts[name][part].to(device) for name in IDS))[:2]
+            for part in torch.arange(len(txts["caption_ids"])).split(batch_size)
+        ]
+        words, sentences = (torch.cat(parts) for parts in zip(*texts, strict=True))
+        for part in imgs.split(batch_size):
+            regions, pooled = gloria_model.image_encoder_forward(part.to(device))
+            parts = []
+            if similarity_type != "global":
+                parts.append(gloria_model.get_local_similarities(regions, words, txts["cap_lens"]))
+            if similarity_type != "local":
+                parts.append(gloria_model.get_global_similarities(pooled, sentences))
+            rows.append(torch.stack(parts).mean(dim=0))
+            bar.update(len(part))
+    return torch.cat(rows).numpy()
+
+
+def zero_shot_classification(
+    gloria_model: GLoRIAModel,
+    imgs: Tensor,
+    cls_txt_mapping: Mapping[str, Mapping[str, Any]],
+    *,
+    normalise: Normalise = "cohort",
+    batch_size: int = 64,
+    progress: bool | None = None,
+) -> pd.DataFrame:
+    """B rows and a column for each class: the best of the class's prompts, standardised over the B images.
+
+    `imgs`: tensor (B, 3, H, W) of `gloria_model.process_img`; `cls_txt_mapping`: class -> dict of
+    `gloria_model.process_text`, as `gloria_model.process_class_prompts` gives them.
+
+    With `normalise="cohort"`, the original's way, a score depends on all images of the call, two images score plus and
+    minus one, a single image is left unstandardised, and a class that does not vary scores zero (there, NaN).
+    "none" leaves the similarities as they are, so that calls can be compared. For other arguments and what is raised
+    see `get_similarities`; images are encoded once, not once for every class.
+    """
+    if not cls_txt_mapping:
+        raise ValueError("no class to score")
+    raw = [name for name, texts in cls_txt_mapping.items() if not isinstance(texts, Mapping)]
+    if raw:
+        raise RuntimeError(f"the texts of class {raw[0]!r} are not processed: use gloria_model.process_class_prompts")
+    joined: dict[str, Any] = {name: torch.cat([texts[name] for texts in cls_txt_mapping.values()]) for name in IDS}
+    joined["cap_lens"] = [length for texts in cls_txt_mapping.values() for length in texts["cap_lens"]]
+    similarity = get_similarities(gloria_model, imgs, joined, "both", batch_size=batch_size, progress=progress)
+    keys = [f"{name}/{i}" for name, texts in cls_txt_mapping.items() for i in range(len(texts["caption_ids"]))]
+    prompts = {name: [key for key in keys if key.rpartition("/")[0] == name] for name in cls_txt_mapping}
+    scaled: Normalise = normalise if len(imgs) > 1 else "none"
+    return pd.DataFrame(combine(similarity, keys, prompts, scoring="max", normalise=scaled), columns=list(prompts))
+
+
+def generate_chexpert_class_prompts(n: int = 5, *, seed: int | None = 6) -> dict[str, list[str]]:
+    """n prompts for each of the five competition findings: what the original gives on its first call.
+
+    The original draws from Python's global generator, which its import seeds with 6, so that later calls differ.
+    `seed=None` draws from the global generator too (call `random.seed(6)` first for the same sequence).
+    Raises PromptError (a ValueError) where a class has fewer than n prompts; Cardiomegaly has 15.
+    """
+    return gloria_class_prompts(n, seed)
+
+
+def _described(value: object) -> str:
+    return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
