@@ -1,16 +1,15 @@
-"""Every image once, every text once: the features that all downstream tasks start from.
+"""Frozen features: each image and each text encoded once, for linear probes, zero-shot scores, retrieval and maps.
 
-A frozen encoder with a centre crop gives the same feature every time, so one pass serves linear probes, zero-shot
-scores, retrieval and maps. Everything runs in eval mode and without gradients; each module's own mode is restored
-afterwards. Features are returned in float32 whatever precision they were computed in.
+Everything runs in eval mode, without gradients, on the device where the model is; afterwards each module has its own
+mode again. Features are float32 whatever precision they were computed in.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -24,10 +23,7 @@ from gloria_core.data.tokenizer import tokenize
 from gloria_core.training.precision import Precision, choose_precision
 from gloria_core.types import ImageFeatures, TextBatch, TextFeatures
 
-Progress = Callable[[int, int], None]
-"""Called with (images done, images in all) after every batch."""
-
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+T = TypeVar("T", ImageFeatures, TextFeatures, TextBatch)
 
 
 @dataclass(frozen=True)
@@ -35,22 +31,15 @@ class Features:
     """Frozen features of n studies, one frontal image each, in the order of the frame.
 
     Shape: `pooled` (n, Dg) the encoder's global feature, for probes; `embedding` (n, D) the objective's global
-    embedding, not normalised, for retrieval; `regions` (n, h, w, Dr) or None. All float32 on the CPU.
+    embedding, not normalised, for retrieval. Both float32.
     """
 
     study_ids: tuple[str, ...]
     pooled: np.ndarray
     embedding: np.ndarray
-    regions: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.study_ids)
-
-    def images(self, rows: slice | Sequence[int]) -> ImageFeatures:
-        """The chosen rows as an objective takes them. Raises ValueError if regions were not kept."""
-        if self.regions is None:
-            raise ValueError("features have no regions; compute them with image_features(..., regions=True)")
-        return ImageFeatures(torch.from_numpy(self.pooled[rows]), torch.from_numpy(self.regions[rows]))
 
 
 @dataclass(frozen=True)
@@ -67,9 +56,9 @@ class EncodedTexts:
 
 
 def frontal_image(row: Mapping[str, Any], *, or_first: bool = False) -> tuple[int, str]:
-    """Number and path of a study's first frontal image; the first image where no view is recorded.
+    """Number and path of a study's first frontal image; its first image where no view is recorded.
 
-    A study that has lateral images only raises ValueError; with `or_first` its first image stands for it.
+    A study with lateral images only raises ValueError; with `or_first` its first image is taken.
     """
     paths = str(row["images"]).split(";")
     views = str(row["views"]).split(";") if isinstance(row.get("views"), str) and row["views"] else [""] * len(paths)
@@ -83,18 +72,18 @@ def frontal_image(row: Mapping[str, Any], *, or_first: bool = False) -> tuple[in
 
 @contextmanager
 def inference(model: nn.Module, device: torch.device | str | None, precision: Precision) -> Iterator[torch.device]:
-    """Eval mode, no gradients, autocast; gives the device and restores every module's mode.
+    """Eval mode, no gradients, autocast; gives the device of the model and restores every module's mode.
 
-    A `device` moves the model there and leaves it there; None keeps it where it is.
+    A `device` moves the model there and leaves it there; None does not move it.
     """
     if device is not None:
         model.to(device)
     where = next(model.parameters()).device
-    dtype = _DTYPES.get(choose_precision(where, precision))
+    dtype = getattr(torch, choose_precision(where, precision))
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad(), torch.autocast(where.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+        with torch.no_grad(), torch.autocast(where.type, dtype, enabled=dtype != torch.float32):
             yield where
     finally:
         for module, mode in modes:
@@ -106,38 +95,30 @@ def image_batches(
     frame: pd.DataFrame,
     cache,
     *,
-    crop: int | None = None,
     or_first: bool = False,
     batch_size: int = 64,
-    device: torch.device | str | None = None,
     precision: Precision = "auto",
-    progress: Progress | None = None,
 ) -> Iterator[tuple[slice, ImageFeatures]]:
     """Encode the frontal image of each study; yields (rows of the frame, float32 features on the model's device).
 
-    `or_first`: a study without a frontal image is seen by its first one; without it, it is an error.
-    `cache[path]` is the (S, S) uint8 image; the centre `crop` pixels of it are seen (default: the model's own).
+    `cache[path]` is the (S, S) uint8 image, of which the model sees the centre crop. `or_first`: see `frontal_image`.
     Raises ValueError naming the study where a feature is not finite.
     """
     config = model.config
-    paths = [
-        frontal_image(row, or_first=or_first)[1] for row in frame[["study_id", "images", "views"]].to_dict("records")
-    ]
-    crop = config.crop if crop is None else crop
+    records = frame[["study_id", "images", "views"]].to_dict("records")
+    paths = [frontal_image(row, or_first=or_first)[1] for row in records]
     for first in range(0, len(paths), batch_size):
         rows = slice(first, min(first + batch_size, len(paths)))
-        stack = np.stack([center_crop(np.asarray(cache[path]), crop) for path in paths[rows]])
-        # the context is entered once a batch, so that a caller who stops half-way leaves no mode or autocast behind
-        with inference(model, device, precision) as where:
+        stack = np.stack([center_crop(np.asarray(cache[path]), config.crop) for path in paths[rows]])
+        # entered once for each batch: a caller that stops early leaves neither eval mode nor autocast behind
+        with inference(model, None, precision) as where:
             pixels = to_tensor(stack, channels=config.channels, norm=config.norm).to(where)
-            found = _float(model.encode_images(pixels))
-        finite = torch.isfinite(found.pooled).all(dim=1) & torch.isfinite(found.regions).flatten(1).all(dim=1)
+            features = in_float32(model.encode_images(pixels))
+        finite = features.pooled.isfinite().all(dim=1) & features.regions.isfinite().flatten(1).all(dim=1)
         if not bool(finite.all()):
-            study = frame["study_id"].iloc[first + int((~finite).nonzero()[0])]
+            study = records[first + int((~finite).nonzero()[0])]["study_id"]
             raise ValueError(f"study {study}: the image encoder returned NaN or infinite features")
-        yield rows, found
-        if progress is not None:
-            progress(rows.stop, len(paths))
+        yield rows, features
 
 
 def image_features(
@@ -145,32 +126,21 @@ def image_features(
     frame: pd.DataFrame,
     cache,
     *,
-    crop: int | None = None,
     or_first: bool = False,
     batch_size: int = 64,
-    device: torch.device | str | None = None,
     precision: Precision = "auto",
-    regions: bool = False,
-    progress: Progress | None = None,
 ) -> Features:
-    """Features of every study of the frame, computed once (arguments as `image_batches`).
-
-    Regions are kept only when asked for: at 19 x 19 x 1024 they take 1.5 MB a study.
-    """
+    """Features of every study of the frame (arguments as `image_batches`)."""
     if not len(frame):
         raise ValueError("no studies to encode: the frame is empty")
-    blank = blank_texts(model)
-    pooled, embedding, kept = [], [], []
-    settings = {"crop": crop, "or_first": or_first, "batch_size": batch_size, "device": device, "precision": precision}
-    for _, found in image_batches(model, frame, cache, **settings, progress=progress):
+    pooled, embedding = [], []
+    for _, images in image_batches(model, frame, cache, or_first=or_first, batch_size=batch_size, precision=precision):
         with inference(model, None, "float32") as where:
-            embedding.append(model.objective.global_embeddings(found, blank.to(where))[0].float().cpu())
-        pooled.append(found.pooled.cpu())
-        if regions:
-            kept.append(found.regions.cpu())
+            _, no_text = blank_pair(model, where)
+            embedding.append(model.objective.global_embeddings(images, no_text)[0].float().cpu())
+        pooled.append(images.pooled.cpu())
     ids = tuple(frame["study_id"].astype(str))
-    stack = torch.cat(kept).numpy() if regions else None
-    return Features(ids, torch.cat(pooled).numpy(), torch.cat(embedding).numpy(), stack)
+    return Features(ids, torch.cat(pooled).numpy(), torch.cat(embedding).numpy())
 
 
 def text_features(
@@ -178,14 +148,13 @@ def text_features(
     texts: Sequence[str],
     *,
     batch_size: int = 128,
-    device: torch.device | str | None = None,
     precision: Precision = "auto",
     clean: bool | None = None,
 ) -> EncodedTexts:
-    """Tokenise and encode N texts with the model's own tokenizer; the order is kept.
+    """Tokenise and encode N texts, in their order, with the model's own tokenizer.
 
-    `clean` passes them through `clean_report` first, as the released code does with reports and prompts; None does so
-    for behavior="published". Spans of words are then those of the cleaned text.
+    `clean` first applies `clean_report`, as the released code does to reports and prompts; None does so for
+    behavior="published". Spans of words are then those of the cleaned text.
     Raises ValueError for no texts or a model without tokenizer, ReportError for a text without a word.
     """
     texts = tuple(texts)
@@ -198,71 +167,65 @@ def text_features(
     batch = tokenize(model.tokenizer, texts, max_tokens=model.config.max_tokens, names=[f"text {t!r}" for t in texts])
     parts, embedding = [], []
     for first in range(0, len(texts), batch_size):
-        with inference(model, device, precision) as where:
-            part = _float(model.encode_texts(_rows(batch, slice(first, first + batch_size)).to(where)))
+        with inference(model, None, precision) as where:
+            part = in_float32(model.encode_texts(select(batch, slice(first, first + batch_size)).to(where)))
         with inference(model, None, "float32"):
-            embedding.append(model.objective.global_embeddings(blank_images(model, where), part)[1].float().cpu())
+            no_image, _ = blank_pair(model, where)
+            embedding.append(model.objective.global_embeddings(no_image, part)[1].float().cpu())
         parts.append(part)
-    return EncodedTexts(texts, batch, _joined(parts), torch.cat(embedding).numpy())
+    return EncodedTexts(texts, batch, _concatenated(parts), torch.cat(embedding).numpy())
 
 
-def select(texts: TextFeatures, rows: slice | Sequence[int]) -> TextFeatures:
-    """The chosen texts, in that order, repeated where a row is named twice."""
-    rows = rows if isinstance(rows, slice) else torch.as_tensor(rows, device=texts.words.device)
-    return _rows(texts, rows)
+def select(features: T, rows: slice | Sequence[int]) -> T:
+    """The chosen images or texts, in that order, repeated where a row is named twice; of a batch the tensors only."""
+    return _with_tensors(features, lambda tensor: tensor[rows])
 
 
-def _rows(item, rows):
-    values = {f.name: getattr(item, f.name) for f in fields(item)}
-    return type(item)(**{name: None if value is None else value[rows] for name, value in values.items()})
+def in_float32(features: T) -> T:
+    """Floating tensors as float32; masks and ids stay as they are."""
+    return _with_tensors(features, lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
 
 
-def _float(item):
-    """Floating tensors to float32; masks and ids stay."""
-    values = {f.name: getattr(item, f.name) for f in fields(item)}
-    return type(item)(
-        **{k: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in values.items()}
-    )
+def _with_tensors(item: T, change: Callable[[Tensor], Tensor]) -> T:
+    values = {field.name: getattr(item, field.name) for field in fields(item)}
+    return replace(item, **{name: change(value) for name, value in values.items() if isinstance(value, Tensor)})
 
 
-def _joined(parts: Sequence[TextFeatures]) -> TextFeatures:
-    """Concatenate along texts; shorter parts are padded with what padding is (zero, False, number -1)."""
+def _concatenated(parts: Sequence[TextFeatures]) -> TextFeatures:
+    """Concatenate along texts; shorter texts are padded with zero, False, or number -1."""
     columns = {}
-    for item in fields(TextFeatures):
-        tensors = [getattr(part, item.name) for part in parts]
+    for field in fields(TextFeatures):
+        tensors = [getattr(part, field.name) for part in parts]
         if tensors[0] is None:
             continue
-        width = max(t.shape[1] for t in tensors)
-        if item.name != "sentence":
-            value = TextFeatures.PADDING.get(item.name, 0)
-            pads = [(0, 0) * (t.ndim - 2) + (0, width - t.shape[1]) for t in tensors]
+        if field.name != "sentence":  # one vector a text, the only field that is not as long as the text
+            width = max(tensor.shape[1] for tensor in tensors)
+            value = TextFeatures.PADDING.get(field.name, 0)
+            pads = [(0, 0) * (tensor.ndim - 2) + (0, width - tensor.shape[1]) for tensor in tensors]
             tensors = [nn.functional.pad(t, pad, value=value) for t, pad in zip(tensors, pads, strict=True)]
-        columns[item.name] = torch.cat(tensors)
+        columns[field.name] = torch.cat(tensors)
     return TextFeatures(**columns)
 
 
-def blank_texts(model: nn.Module) -> TextFeatures:
-    """One text of zeros: `global_embeddings` wants both sides, and here only the image side is read."""
-    words, yes = torch.zeros(1, 1, model.text_encoder.dim), torch.ones(1, 1, dtype=torch.bool)
-    first = torch.zeros(1, 1, dtype=torch.int64)
-    return TextFeatures(
+def blank_pair(model: nn.Module, device: torch.device) -> tuple[ImageFeatures, TextFeatures]:
+    """One image and one text of zeros, with one region and one word: for methods of an objective that take both,
+    where only one of them is of interest.
+    """
+    encoder = model.image_encoder
+    image = ImageFeatures(torch.zeros(1, encoder.pooled_dim), torch.zeros(1, 1, 1, encoder.region_dim))
+    words, mask = torch.zeros(1, 1, model.text_encoder.dim), torch.ones(1, 1, dtype=torch.bool)
+    number = torch.zeros(1, 1, dtype=torch.int64)
+    text = TextFeatures(
         tokens=words,
-        token_mask=yes,
-        token_words=first,
-        token_sentences=first,
+        token_mask=mask,
+        token_words=number,
+        token_sentences=number,
         words=words,
-        word_mask=yes,
-        special_mask=~yes,
-        unknown_mask=~yes,
-        word_sentence=first,
+        word_mask=mask,
+        special_mask=~mask,
+        unknown_mask=~mask,
+        word_sentence=number,
         sentence=words[:, 0],
         cls_attention=words[..., 0],
     )
-
-
-def blank_images(model: nn.Module, device: torch.device) -> ImageFeatures:
-    """One image of zeros with one region, where an objective wants both sides and only the text's is read."""
-    encoder = model.image_encoder
-    return ImageFeatures(
-        torch.zeros(1, encoder.pooled_dim, device=device), torch.zeros(1, 1, 1, encoder.region_dim, device=device)
-    )
+    return image.to(device), text.to(device)

@@ -1,48 +1,33 @@
-"""Retrieval: which report belongs to this image, which image to this report, which image looks like this one.
+"""Retrieval between images and reports: exact search, its metrics, and an index file.
 
-Two questions, two numbers. Of pairs: is the image's own report among the first K (Recall@K, median and mean rank;
-CXR-CLIP, You et al. 2023, table 3, and the `retrieval_image_text` of its released evaluator)? Of classes: how many of
-the first K share the query's finding (Precision@K; ConVIRT, Zhang et al. 2020, section 4.3, on 8 x 200 studies; GLoRIA,
-Huang et al. 2021, section 4.3, on 5 x 200 with K = 5, 10, 100)? Chance stands beside every number: it depends on K, on
-the number of candidates and on how many of them are right.
+- Recall@K, median and mean rank: is the query's own partner among the first K candidates (CXR-CLIP, You et al. 2023,
+  table 3 and the `retrieval_image_text` of its released evaluator)?
+- Precision@K: the share of the first K candidates with the query's finding (ConVIRT, Zhang et al. 2020, section 4.3, on
+  8 x 200 studies; GLoRIA, Huang et al. 2021, section 4.3, on 5 x 200 with K = 5, 10, 100).
 
-**Duplicate texts.** "No acute process." is the report of many studies. Texts are compared after `normalised`:
+Both depend on K, on the number of candidates and on how many of them are relevant, so every row has the value of a
+random order beside it (`chance`). Intervals resample the patients of the queries; the candidates stay the same.
 
-- `merged`: each distinct text is one candidate, embedded once (CXR-CLIP), and as a query is asked once.
-- `right`: all studies are candidates, and every one with the query's text is right. Easier: frequent texts abound.
-- `wrong`: only the study itself is right, and its copies are mistakes. What careless code does; no model can reach 1.
+**Ties.** Scores that differ by at most `TIE` (relative for scores above 1) count as equal, because a matrix product
+does not round all its cells alike. All metrics are means over the orders of tied candidates: constant embeddings give
+exactly the value of a random order.
 
-Ties are resolved by their mean over all orders (see `search`). Intervals draw patients (of the queries) with
-replacement and keep the candidates: they say what other queries to the same archive would give.
+**Identical reports.** Many studies share a text ("No acute process."). Texts are compared by `text_groups`:
 
-Scores of many queries with many candidates, a block at a time, and the pairs of them that belong together.
-
-Exact search in blocks: the nearest candidates of every query, and the rank of the right ones, in one pass.
-
-100,000 queries against 100,000 candidates would be a matrix of 40 GB. Here only a block of it exists at a time, and
-what of it is kept is the best `k` of each query and three counts. Nothing is approximated.
-
-**Ties.** Scores that differ by no more than `TIE` (relative for scores above 1) count as equal: a matrix product does
-not round all its cells alike. Equal scores have no order, so a rank is a range, and what is reported is the mean over
-all orders of the tied: constant embeddings give exactly the level of chance.
-
-A search that is kept: embeddings, ids and the fingerprint of their model in one file; and re-ranking.
-
-Embeddings of two models have nothing to do with each other, and a search across them gives an answer all the same. So
-an index knows its model by what it computes with: weights, configuration and vocabulary, not by a file name.
+- `merged`: each distinct text is one candidate and one query (CXR-CLIP).
+- `right`: all studies are candidates, and all with the query's text are relevant. Easier: frequent texts are many.
+- `wrong`: only the study itself is relevant, and its copies are mistakes. No model can reach 1.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Protocol, Self, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -52,36 +37,24 @@ from safetensors.numpy import load as parse
 from safetensors.numpy import save as serialise
 from torch import Tensor, nn
 
-from gloria_core.data.reports import ReportError
-from gloria_core.tasks.features import EncodedTexts, Features, image_batches, inference, select
-from gloria_core.tasks.metrics import interval, resamples
+from gloria_core.data.files import atomic_write, content_hash
+from gloria_core.data.reports import StudyTexts
+from gloria_core.tasks.features import EncodedTexts, image_batches, inference, select
+from gloria_core.tasks.metrics import Statistic, bootstrap_rows, ratio_of_sums
 from gloria_core.training.precision import Precision
-from gloria_core.types import ImageFeatures
 
-_PAIRS = 1 << 20  # matching pairs listed at a time
+TIE = 1e-6
+BATCH = 256
+"""Queries that are scored at a time: with 100,000 candidates 100 MB of float32."""
 
-
-class Scores(Protocol):
-    """Similarity of every query (Q) with every candidate (C), made block by block."""
-
-    shape: tuple[int, int]
-
-    def block(self, rows: slice, columns: slice) -> Tensor:
-        """(q, c) float32."""
-
-    def pairs(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """(P,) scores of single pairs."""
-
-    def take(self, rows: Sequence[int], columns: Sequence[int]) -> Self:
-        """The scores of some queries with some candidates."""
-
-    def turned(self) -> Self:
-        """Candidates ask, queries answer."""
+Direction = Literal["image_to_text", "text_to_image"]
+Duplicates = Literal["merged", "right", "wrong"]
+COLUMNS = ["target", "metric", "value", "ci_low", "ci_high", "n", "chance"]
 
 
 @dataclass(frozen=True)
-class Cosine:
-    """Cosines of Q and C vectors of width D; made by `cosine`, which normalises them."""
+class Scores:
+    """Similarities of Q queries with C candidates: dot products of vectors (Q, D) and (C, D), made by `cosine`."""
 
     queries: Tensor
     candidates: Tensor
@@ -90,49 +63,20 @@ class Cosine:
     def shape(self) -> tuple[int, int]:
         return len(self.queries), len(self.candidates)
 
-    def block(self, rows: slice, columns: slice) -> Tensor:
-        return self.queries[rows] @ self.candidates[columns].T
-
-    def pairs(self, rows: Tensor, columns: Tensor) -> Tensor:
-        step = max(1, (1 << 22) // self.queries.shape[1])
-        parts = [
-            (self.queries[rows[i : i + step]] * self.candidates[columns[i : i + step]]).sum(1)
-            for i in range(0, len(rows), step)
-        ]
-        return torch.cat(parts) if parts else self.queries.new_zeros(0)
-
-    def take(self, rows: Sequence[int], columns: Sequence[int]) -> Cosine:
-        return Cosine(self.queries[_index(rows, self.queries)], self.candidates[_index(columns, self.candidates)])
-
-    def turned(self) -> Cosine:
-        return Cosine(self.candidates, self.queries)
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """Scores that were computed whole, for sets where they fit in memory; made by `matrix`."""
-
-    values: Tensor
-
     @property
-    def shape(self) -> tuple[int, int]:
-        return tuple(self.values.shape)
+    def T(self) -> Scores:  # noqa: N802
+        """The candidates as queries, and the queries as candidates."""
+        return Scores(self.candidates, self.queries)
 
-    def block(self, rows: slice, columns: slice) -> Tensor:
-        return self.values[rows, columns].clone()
-
-    def pairs(self, rows: Tensor, columns: Tensor) -> Tensor:
-        return self.values[rows, columns]
-
-    def take(self, rows: Sequence[int], columns: Sequence[int]) -> Matrix:
-        return Matrix(self.values[_index(rows, self.values)][:, _index(columns, self.values)])
-
-    def turned(self) -> Matrix:
-        return Matrix(self.values.T)
+    def batches(self, size: int) -> Iterator[tuple[slice, Tensor]]:
+        """(rows, (b, C) scores) of `size` queries at a time."""
+        for first in range(0, len(self.queries), size):
+            rows = slice(first, min(first + size, len(self.queries)))
+            yield rows, self.queries[rows] @ self.candidates.T
 
 
-def cosine(queries: np.ndarray, candidates: np.ndarray, *, device: torch.device | str = "cpu") -> Cosine:
-    """Cosine scores of embeddings (Q, D) and (C, D), in float32. A vector of zeros has cosine 0 with everything.
+def cosine(queries: np.ndarray, candidates: np.ndarray, *, device: torch.device | str = "cpu") -> Scores:
+    """Cosine of embeddings (Q, D) and (C, D), in float32. A vector of zeros has cosine 0 with everything.
 
     Raises ValueError for other shapes, no rows, or the first row that is not finite.
     """
@@ -140,359 +84,200 @@ def cosine(queries: np.ndarray, candidates: np.ndarray, *, device: torch.device 
         raise ValueError(f"embeddings must be (Q, D) and (C, D), got {queries.shape} and {candidates.shape}")
     if not len(queries) or not len(candidates):
         raise ValueError(f"nothing to search: {len(queries)} queries and {len(candidates)} candidates")
-    tensors = []
+    vectors = []
     for name, values in (("query", queries), ("candidate", candidates)):
-        _refuse_nonfinite(values, name)
-        vectors = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).to(device)
-        tensors.append(torch.nn.functional.normalize(vectors, dim=1))
-    return Cosine(*tensors)
-
-
-def matrix(values: np.ndarray) -> Matrix:
-    """Given scores (Q, C). Raises ValueError for another shape, no cells, or the first row that is not finite."""
-    if values.ndim != 2 or not values.size:
-        raise ValueError(f"scores must be (Q, C) with at least one cell, got {values.shape}")
-    _refuse_nonfinite(values, "query")
-    return Matrix(torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)))
-
-
-class Matches:
-    """Pairs of equal numbers, listed query by query without ever comparing all with all."""
-
-    def __init__(self, queries: np.ndarray | None, candidates: np.ndarray | None, shape: tuple[int, int]) -> None:
-        self.given = queries is not None
-        if self.given != (candidates is not None):
-            raise ValueError("numbers of queries and of candidates belong together; give both or none")
-        if not self.given:
-            self.counts = np.zeros(shape[0], dtype=np.int64)
-            return
-        if (len(queries), len(candidates)) != shape:
-            raise ValueError(
-                f"{len(queries)} and {len(candidates)} numbers for {shape[0]} queries, {shape[1]} candidates"
-            )
-        candidates = np.asarray(candidates)
-        self.order = np.argsort(candidates, kind="stable")
-        self.first = np.searchsorted(candidates, queries, side="left", sorter=self.order)
-        self.counts = np.searchsorted(candidates, queries, side="right", sorter=self.order) - self.first
-
-    def pairs(self, rows: slice) -> tuple[np.ndarray, np.ndarray]:
-        """Query (counted from the block's first) and candidate of every match of these rows."""
-        if not self.given:
-            return np.zeros(0, np.int64), np.zeros(0, np.int64)
-        counts = self.counts[rows]
-        start = np.cumsum(counts) - counts
-        place = np.arange(counts.sum()) - np.repeat(start - self.first[rows], counts)
-        return np.repeat(np.arange(len(counts)), counts), self.order[place]
-
-
-def row_blocks(pairs: np.ndarray, most: int) -> Iterator[slice]:
-    """Consecutive queries, at most `most` and, where one query alone does not have more, `_PAIRS` listed pairs."""
-    first, total = 0, np.concatenate([[0], np.cumsum(pairs)])
-    while first < len(pairs):
-        fitting = int(np.searchsorted(total, total[first] + _PAIRS, side="right")) - 1
-        last = min(max(first + 1, fitting), first + most, len(pairs))
-        yield slice(first, last)
-        first = last
-
-
-def blocks(scores: Scores, rows: slice, own: Matches, width: int) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of these queries, barred candidates at minus infinity."""
-    query, candidate = own.pairs(rows)
-    for first in range(0, scores.shape[1], width):
-        columns = slice(first, min(first + width, scores.shape[1]))
-        block = scores.block(rows, columns)
-        here = (candidate >= columns.start) & (candidate < columns.stop)
-        if here.any():
-            block[query[here], candidate[here] - first] = -torch.inf
-        yield columns, block
-
-
-def _index(rows: Sequence[int], like: Tensor) -> Tensor:
-    return torch.as_tensor(np.asarray(rows, dtype=np.int64), device=like.device)
-
-
-def _refuse_nonfinite(values: np.ndarray, name: str) -> None:
-    bad = ~np.isfinite(values).all(axis=1)
-    if bad.any():
-        raise ValueError(f"{name} {int(bad.argmax())} has values that are NaN or infinite")
-
-
-TIE = 1e-6
-BLOCK = (1024, 8192)
-"""Queries and candidates of one block: 32 MB of float32."""
+        finite = np.isfinite(values).all(axis=1)
+        if not finite.all():
+            raise ValueError(f"{name} {int(finite.argmin())} has values that are NaN or infinite")
+        tensor = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).to(device)
+        vectors.append(nn.functional.normalize(tensor, dim=1))
+    return Scores(*vectors)
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a search found, for Q queries.
+class Ranking:
+    """Where the relevant candidates of Q queries stand.
 
-    Shape: `nearest`, `scores` (Q, k) candidates in falling order and their scores; then (Q,) int64 counts:
-    `better` wrong candidates above the best right one, `tied` wrong ones level with it, `level` right ones level with
-    it (itself included), `right` right candidates, `allowed` candidates that could be found.
+    Shape: `nearest`, `scores` (Q, k) candidates in falling order and their scores; `queries` (Q,) numbers of the
+    queries; then counts (Q,): `above` irrelevant candidates above the best relevant one, `tied_irrelevant` and
+    `tied_relevant` candidates with its score (itself included), and all `relevant` ones. `candidates`: their number.
     """
 
     nearest: np.ndarray
     scores: np.ndarray
-    better: np.ndarray
-    tied: np.ndarray
-    level: np.ndarray
-    right: np.ndarray
-    allowed: np.ndarray
+    above: np.ndarray
+    tied_irrelevant: np.ndarray
+    tied_relevant: np.ndarray
+    relevant: np.ndarray
+    queries: np.ndarray
+    candidates: int
 
     @property
     def rank(self) -> np.ndarray:
-        """(Q,) rank of the first right candidate, from 1; the mean over all orders of the tied."""
-        return self.better + 1 + self.tied / (self.level + 1)
+        """(Q,) rank of the first relevant candidate, from 1."""
+        return self.above + 1 + self.tied_irrelevant / (self.tied_relevant + 1)
 
     def recall(self, k: int) -> np.ndarray:
-        """(Q,) 1 where a right candidate is among the first k, 0 where not, its probability where ties decide."""
-        return 1.0 - none_of(self.level, self.tied + self.level, np.clip(k - self.better, 0, None))
+        """(Q,) 1 where a relevant candidate is among the first k, 0 where not, its probability where ties decide."""
+        tied = self.tied_irrelevant + self.tied_relevant
+        return 1.0 - probability_of_none(self.tied_relevant, tied, np.clip(k - self.above, 0, None))
 
     def chance_recall(self, k: int) -> np.ndarray:
-        """(Q,) recall under a random order of the allowed candidates."""
-        return 1.0 - none_of(self.right, self.allowed, np.full(len(self.right), k))
+        """(Q,) recall in a random order of the candidates."""
+        total, drawn = (np.full(len(self.relevant), number) for number in (self.candidates, k))
+        return 1.0 - probability_of_none(self.relevant, total, drawn)
 
     @property
     def chance_rank(self) -> np.ndarray:
-        """(Q,) expected rank of the first right candidate under a random order."""
-        return (self.allowed + 1) / (self.right + 1)
+        """(Q,) expected rank of the first relevant candidate in a random order."""
+        return (self.candidates + 1) / (self.relevant + 1)
 
 
-def none_of(marked: np.ndarray, total: np.ndarray, drawn: np.ndarray) -> np.ndarray:
-    """Probability that `drawn` of `total` items, without replacement, hold none of the `marked` (hypergeometric)."""
+def probability_of_none(marked: np.ndarray, total: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+    """Probability that `drawn` of `total` items, without replacement, contain none of the `marked` (hypergeometric).
+
+    All arguments and the result have shape (Q,). `scipy.stats.hypergeom.pmf` gives the same, 100 times slower.
+    """
     result = np.ones(len(total))
     for i in range(int(drawn.max(initial=0))):
-        active = i < np.minimum(drawn, total)
-        left = np.maximum(total - i, 1)
-        result *= np.where(active, np.clip(total - marked - i, 0, None) / left, 1.0)
+        left = np.clip(total - marked - i, 0, None) / np.maximum(total - i, 1)
+        result *= np.where(i < np.minimum(drawn, total), left, 1.0)
     return result
 
 
 def search(
     scores: Scores,
+    query_groups: np.ndarray,
+    candidate_groups: np.ndarray,
     *,
     k: int = 10,
-    query_group: np.ndarray | None = None,
-    candidate_group: np.ndarray | None = None,
-    query_own: np.ndarray | None = None,
-    candidate_own: np.ndarray | None = None,
-    block: tuple[int, int] = BLOCK,
-) -> Found:
-    """The k nearest candidates of every query, and where the right ones stand.
+    batch_size: int = BATCH,
+) -> Ranking:
+    """Rank all C candidates for each of Q queries; relevant are candidates whose group (a number) is the query's.
 
-    A candidate is right where its group (a number) is that of the query; without groups, all counts but `allowed`
-    are zero. A candidate whose `own` number is that of the query cannot be found (the query itself, or its patient).
-    Memory: the embeddings, one block, and O(Q k).
-
-    Raises ValueError for k outside 1..allowed, blocks below 1, groups of another length, or a query (named) that
-    has no right candidate.
+    Shape: query_groups (Q,), candidate_groups (C,)
+    Raises ValueError for k outside 1..C, groups of another length, or a query without a relevant candidate.
     """
-    shape = scores.shape
-    if min(block) < 1:
-        raise ValueError(f"block is {block}; both sides must be at least 1")
-    right, own = Matches(query_group, candidate_group, shape), Matches(query_own, candidate_own, shape)
-    allowed = shape[1] - own.counts
-    if not 1 <= k <= allowed.min():
-        raise ValueError(f"k is {k}; it must be 1 to {allowed.min()}, the candidates that the poorest query has")
-    parts = [
-        _search_rows(scores, rows, k, right, own, block[1]) for rows in row_blocks(right.counts + own.counts, block[0])
-    ]
+    if (len(query_groups), len(candidate_groups)) != scores.shape:
+        raise ValueError(f"{len(query_groups)} and {len(candidate_groups)} groups for scores {scores.shape}")
+    if not 1 <= k <= scores.shape[1]:
+        raise ValueError(f"k is {k}; it must be 1 to {scores.shape[1]}, the number of candidates")
+    groups = [torch.as_tensor(group, device=scores.queries.device) for group in (query_groups, candidate_groups)]
+    parts = []
+    for rows, block in scores.batches(batch_size):
+        relevant = groups[0][rows, None] == groups[1]
+        best = block.masked_fill(~relevant, -torch.inf).amax(dim=1, keepdim=True)
+        if best.isneginf().any():
+            raise ValueError(f"query {rows.start + int(best.argmin())} has no relevant candidate")
+        above, tied = _above_and_tied(block, best)
+        counts = (above, tied & ~relevant, tied & relevant, relevant)
+        parts.append((*_first(block, k), *(count.sum(dim=1).cpu().numpy() for count in counts)))
     columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
-    return Found(*columns, allowed=allowed)
+    return Ranking(*columns, queries=np.arange(scores.shape[0]), candidates=scores.shape[1])
 
 
-def labels_at(
+def label_shares(
     scores: Scores,
     labels: np.ndarray,
     ks: Sequence[int],
     *,
-    query_own: np.ndarray | None = None,
-    candidate_own: np.ndarray | None = None,
-    block: tuple[int, int] = BLOCK,
-) -> np.ndarray:
-    """(len(ks), Q, K): the share of each query's first k candidates that has each label; `labels` is (C, K) of 0 and 1.
-
-    Where candidates tie at place k, the mean over their orders. Two passes: one for the k-th scores, one to count.
-    Raises ValueError as `search`, and for labels of another length.
-    """
-    if labels.shape[0] != scores.shape[1]:
-        raise ValueError(f"{labels.shape[0]} rows of labels for {scores.shape[1]} candidates")
-    own = Matches(query_own, candidate_own, scores.shape)
-    found = search(scores, k=max(ks), query_own=query_own, candidate_own=candidate_own, block=block)
-    shares = np.empty((len(ks), scores.shape[0], labels.shape[1]))
-    weights = torch.tensor(np.column_stack([labels, np.ones(len(labels))]), dtype=torch.float32)
-    for rows in row_blocks(own.counts, block[0]):
-        limits = torch.from_numpy(found.scores[rows][:, [k - 1 for k in ks]])
-        above, level = _counts_at(scores, rows, limits, weights, own, block[1])
-        for i, k in enumerate(ks):
-            open_places = (k - above[i, :, -1:]) / level[i, :, -1:].clip(1)
-            shares[i, rows] = ((above[i] + open_places * level[i]) / k)[:, :-1]
-    return shares
-
-
-def _search_rows(scores: Scores, rows: slice, k: int, right: Matches, own: Matches, width: int) -> tuple:
-    count = rows.stop - rows.start
-    best, level, n_right = _best_right(scores, rows, right, own)
-    low, high = best - _margin(best), best + _margin(best)
-    better, reached = torch.zeros(count, dtype=torch.int64), torch.zeros(count, dtype=torch.int64)
-    values, places = None, None
-    for columns, block in blocks(scores, rows, own, width):
-        if right.given:
-            better += (block > high[:, None].to(block.device)).sum(1).cpu()
-            reached += (block >= low[:, None].to(block.device)).sum(1).cpu()
-        top, place = block.topk(min(k, block.shape[1]), dim=1)
-        top, place = top.cpu(), place.cpu() + columns.start
-        if values is not None:
-            top, place = torch.cat([values, top], 1), torch.cat([places, place], 1)
-        values, chosen = top.topk(min(k, top.shape[1]), dim=1)
-        places = place.gather(1, chosen)
-    # among equal scores the earlier candidate comes first, so that a figure is the same on every machine
-    order = np.lexsort((places.numpy(), -values.numpy()), axis=1)
-    nearest, top = (np.take_along_axis(part.numpy(), order, 1) for part in (places, values))
-    tied = (reached - better - level).clamp_min(0) if right.given else better
-    return nearest, top, better.numpy(), tied.numpy(), level.numpy(), n_right.numpy()
-
-
-def _best_right(scores: Scores, rows: slice, right: Matches, own: Matches) -> tuple[Tensor, Tensor, Tensor]:
-    """Score of the best right candidate of each query, how many right ones are level with it, how many there are."""
-    count = rows.stop - rows.start
-    if not right.given:
-        return torch.zeros(count), *(torch.zeros(count, dtype=torch.int64) for _ in range(2))
-    query, candidate = right.pairs(rows)
-    if own.given:
-        barred = np.stack(own.pairs(rows), axis=1)
-        width = scores.shape[1]
-        keep = ~np.isin(query * width + candidate, barred[:, 0] * width + barred[:, 1])
-        query, candidate = query[keep], candidate[keep]
-    n_right = torch.from_numpy(np.bincount(query, minlength=count))
-    if (n_right == 0).any():
-        raise ValueError(f"query {rows.start + int((n_right == 0).nonzero()[0])} has no right candidate to find")
-    query = torch.from_numpy(query)
-    values = scores.pairs(query + rows.start, torch.from_numpy(candidate)).cpu()
-    best = torch.full((count,), -torch.inf).scatter_reduce(0, query, values, "amax")
-    near = values >= (best - _margin(best))[query]
-    return best, torch.zeros(count, dtype=torch.int64).scatter_add(0, query, near.long()), n_right
-
-
-def _counts_at(
-    scores: Scores, rows: slice, limits: Tensor, weights: Tensor, own: Matches, width: int
+    patients: Sequence[object] | None = None,
+    batch_size: int = BATCH,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(len(ks), q, K + 1) sums of `weights` over candidates above, and level with, each limit (q, len(ks))."""
-    above = np.zeros((limits.shape[1], limits.shape[0], weights.shape[1]))
-    level = np.zeros_like(above)
-    for columns, block in blocks(scores, rows, own, width):
-        part = weights[columns].to(block.device)
-        for i, limit in enumerate(limits.T.to(block.device)):
-            over = block > (limit + _margin(limit))[:, None]
-            near = (block >= (limit - _margin(limit))[:, None]) & ~over
-            above[i] += (over.float() @ part).cpu().numpy()
-            level[i] += (near.float() @ part).cpu().numpy()
-    return above, level
+    """Share of each query's first k candidates that has each label, and that of all its candidates.
 
-
-def reordered(found: Found, fine: np.ndarray, right: np.ndarray) -> Found:
-    """`found` with its k nearest put into the order of finer scores; what lies behind them stays where it is.
-
-    Shape: `fine` and `right` (Q, k), the finer score of every nearest candidate and whether it is right.
+    Shape: labels (C, K) of 0 and 1 -> (Q, K, len(ks)) and (Q, K)
+    `patients`: of queries that are the candidates, too; images of the query's own patient are no candidates.
+    Raises ValueError for labels of another length, or a k beyond the number of candidates of a query.
     """
-    k = found.nearest.shape[1]
-    order = np.argsort(-fine, axis=1, kind="stable")
-    inside = right.any(axis=1)
-    best = np.where(right, fine, -np.inf).max(axis=1, initial=-np.inf)
-    margin = TIE * np.maximum(1.0, np.abs(np.where(inside, best, 0.0)))
-    over, near = fine > (best + margin)[:, None], np.abs(fine - best[:, None]) <= margin[:, None]
-    # a right candidate that the first search left outside stands behind all k, whatever tied with it
-    outside = np.maximum(found.better, k)
-    return replace(
-        found,
-        nearest=np.take_along_axis(found.nearest, order, 1),
-        scores=np.take_along_axis(fine, order, 1),
-        better=np.where(inside, (over & ~right).sum(1), outside),
-        tied=np.where(inside, (near & ~right).sum(1), found.better + found.tied - outside),
-        level=np.where(inside, (near & right).sum(1), found.level),
+    if len(labels) != scores.shape[1]:
+        raise ValueError(f"{len(labels)} rows of labels for {scores.shape[1]} candidates")
+    device, numbers = (
+        scores.candidates.device,
+        None if patients is None else torch.from_numpy(pd.factorize(np.asarray(patients))[0]),
     )
+    weights = torch.tensor(np.column_stack([labels, np.ones(len(labels))]), dtype=torch.float32, device=device)
+    shares, overall = (
+        np.empty((scores.shape[0], labels.shape[1], len(ks))),
+        np.empty((scores.shape[0], labels.shape[1])),
+    )
+    for rows, block in scores.batches(batch_size):
+        if numbers is not None:
+            block[(numbers[rows, None] == numbers).to(device)] = -torch.inf
+        first = block.topk(max(ks), dim=1).values
+        if first.isneginf().any():
+            raise ValueError(f"k is {max(ks)}: a query has fewer candidates of other patients")
+        for i, k in enumerate(ks):
+            above, tied = (part.float() @ weights for part in _above_and_tied(block, first[:, [k - 1]]))
+            above, tied = above.double().cpu(), tied.double().cpu()
+            shares[rows, :, i] = ((above + (k - above[:, -1:]) / tied[:, -1:] * tied) / k)[:, :-1]
+        total = ((~block.isneginf()).float() @ weights).double().cpu()
+        overall[rows] = (total / total[:, -1:])[:, :-1]
+    return shares, overall
 
 
-def _margin(values: Tensor) -> Tensor:
-    return TIE * values.abs().clamp_min(1.0)
+def _above_and_tied(block: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
+    """(b, C) bool each: scores above the limit (b, 1), and equal to it."""
+    margin = TIE * limit.abs().clamp_min(1.0)
+    above = block > limit + margin
+    return above, (block >= limit - margin) & ~above
 
 
-Direction = Literal["image_to_text", "text_to_image"]
-Duplicates = Literal["merged", "right", "wrong"]
-COLUMNS = ("target", "metric", "value", "ci_low", "ci_high", "n", "chance")
+def _first(block: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Candidates (b, k) of the highest scores, and the scores; of equal ones the earlier candidate comes first."""
+    values, places = (part.cpu().numpy() for part in block.topk(k, dim=1))
+    order = np.lexsort((places, -values), axis=1)
+    return np.take_along_axis(places, order, axis=1), np.take_along_axis(values, order, axis=1)
 
-_WORDS = re.compile(r"\w+")
 
+def report_texts(frame: pd.DataFrame, section: Literal["impression", "findings", "both"] = "impression") -> list[str]:
+    """The text of every study, as pretraining reads it; "both" are joined by a blank line.
 
-def report_texts(frame: pd.DataFrame, section: str = "impression") -> list[str]:
-    """The text of every study, as pretraining reads it: "impression", "findings", or "both", joined by a blank line.
-
-    Raises ReportError naming the studies without text, ValueError for another section.
+    Raises ReportError naming the studies without text.
     """
-    columns = {"impression": ["impression"], "findings": ["findings"], "both": ["findings", "impression"]}
-    if section not in columns:
-        raise ValueError(f"section is {section!r}; it must be one of {', '.join(columns)}")
-    rows = zip(*(frame[column].fillna("").astype(str) for column in columns[section]), strict=True)
-    texts = ["\n\n".join(part for part in row if part.strip()) for row in rows]
-    empty = [study for study, text in zip(frame["study_id"].astype(str), texts, strict=True) if not text.strip()]
-    if empty:
-        listed = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
-        raise ReportError(f"{len(empty)} studies have no {section} to retrieve (study_id {listed}); leave them out")
-    return texts
-
-
-def normalised(text: str) -> str:
-    """What makes two reports the same: their words in order, in small letters, without punctuation and blanks."""
-    return " ".join(_WORDS.findall(text.lower()))
+    texts, no_draw = StudyTexts(frame, text=section, sentence="all", fixed=True), np.random.default_rng(0)
+    return [texts.draw(row, 1, no_draw)[0][0] for row in range(len(frame))]
 
 
 def text_groups(texts: Sequence[str]) -> np.ndarray:
-    """(n,) number of each distinct normalised text, counted from 0 in order of first use."""
-    return pd.factorize(np.array([normalised(text) for text in texts], dtype=object))[0]
+    """(n,) number of each distinct text, from 0 in order of first use; case, punctuation and blanks do not count."""
+    words = [" ".join(re.findall(r"\w+", text.lower())) for text in texts]
+    return pd.factorize(np.array(words, dtype=object))[0]
 
 
-def pairing(
-    texts: Sequence[str], direction: Direction, duplicates: Duplicates = "merged"
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows of the studies that ask, rows of those that answer, and the (n,) group in which two rows are right."""
-    if direction not in get_args(Direction) or duplicates not in get_args(Duplicates):
-        raise ValueError(
-            f"direction must be one of {', '.join(get_args(Direction))} and duplicates one of "
-            f"{', '.join(get_args(Duplicates))}; got {direction!r} and {duplicates!r}"
-        )
-    everyone, groups = np.arange(len(texts)), text_groups(texts)
-    distinct = np.unique(groups, return_index=True)[1] if duplicates == "merged" else everyone
-    queries, candidates = (everyone, distinct) if direction == "image_to_text" else (distinct, everyone)
-    return queries, candidates, everyone if duplicates == "wrong" else groups
-
-
-def find_partners(
+def rank_partners(
     scores: Scores,
     texts: Sequence[str],
     *,
     direction: Direction = "image_to_text",
     duplicates: Duplicates = "merged",
     k: int = 10,
-    block: tuple[int, int] = BLOCK,
-) -> tuple[Found, np.ndarray]:
+) -> Ranking:
     """Search among n studies with one image and one text each; `scores` are images (rows) by texts (columns).
 
-    Returns what was found, with `nearest` counted in rows of the studies, and the (Q,) rows that asked.
+    `nearest` and `queries` of the ranking are rows of the studies.
     Raises ValueError where scores and texts differ in number, or k is larger than the number of candidates.
     """
+    if direction not in get_args(Direction) or duplicates not in get_args(Duplicates):
+        raise ValueError(
+            f"direction must be one of {', '.join(get_args(Direction))} and duplicates one of "
+            f"{', '.join(get_args(Duplicates))}; got {direction!r} and {duplicates!r}"
+        )
     if scores.shape != (len(texts), len(texts)):
         raise ValueError(f"scores {scores.shape} and {len(texts)} texts; one image and one text a study are expected")
-    queries, candidates, group = pairing(texts, direction, duplicates)
-    asked = (scores if direction == "image_to_text" else scores.turned()).take(queries, candidates)
-    found = search(asked, k=k, query_group=group[queries], candidate_group=group[candidates], block=block)
-    return Found(candidates[found.nearest], *(getattr(found, name) for name in _FIELDS)), queries
-
-
-_FIELDS = ("scores", "better", "tied", "level", "right", "allowed")
+    studies, group = np.arange(len(texts)), text_groups(texts)
+    distinct = np.unique(group, return_index=True)[1] if duplicates == "merged" else studies
+    group = studies if duplicates == "wrong" else group
+    queries, candidates = studies, distinct
+    if direction == "text_to_image":
+        scores, queries, candidates = scores.T, distinct, studies
+    chosen = Scores(scores.queries[queries], scores.candidates[candidates])
+    ranking = search(chosen, group[queries], group[candidates], k=k)
+    return replace(ranking, nearest=candidates[ranking.nearest], queries=queries)
 
 
 def recall_rows(
-    found: Found,
+    ranking: Ranking,
     *,
     target: str,
     ks: Sequence[int] = (1, 5, 10),
@@ -503,113 +288,190 @@ def recall_rows(
 ) -> pd.DataFrame:
     """Recall@K, median rank and mean rank over the queries, with intervals and chance. Columns: `COLUMNS`.
 
-    `patients`: (Q,) of the queries; whole patients are drawn. `suffix` is put behind the names of the metrics.
-    The chance of the median rank is the median of the queries' expected ranks under a random order.
-    A K beyond the number of candidates is left out: everything would be found.
+    `patients`: of all studies; whole patients are resampled. `suffix` is added to the names of the metrics.
+    The chance of the median rank is the median of the queries' expected ranks in a random order.
+    A K that is not below the number of candidates is left out: everything would be found.
     """
-    values = {f"recall_at_{k}": (found.recall(k), found.chance_recall(k), _mean) for k in ks if k < found.allowed.min()}
-    values["median_rank"] = (found.rank, found.chance_rank, _median)
-    values["mean_rank"] = (found.rank, found.chance_rank, _mean)
-    blocks = list(resamples(len(found.rank), groups=patients, n_bootstrap=n_bootstrap, seed=seed))
-    one, rows = np.ones((1, len(found.rank))), []
-    for name, (value, chance, reduce) in values.items():
-        drawn = np.concatenate([reduce(value, weights) for weights in blocks]) if blocks else np.array([])
-        point, level = float(reduce(value, one)[0]), float(reduce(chance, one)[0])
-        rows.append((target, name + suffix, point, *interval(drawn), len(value), level))
-    return pd.DataFrame(rows, columns=list(COLUMNS))
+    ks, n = [k for k in ks if k < ranking.candidates], len(ranking.queries)
+
+    def statistic(recall: list[np.ndarray], rank: np.ndarray) -> Statistic:
+        mean = ratio_of_sums(np.column_stack([*recall, rank]), np.ones((n, 1)))
+        order = np.argsort(rank, kind="stable")
+
+        def values(weights: np.ndarray) -> np.ndarray:
+            means = mean(weights)
+            # weighted median: between two middle values their mean
+            total, ordered = weights[:, order].cumsum(axis=1), rank[order]
+            half = total[:, -1:] / 2
+            median = (ordered[(total < half).sum(axis=1)] + ordered[(total <= half).sum(axis=1)]) / 2
+            return np.column_stack([means[:, :-1], median, means[:, -1]])[:, None]
+
+        return values
+
+    by_chance = statistic([ranking.chance_recall(k) for k in ks], ranking.chance_rank)(np.ones((1, n)))[0]
+    rows = bootstrap_rows(
+        statistic([ranking.recall(k) for k in ks], ranking.rank),
+        np.ones((n, 1), dtype=bool),
+        [target],
+        [name + suffix for name in (*(f"recall_at_{k}" for k in ks), "median_rank", "mean_rank")],
+        columns={"chance": by_chance},
+        groups=None if patients is None else np.asarray(patients)[ranking.queries],
+        n_bootstrap=n_bootstrap,
+        seed=seed,
+    )
+    return rows[COLUMNS]
+
+
+def recall_table(
+    scores: Scores,
+    texts: Sequence[str],
+    *,
+    ks: Sequence[int] = (1, 5, 10),
+    patients: Sequence[object] | None = None,
+    n_bootstrap: int = 1000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """`recall_rows` of both directions (target) and all three rules for identical reports, of images by texts.
+
+    Metrics of `merged` have plain names, of `right` and `wrong` the suffixes `_copies_right` and `_copies_wrong`.
+    """
+    tables = []
+    for direction in get_args(Direction):
+        for duplicates in get_args(Duplicates):
+            suffix = "" if duplicates == "merged" else f"_copies_{duplicates}"
+            ranking = rank_partners(scores, texts, direction=direction, duplicates=duplicates, k=1)
+            options = {"patients": patients, "suffix": suffix, "n_bootstrap": n_bootstrap, "seed": seed}
+            tables.append(recall_rows(ranking, target=direction, ks=ks, **options))
+    return pd.concat(tables, ignore_index=True)
 
 
 def precision_rows(
     scores: Scores,
-    query_targets: pd.DataFrame,
-    candidate_targets: pd.DataFrame,
+    targets: pd.DataFrame,
     *,
     ks: Sequence[int] = (5, 10, 100),
-    own: tuple[Sequence[object], Sequence[object]] | None = None,
-    patients: Sequence[object] | None = None,
+    patients: Sequence[object],
+    other_patients: bool = False,
     suffix: str = "",
     n_bootstrap: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
     """Precision@K by class: of the first K candidates of a query that has the class, the share that has it, too.
 
-    Targets: (Q, K) and (C, K), 1 present; anything else is not. Where each study has exactly one class (5 x 200) this
-    is the papers' number; where studies have several, a query counts once for each. `macro` is the mean over classes.
-    `own`: names of queries and candidates; a candidate with the query's name cannot be found (its patient, for images
-    that look for images; the papers' text candidates include the query's own report).
-    Chance is the share of candidates with the class. A class without a query is NaN. A K beyond the number of
-    candidates is left out; ValueError where that leaves none.
+    Queries and candidates are the same n studies; targets: (n, K), 1 present, anything else absent. Where each study
+    has exactly one class (5 x 200) this is the papers' number; where studies have several, a query counts once for
+    each. `macro` is the mean over classes. `other_patients`: the query's own patient is no candidate (for images that
+    search images; the papers' text candidates include the query's own report).
+    Chance is the share of candidates with the class. A class without a query is NaN.
+    A K that is not below the number of candidates is left out; ValueError where that leaves none.
     """
-    labels = list(query_targets.columns)
-    if list(candidate_targets.columns) != labels:
-        raise ValueError("queries and candidates must have the same classes in the same order")
-    has, of = (frame.to_numpy() == 1 for frame in (query_targets, candidate_targets))
-    names = {}
-    if own is not None:
-        codes = pd.factorize(np.concatenate([np.asarray(part, dtype=str) for part in own]))[0]
-        names = {"query_own": codes[: len(has)], "candidate_own": codes[len(has) :]}
-    chance, allowed = _class_chance(of, names, len(has))
-    ks = [k for k in ks if k < allowed.min()]
+    labels, has = list(targets.columns), targets.to_numpy() == 1
+    most = len(has) - (max(Counter(patients).values()) if other_patients else 0)
+    ks = [k for k in ks if k < most]
     if not ks:
-        raise ValueError(f"every K is beyond the {allowed.min()} candidates of the poorest query")
-    shares = labels_at(scores, of.astype(np.float32), ks, **names)
-    blocks = list(resamples(len(has), groups=patients, n_bootstrap=n_bootstrap, seed=seed))
-    rows = []
-    for k, share in zip(ks, shares, strict=True):
-        columns = [_class_mean(share, has, weights) for weights in [np.ones((1, len(has))), *blocks]]
-        point, drawn = columns[0][0], np.concatenate(columns[1:] or [np.empty((0, len(labels)))])
-        level = _class_mean(chance, has, np.ones((1, len(has))))[0]
-        for c, label in enumerate(labels):
-            rows.append((label, k, point[c], *interval(drawn[:, c]), int(has[:, c].sum()), level[c]))
-        known = np.isfinite(point)
-        macro = drawn[:, known].mean(axis=1) if known.any() else np.array([])
-        value, by_chance = (float(part[known].mean()) if known.any() else float("nan") for part in (point, level))
-        rows.append(("macro", k, value, *interval(macro), int(has.any(axis=1).sum()), by_chance))
-    found = pd.DataFrame(rows, columns=["target", "k", *COLUMNS[2:]])
-    return found.assign(metric=[f"precision_at_{k}{suffix}" for k in found["k"]])[list(COLUMNS)]
+        raise ValueError(f"every K is beyond {most}, the smallest number of candidates of a query")
+    shares, chance = label_shares(scores, has, ks, patients=patients if other_patients else None)
+    rows = bootstrap_rows(
+        ratio_of_sums(shares * has[..., None], np.repeat(has[..., None], len(ks), axis=2)),
+        has,
+        labels,
+        [f"precision_at_{k}{suffix}" for k in ks],
+        macro=labels,
+        columns={"chance": ratio_of_sums(chance * has, has)(np.ones((1, len(has))))[0]},
+        groups=patients,
+        n_bootstrap=n_bootstrap,
+        seed=seed,
+    )
+    return rows[COLUMNS]
 
 
-def chance_rows(rows: pd.DataFrame) -> pd.DataFrame:
-    """The chance levels as rows of their own, `<metric>_chance`, for a run record that has no column for them."""
-    return rows.assign(metric=rows["metric"] + "_chance", value=rows["chance"], ci_low=np.nan, ci_high=np.nan)
+def precision_table(
+    images: np.ndarray,
+    texts: np.ndarray,
+    targets: pd.DataFrame,
+    patients: Sequence[object],
+    *,
+    ks: Sequence[int] = (5, 10, 100),
+    n_bootstrap: int = 1000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """`precision_rows` of image to text, text to image, and image to image, as a further column `direction`.
+
+    Shape: embeddings images (n, D) and texts (n, D); targets (n, K); patients (n,). Image to image excludes the
+    query's patient. Metrics of image to text have plain names, the others the direction as a suffix.
+    """
+    between, tables = cosine(images, texts), []
+    directions = {"image_to_text": between, "text_to_image": between.T, "image_to_image": cosine(images, images)}
+    for direction, scores in directions.items():
+        suffix, other = "" if scores is between else f"_{direction}", direction == "image_to_image"
+        options = {"ks": ks, "patients": patients, "suffix": suffix, "n_bootstrap": n_bootstrap, "seed": seed}
+        rows = precision_rows(scores, targets, other_patients=other, **options)
+        tables.append(rows.assign(direction=direction))
+    return pd.concat(tables, ignore_index=True)
 
 
-Reduce = Callable[[np.ndarray, np.ndarray], np.ndarray]
+def with_chance(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows, then their chance as rows `<metric>_chance`, for a run record, which has no column for it."""
+    chance = rows.assign(metric=rows["metric"] + "_chance", value=rows["chance"], ci_low=np.nan, ci_high=np.nan)
+    return pd.concat([rows, chance], ignore_index=True)
 
 
-def _mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    return weights @ values / weights.sum(axis=1)
+def rerank(
+    model: nn.Module,
+    frame: pd.DataFrame,
+    cache,
+    texts: EncodedTexts,
+    ranking: Ranking,
+    *,
+    direction: Direction = "image_to_text",
+    or_first: bool = False,
+    batch_size: int = 64,
+    precision: Precision = "auto",
+) -> Ranking:
+    """A ranking of `rank_partners` with its k nearest in the order of the objective's own similarity.
+
+    The similarity (with its local part, where the objective has one) is too slow for all pairs. What is not among the k
+    nearest stays where it is, behind them. `or_first`: see `image_batches`.
+    """
+    k = ranking.nearest.shape[1]
+    queries, nearest = np.repeat(ranking.queries, k), ranking.nearest.ravel()
+    of_image, of_text = (queries, nearest) if direction == "image_to_text" else (nearest, queries)
+    similarity, (used, number) = np.empty(len(queries), dtype=np.float32), np.unique(of_image, return_inverse=True)
+    options = {"or_first": or_first, "batch_size": batch_size, "precision": precision}
+    for rows, images in image_batches(model, frame.iloc[used], cache, **options):
+        with inference(model, None, "float32") as where:
+            for i in range(rows.start, rows.stop):
+                image, mine = select(images, [i - rows.start]), np.flatnonzero(number == i)
+                for pairs in np.split(mine, range(64, len(mine), 64)):
+                    chosen = select(texts.features, of_text[pairs].tolist()).to(where)
+                    similarity[pairs] = model.objective.similarity(image, chosen)[0].float().cpu().numpy()
+    group = text_groups(texts.texts)
+    relevant = group[ranking.nearest] == group[ranking.queries][:, None]
+    return reordered(ranking, similarity.reshape(-1, k), relevant)
 
 
-def _median(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Median of each resample; between two middle values, their mean."""
-    order = np.argsort(values, kind="stable")
-    total, ordered = weights[:, order].cumsum(axis=1), values[order]
-    half = total[:, -1:] / 2
-    low = ordered[(total < half).sum(axis=1)]
-    return (low + ordered[(total <= half).sum(axis=1)]) / 2
+def reordered(ranking: Ranking, similarity: np.ndarray, relevant: np.ndarray) -> Ranking:
+    """The ranking with its k nearest in the order of another similarity; all behind them stay where they are.
 
-
-def _class_mean(share: np.ndarray, has: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """(b, K) mean of (Q, K) shares over the queries that have the class; NaN where a resample has none."""
-    total = weights @ has
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(total > 0, weights @ np.where(has, share, 0.0) / total, np.nan)
-
-
-def _class_chance(of: np.ndarray, names: dict[str, np.ndarray], queries: int) -> tuple[np.ndarray, np.ndarray]:
-    """(Q, K) share of the candidates of each query that have each class, and (Q,) how many candidates it has."""
-    if not names:
-        return np.tile(of.mean(axis=0), (queries, 1)), np.full(queries, len(of))
-    count = int(max(part.max() for part in names.values())) + 1
-    size = np.bincount(names["candidate_own"], minlength=count)
-    barred = np.stack([np.bincount(names["candidate_own"], weights=column, minlength=count) for column in of.T], axis=1)
-    allowed = len(of) - size[names["query_own"]]
-    return (of.sum(axis=0) - barred[names["query_own"]]) / np.maximum(allowed, 1)[:, None], allowed
-
-
-FORMAT, VERSION = "gloria_core search index", 1
-Kind = Literal["images", "texts"]
+    Shape: `similarity` and `relevant` (Q, k), of every nearest candidate.
+    """
+    k = ranking.nearest.shape[1]
+    order = np.argsort(-similarity, axis=1, kind="stable")
+    listed = relevant.any(axis=1)
+    best = np.where(relevant, similarity, -np.inf).max(axis=1, initial=-np.inf)
+    margin = TIE * np.maximum(1.0, np.abs(np.where(listed, best, 0.0)))
+    above = similarity > (best + margin)[:, None]
+    tied = np.abs(similarity - best[:, None]) <= margin[:, None]
+    # a relevant candidate that is not among the k nearest stands behind all of them, whatever it was tied with
+    behind = np.maximum(ranking.above, k)
+    return replace(
+        ranking,
+        nearest=np.take_along_axis(ranking.nearest, order, 1),
+        scores=np.take_along_axis(similarity, order, 1),
+        above=np.where(listed, (above & ~relevant).sum(1), behind),
+        tied_irrelevant=np.where(listed, (tied & ~relevant).sum(1), ranking.above + ranking.tied_irrelevant - behind),
+        tied_relevant=np.where(listed, (tied & relevant).sum(1), ranking.tied_relevant),
+    )
 
 
 class SearchIndexError(ValueError):
@@ -618,30 +480,34 @@ class SearchIndexError(ValueError):
 
 def fingerprint(model: nn.Module) -> str:
     """16 hex digits of all weights and buffers, the configuration and the vocabulary; the same on every device."""
-    digest = hashlib.sha256()
-    tokenizer = getattr(model, "tokenizer", None)
-    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]) if tokenizer is not None else []
-    digest.update(json.dumps([model.config.to_dict(), vocabulary], sort_keys=True).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        plain = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {plain.dtype} {tuple(plain.shape)}".encode())
-        digest.update(plain.reshape(-1).view(torch.uint8).numpy().data if plain.numel() else b"")
-    return digest.hexdigest()[:16]
+    weights = {
+        name: content_hash(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        for name, tensor in model.state_dict().items()
+    }
+    vocabulary = {} if model.tokenizer is None else model.tokenizer.get_vocab()
+    return content_hash([model.config.to_dict(), vocabulary, weights])
 
 
 @dataclass(frozen=True)
 class SearchIndex:
-    """n embedded images or texts of one model. `texts` is "" for each image, and `paths` "" for each text without one.
+    """n embedded texts or images with their ids, and the fingerprint of the model; made by `SearchIndex.of`.
 
-    Shape: `embedding` (n, D) float32, the objective's global embedding; `ids`, `texts`, `paths` of length n.
+    Embeddings of two models cannot be compared, so the index refuses every other model.
+    Shape: `embedding` (n, D) float32, the objective's global embedding; `ids` and `contents` (texts, or paths of
+    images) of length n.
     """
 
-    kind: Kind
     model: str
-    embedding: np.ndarray
     ids: tuple[str, ...]
-    texts: tuple[str, ...]
-    paths: tuple[str, ...]
+    contents: tuple[str, ...]
+    embedding: np.ndarray
+
+    @classmethod
+    def of(cls, model: nn.Module, ids: Sequence[object], contents: Sequence[str], embedding: np.ndarray) -> SearchIndex:
+        """The index of what `model` has embedded."""
+        if not len(ids) == len(contents) == len(embedding):
+            raise ValueError(f"{len(ids)} ids, {len(contents)} texts or paths, {len(embedding)} embeddings")
+        return cls(fingerprint(model), tuple(map(str, ids)), tuple(map(str, contents)), embedding)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -649,152 +515,51 @@ class SearchIndex:
     def nearest(self, model: nn.Module, embedding: np.ndarray, *, k: int = 5) -> pd.DataFrame:
         """The k entries of highest cosine for each of Q embeddings (Q, D) of the same model.
 
-        Columns: query (0..Q-1), rank (from 1), id, cosine, text, path. Raises SearchIndexError for another model,
+        Columns: query (0..Q-1), rank (from 1), cosine, id, content. Raises SearchIndexError for another model,
         ValueError for k outside 1..n.
         """
         self.check(model)
-        found = search(cosine(np.atleast_2d(embedding), self.embedding), k=k)
-        place = found.nearest.ravel()
-        return pd.DataFrame(
-            {
-                "query": np.repeat(np.arange(len(found.nearest)), k),
-                "rank": np.tile(np.arange(1, k + 1), len(found.nearest)),
-                "id": [self.ids[i] for i in place],
-                "cosine": found.scores.ravel(),
-                "text": [self.texts[i] for i in place],
-                "path": [self.paths[i] for i in place],
-            }
-        )
+        if not 1 <= k <= len(self):
+            raise ValueError(f"k is {k}; the index has {len(self)} entries")
+        rows = []
+        for batch, block in cosine(np.atleast_2d(embedding), self.embedding).batches(BATCH):
+            for query, entries, values in zip(range(batch.start, batch.stop), *_first(block, k), strict=True):
+                ranked = enumerate(zip(entries, values, strict=True), start=1)
+                rows += [(query, rank, value, self.ids[i], self.contents[i]) for rank, (i, value) in ranked]
+        return pd.DataFrame(rows, columns=["query", "rank", "cosine", "id", "content"])
 
     def check(self, model: nn.Module) -> None:
-        """Raises SearchIndexError unless this very model made the index."""
-        asked = fingerprint(model)
-        if asked != self.model:
+        """Raises SearchIndexError unless this model made the index."""
+        if (own := fingerprint(model)) != self.model:
             raise SearchIndexError(
-                f"the index was made with model {self.model}, this is model {asked}: their embeddings cannot be "
+                f"the index was made with model {self.model}, this is model {own}: their embeddings cannot be "
                 "compared. Load the checkpoint that the index was made with, or make the index again"
             )
 
     def save(self, path: str | Path) -> Path:
-        """One safetensors file, all or nothing: written beside `path`, then renamed."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        about = {k: v for k, v in asdict(self).items() if k != "embedding"}
-        entries = np.frombuffer(json.dumps(about).encode(), dtype=np.uint8)
-        content = serialise(
-            {"embedding": np.ascontiguousarray(self.embedding, dtype=np.float32), "entries": entries},
-            metadata={"format": FORMAT, "version": str(VERSION)},
-        )
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(temporary).chmod(0o644)  # mkstemp gives 0600, which other users of a shared folder cannot read
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-        return path
+        """Write one safetensors file, whole or not at all."""
+        entries = json.dumps({"model": self.model, "ids": self.ids, "contents": self.contents}).encode()
+        # the entries are a tensor of bytes: the header of a safetensors file is limited to 100 MB
+        tensors = {"entries": np.frombuffer(entries, np.uint8), "embedding": self.embedding.astype(np.float32)}
+        atomic_write(path, serialise(tensors))
+        return Path(path)
 
 
 def load_index(path: str | Path, model: nn.Module | None = None) -> SearchIndex:
-    """The index of a file written by `save`; with `model`, only if it is the one that made it.
+    """The index of a file written by `save`; with `model`, only if that model made it.
 
-    Raises SearchIndexError for a missing, damaged or foreign file, or another model.
+    Raises SearchIndexError for a missing or damaged file, one of another kind, or another model.
     """
-    path = Path(path)
     try:
-        content = parse(path.read_bytes())
-        about = json.loads(content["entries"].tobytes())
-        lists = {name: tuple(about[name]) for name in ("ids", "texts", "paths")}
-        index = SearchIndex(about["kind"], about["model"], content["embedding"], **lists)
-        lengths = {len(index.embedding), *map(len, lists.values())}
+        content = parse(Path(path).read_bytes())
+        entries = json.loads(content["entries"].tobytes())
+        index = SearchIndex(entries["model"], tuple(entries["ids"]), tuple(entries["contents"]), content["embedding"])
     except OSError as error:
         raise SearchIndexError(f"search index {path} cannot be opened ({error.strerror})") from None
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise SearchIndexError(f"{path} is damaged or no search index ({error}); make it again") from error
-    if len(lengths) != 1:
-        raise SearchIndexError(f"{path} is damaged: its columns have {sorted(lengths)} entries; make it again")
+    if not len(index.ids) == len(index.contents) == len(index.embedding):
+        raise SearchIndexError(f"{path} is damaged: its columns differ in length; make it again")
     if model is not None:
         index.check(model)
     return index
-
-
-def index_images(model: nn.Module, frame: pd.DataFrame, features: Features) -> SearchIndex:
-    """Index of the images of a frame, of which `features` were made by `image_features`."""
-    if tuple(frame["study_id"].astype(str)) != features.study_ids:
-        raise ValueError("frame and features do not hold the same studies in the same order")
-    paths = tuple(frame["images"].astype(str))
-    return SearchIndex("images", fingerprint(model), features.embedding, features.study_ids, ("",) * len(paths), paths)
-
-
-def index_texts(model: nn.Module, ids: Sequence[str], texts: EncodedTexts) -> SearchIndex:
-    """Index of texts with their ids, of which `texts` were made by `text_features`."""
-    if len(ids) != len(texts):
-        raise ValueError(f"{len(ids)} ids for {len(texts)} texts")
-    return SearchIndex(
-        "texts", fingerprint(model), texts.embedding, tuple(map(str, ids)), texts.texts, ("",) * len(ids)
-    )
-
-
-def rerank(
-    model: nn.Module,
-    frame: pd.DataFrame,
-    cache,
-    texts: EncodedTexts,
-    found: Found,
-    queries: np.ndarray,
-    *,
-    direction: Direction = "image_to_text",
-    or_first: bool = False,
-    batch_size: int = 64,
-    precision: Precision = "auto",
-) -> Found:
-    """`found` and `queries` of `find_partners`, the nearest in the order of the objective's own similarity.
-
-    Global cosine is one product of matrices and searches everything; the objective's similarity (with its local
-    part, where it has one) is dear and orders only the shortlist. What the shortlist missed keeps its rank behind it.
-    `or_first`: see `image_batches`.
-    """
-    k = found.nearest.shape[1]
-    asked = np.repeat(queries, k)
-    image, text = (asked, found.nearest.ravel()) if direction == "image_to_text" else (found.nearest.ravel(), asked)
-    pairs, settings = np.stack([image, text], axis=1), {"batch_size": batch_size, "precision": precision}
-    fine = pair_similarities(model, frame, cache, texts, pairs, or_first=or_first, **settings)
-    group = text_groups(texts.texts)
-    return reordered(found, fine.reshape(-1, k), group[found.nearest] == group[queries][:, None])
-
-
-def pair_similarities(
-    model: nn.Module,
-    frame: pd.DataFrame,
-    cache,
-    texts: EncodedTexts,
-    pairs: np.ndarray,
-    *,
-    or_first: bool = False,
-    batch_size: int = 64,
-    precision: Precision = "auto",
-) -> np.ndarray:
-    """(P,) objective's similarity of single pairs (row of the frame, row of the texts); images are encoded once."""
-    out = np.empty(len(pairs), dtype=np.float32)
-    order = np.argsort(pairs[:, 0], kind="stable")
-    images_used, first = np.unique(pairs[order, 0], return_index=True)
-    groups = np.split(order, first[1:])
-    used, settings = frame.iloc[images_used], {"or_first": or_first, "batch_size": batch_size, "precision": precision}
-    for rows, images in image_batches(model, used, cache, **settings):
-        with inference(model, None, "float32") as where:
-            for place in range(rows.start, rows.stop):
-                one = _row(images, place - rows.start)
-                for mine in np.split(groups[place], range(64, len(groups[place]), 64)):
-                    asked = select(texts.features, pairs[mine, 1].tolist()).to(where)
-                    out[mine] = model.objective.similarity(one, asked)[0].float().cpu().numpy()
-    return out
-
-
-def _row(images: ImageFeatures, row: int) -> ImageFeatures:
-    here = slice(row, row + 1)
-    extra = None if images.cls_attention is None else images.cls_attention[here]
-    return ImageFeatures(images.pooled[here], images.regions[here], extra)

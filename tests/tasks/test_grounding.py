@@ -1,113 +1,116 @@
+"""Scores of maps with their limits, phrases scored beside controls, and their summary."""
+
+from functools import partial
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from gloria_core.data.geometry import Geometry
-from gloria_core.tasks.features import image_features, text_features
-from gloria_core.tasks.grounding import score_map, score_phrases, summarise, upsample
-from gloria_core.tasks.maps import maps, original_maps, phrase_map, words_of_span
-from gloria_core.tasks.phrases import (
-    Phrase,
-    original_region,
-    phrases_from_boxes,
-    phrases_from_masks,
-    region,
-    whole_sentences,
-)
+from gloria_core.tasks.grounding import SCORES, centre_prior, inverted, score_map, score_phrases, summarise
+from gloria_core.tasks.maps import original_maps
+from gloria_core.tasks.phrases import original_region, phrases_from_boxes, phrases_from_masks, region
 from gloria_core.types import ImageFeatures
 
-TEXTS = ["Small left effusion.", "Large right opacity, no effusion.", "opacity"]
+
+def score(name, values, mask):
+    return score_map(values, mask)[name]
 
 
-@pytest.fixture
-def pair(model, frame, cache):
-    images = image_features(model, frame, cache, precision="float32", regions=True).images([0, 1, 2])
-    return model.objective.eval(), images, text_features(model, TEXTS, precision="float32")
+cnr, pointing, mass_inside, miou, area = (
+    partial(score, name) for name in ("cnr", "pointing_game", "mass_inside", "miou", "area")
+)
 
 
-@torch.no_grad()
-def test_maps_equal_a_loop_over_words_and_regions(pair):
-    objective, images, texts = pair
-    regions, words, mask = objective.local_embeddings(images, texts.features)
-    cosine, softmax = (maps(objective, images, texts.features, kind=k) for k in ("cosine", "word_softmax"))
-    attention = maps(objective, images, texts.features)
-    assert torch.equal(attention, objective.attention(images, texts.features))
-    n, w = mask.shape
-    assert cosine.shape == softmax.shape == attention.shape == (n, w, *regions.shape[1:3])
-    for i in range(n):
-        used = mask[i].nonzero().flatten().tolist()
-        for y in range(regions.shape[1]):
-            for x in range(regions.shape[2]):
-                dots = torch.stack([words[i, t] @ regions[i, y, x] for t in used])
-                lengths = torch.stack([words[i, t].norm() * regions[i, y, x].norm() for t in used])
-                torch.testing.assert_close(cosine[i, used, y, x], dots / lengths, atol=1e-5, rtol=1e-4)
-                torch.testing.assert_close(softmax[i, used, y, x], dots.softmax(0), atol=1e-5, rtol=1e-4)
-        unused = (~mask[i]).nonzero().flatten()
-        assert not cosine[i, unused].any() and not softmax[i, unused].any()
+def iou(values, mask, threshold):
+    return score_map(values, mask, thresholds=(threshold,))["miou"]
 
 
-@torch.no_grad()
-def test_attention_is_the_softmax_over_regions_of_the_word_softmax(pair):
-    objective, images, texts = pair
-    attention, softmax = (maps(objective, images, texts.features, kind=k) for k in ("attention", "word_softmax"))
-    mask = objective.local_embeddings(images, texts.features)[2]
-    expected = (objective.temp_attention * softmax).flatten(2).softmax(-1).view_as(softmax)
-    torch.testing.assert_close(attention[mask], expected[mask], atol=1e-6, rtol=1e-4)
+MASK = np.zeros((4, 5), dtype=bool)
+MASK[1:3, 1:3] = True  # 4 of 20 pixels
 
 
-@torch.no_grad()
-def test_one_image_with_several_texts(pair):
-    objective, images, texts = pair
-    alone = type(images)(images.pooled[1:2], images.regions[1:2])
-    for kind in ("attention", "word_softmax", "cosine"):
-        paired = maps(objective, images, texts.features, kind=kind)
-        repeated = maps(objective, alone, texts.features, kind=kind)
-        torch.testing.assert_close(repeated[1], paired[1], atol=1e-6, rtol=1e-4)
-        assert not torch.allclose(repeated[0], paired[0])
+def test_cnr_by_hand_and_its_sign():
+    values = np.zeros((2, 2))
+    values[0] = [3.0, 5.0]  # inside: mean 4, variance 1
+    values[1] = [0.0, 2.0]  # outside: mean 1, variance 1
+    mask = np.array([[True, True], [False, False]])
+    assert cnr(values, mask) == pytest.approx(3 / np.sqrt(2))
+    assert cnr(-values, mask) == pytest.approx(-3 / np.sqrt(2))
+    assert cnr(inverted(values), mask) == pytest.approx(-3 / np.sqrt(2))
+    assert cnr(7 * values + 11, mask) == pytest.approx(3 / np.sqrt(2))  # neither scale nor offset matter
 
 
-def test_map_errors(pair, make_model):
-    objective, images, texts = pair
-    with pytest.raises(ValueError, match="unknown kind 'saliency'"):
-        maps(objective, images, texts.features, kind="saliency")
-    two = type(images)(images.pooled[:2], images.regions[:2])
-    with pytest.raises(ValueError, match="2 images and 3 texts"):
-        maps(objective, two, texts.features)
-    with pytest.raises(NotImplementedError, match="ConVIRT"):
-        maps(make_model("convirt").objective, images, texts.features, kind="cosine")
-    with pytest.raises(ValueError, match="at least one word"):
-        phrase_map(torch.zeros(3, 2, 2), [])
+def test_cnr_of_constants():
+    assert cnr(np.full((4, 5), 0.1), MASK) == 0.0
+    assert cnr(MASK.astype(float), MASK) == np.inf
+    assert cnr(-MASK.astype(float), MASK) == -np.inf
 
 
-def test_words_of_span(model):
-    spans = text_features(model, TEXTS).batch.spans[1]
-    text = TEXTS[1]
-
-    def words(part):
-        start = text.index(part)
-        return [text[slice(*spans[c])] for c in words_of_span(spans, start, start + len(part))]
-
-    assert words("right opacity") == ["right", "opacity"]
-    assert words("pac") == ["opacity"]
-    assert words(text) == ["Large", "right", "opacity", ",", "no", "effusion", "."]
-    assert words_of_span(spans, 400, 410) == [] == words_of_span(spans, 0, 0)
+def test_rounding_noise_is_no_signal():
+    noisy = np.float32(0.7) + np.where(MASK, np.float32(6e-8), 0).astype(np.float32)
+    assert np.ptp(noisy) > 0
+    assert cnr(noisy, MASK) == 0.0
+    assert pointing(noisy, MASK) == mass_inside(noisy, MASK) == pytest.approx(0.2)
+    assert miou(noisy, MASK) == pytest.approx(0.2)
+    assert cnr(np.where(MASK, 0.7001, 0.7) + np.arange(20).reshape(4, 5) * 1e-6, MASK) > 5
 
 
-def test_phrase_map_is_the_mean_of_its_words():
-    rows = torch.arange(12.0).view(3, 2, 2)
-    torch.testing.assert_close(phrase_map(rows, [0, 2]), (rows[0] + rows[2]) / 2)
+def test_pointing_and_its_ties():
+    values = np.zeros((4, 5))
+    assert pointing(values, MASK) == pytest.approx(4 / 20) == area(values, MASK)
+    values[1, 1] = 1
+    assert pointing(values, MASK) == 1.0
+    values[0, 0] = 1
+    assert pointing(values, MASK) == 0.5
+    values[0, 0] = 2
+    assert pointing(values, MASK) == 0.0
 
 
-def test_upsampled_cells_lie_where_the_geometry_puts_them():
-    values = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    found = upsample(values, 32, 32)
-    assert found.shape == (2, 3, 32, 32)
-    np.testing.assert_allclose(found[1, 2], Geometry.fit(32, 32, 32).map_to_original(values[1, 2]), atol=1e-6)
-    one = torch.zeros(1, 4, 4)
-    one[0, 1, 2] = 1.0
-    rows, columns = np.nonzero(upsample(one, 32, 32)[0].numpy() == upsample(one, 32, 32).max().item())
-    assert rows.mean() == 1 * 8 + 3.5 and columns.mean() == 2 * 8 + 3.5
+def test_mass():
+    assert mass_inside(np.ones((4, 5)), MASK) == pytest.approx(0.2)
+    values = np.where(MASK, 3.0, -100.0)
+    assert mass_inside(values, MASK) == 1.0
+    assert np.isnan(mass_inside(-np.ones((4, 5)), MASK))
+
+
+def test_iou_by_hand():
+    values = np.where(MASK, 1.0, 0.0)
+    values[0, 0] = 0.25
+    assert [iou(values, MASK, threshold) for threshold in (0.2, 0.3, 1.0)] == [4 / 5, 1.0, 1.0]
+    assert [iou(5 * values - 2, MASK, threshold) for threshold in (0.2, 0.3)] == [4 / 5, 1.0]
+    assert score_map(values, MASK, thresholds=(0.2, 0.3))["miou"] == pytest.approx(0.9)
+    assert miou(np.full((4, 5), 3.0), MASK) == pytest.approx(0.2)
+    assert iou(inverted(values), MASK, 0.8) == 0.0
+
+
+@pytest.mark.parametrize("mask", [np.zeros((4, 5), dtype=bool), np.ones((4, 5), dtype=bool)])
+def test_empty_and_full_masks_are_nan(mask):
+    values = np.arange(20.0).reshape(4, 5)
+    scores = score_map(values, mask)
+    assert np.isnan([scores[name] for name in SCORES]).all() and scores["area"] == mask.mean()
+
+
+def test_pixels_that_were_not_seen_do_not_count():
+    values = np.arange(20.0).reshape(4, 5)
+    cut = np.where(np.arange(5) < 4, values, np.nan)
+    assert score_map(cut, MASK) == score_map(values[:, :4], MASK[:, :4])
+    assert np.isnan(area(np.full((4, 5), np.nan), MASK))
+    assert np.isnan(inverted(cut)[:, 4]).all() and np.nanmax(inverted(cut)) == np.nanmax(cut)
+
+
+def test_centre_prior_peaks_at_the_centre_of_any_shape():
+    prior = centre_prior(4, 6)
+    np.testing.assert_array_equal(prior, prior[::-1, ::-1])
+    assert prior.max() == prior[1, 2] == prior[2, 3]
+    assert centre_prior(5, 5)[2, 2] == 1.0
+
+
+def test_bad_input_is_refused():
+    with pytest.raises(ValueError, match="same pixels"):
+        cnr(np.zeros((4, 4)), MASK)
+    with pytest.raises(ValueError, match="boolean"):
+        cnr(np.zeros((4, 5)), MASK.astype(int))
 
 
 class _Square(torch.nn.Module):
@@ -234,13 +237,3 @@ def test_mean_dice_follows_from_the_overlaps():
     half[2] = 1.0  # three rows called, two right: IoU 2/3 at every threshold, Dice 4/5
     assert score_map(half, mask)["mdice"] == pytest.approx(0.8)
     assert np.isnan(score_map(half, np.zeros_like(mask))["mdice"])
-
-
-def test_whole_sentences_grow_to_their_ends_and_keep_the_region():
-    text = "Heart is large. Small left effusion, no edema. Stable."
-    phrase = Phrase(0, "Pleural Effusion", "impression", text, ((22, 35),), "a.png", masks=("m.png",))
-    (grown,) = whole_sentences([phrase])
-    assert grown.words == "Small left effusion, no edema."
-    assert (grown.masks, grown.label, grown.row) == (phrase.masks, phrase.label, phrase.row)
-    across = Phrase(0, "Edema", "impression", text, ((9, 14), (47, 53)), "a.png")
-    assert whole_sentences([across])[0].words == "Heart is large. … Stable."

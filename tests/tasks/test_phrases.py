@@ -15,6 +15,7 @@ from gloria_core.tasks.phrases import (
     region,
     seen,
     swap_sides,
+    whole_sentences,
 )
 
 TEXT = "Bilateral effusions. Left lower zone opacity."
@@ -115,3 +116,13 @@ def test_another_text_is_of_another_label_and_study():
         assert int(other.text[-1]) % 2 != own.row % 2
     assert others == another_text(phrases, seed=3) != another_text(phrases, seed=4)
     assert another_text(phrases[:1]) == [None]
+
+
+def test_whole_sentences_grow_to_their_ends_and_keep_the_region():
+    text = "Heart is large. Small left effusion, no edema. Stable."
+    phrase = Phrase(0, "Pleural Effusion", "impression", text, ((22, 35),), "a.png", masks=("m.png",))
+    (grown,) = whole_sentences([phrase])
+    assert grown.words == "Small left effusion, no edema."
+    assert (grown.masks, grown.label, grown.row) == (phrase.masks, phrase.label, phrase.row)
+    across = Phrase(0, "Edema", "impression", text, ((9, 14), (47, 53)), "a.png")
+    assert whole_sentences([across])[0].words == "Heart is large. … Stable."

@@ -4,18 +4,20 @@ import pytest
 import torch
 from sklearn.metrics import cohen_kappa_score, precision_recall_fscore_support
 
-from gloria_core.tasks.features import image_features, text_features
+from gloria_core.tasks.features import image_batches, image_features, text_features
 from gloria_core.tasks.zero_shot import (
     biovil_prompts,
     combine,
+    compare_scorings,
     evaluate,
-    exclusive_accuracy,
+    multiclass,
     multiclass_rows,
     no_x_prompts,
     observed_prompts,
     prompt_list,
     scores,
     similarities,
+    wording,
 )
 
 PROMPTS = {
@@ -76,15 +78,14 @@ def test_prompt_list_has_each_text_once():
 
 
 @pytest.mark.parametrize("objective", ["gloria", "convirt"])
-def test_similarities_are_the_objectives_own(make_model, frame, cache, objective):
+def test_similarities_are_the_objectives_own(make_model, frame, cache, objective, monkeypatch):
     model = make_model(objective)
     texts = prompt_list(PROMPTS)
-    found = similarities(model, frame, cache, texts, batch_size=3, text_chunk=2, precision="float32")
-    images = image_features(model, frame, cache, precision="float32", regions=True)
+    monkeypatch.setattr("gloria_core.tasks.zero_shot.TEXTS_AT_A_TIME", 2)
+    found = similarities(model, frame, cache, texts, batch_size=3, precision="float32")
+    _, images = next(image_batches(model, frame, cache, precision="float32"))
     with torch.no_grad():
-        expected = model.eval().objective.similarity(
-            images.images(slice(None)), text_features(model, texts, precision="float32").features
-        )
+        expected = model.eval().objective.similarity(images, text_features(model, texts, precision="float32").features)
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
@@ -116,7 +117,7 @@ def test_cohort_scores_do_not_depend_on_the_batch(model, frame, cache):
     np.testing.assert_allclose(one, other, atol=1e-3)
 
 
-def test_evaluate_perfect_scores_and_refuses_another_order(frame):
+def test_evaluate_perfect_scores_of_all_or_some_studies(frame):
     labels = ["Pleural Effusion", "Lung Opacity"]
     perfect = frame.set_index("study_id")[labels]
     rows = evaluate(perfect, frame, macro=labels, n_bootstrap=50).set_index("target")
@@ -124,21 +125,15 @@ def test_evaluate_perfect_scores_and_refuses_another_order(frame):
     assert rows.loc["Pleural Effusion", "prevalence"] == 0.25
     inverse = evaluate(-perfect, frame, macro=labels, n_bootstrap=50).set_index("target")
     assert inverse.loc["macro", "value"] == 0.0
-    with pytest.raises(ValueError, match="same studies"):
-        evaluate(perfect.iloc[::-1], frame)
-
-
-def test_exclusive_accuracy():
-    frame = pd.DataFrame(
-        {"study_id": list("wxyz"), "patient_id": list("wxyz"), "A": [1, 1, 0, np.nan], "B": [0, 0, 1, 1]}
+    reversed_ = evaluate(perfect.iloc[::-1], frame, macro=labels, n_bootstrap=50).set_index("target")
+    pd.testing.assert_frame_equal(reversed_, rows)  # studies are found by their name, not by their place
+    several = evaluate(perfect, {"all": frame, "first": frame.iloc[:5]}, macro=labels, n_bootstrap=50)
+    assert several.groupby("dataset", sort=False)["n"].first().to_dict() == {"all": 8, "first": 5}
+    pd.testing.assert_frame_equal(
+        several[several["dataset"] == "all"].drop(columns="dataset").set_index("target"), rows
     )
-    scores = pd.DataFrame({"A": [2.0, 0.0, 0.0, 1.0], "B": [1.0, 1.0, 3.0, 1.0]}, index=list("wxyz"))
-    rows = exclusive_accuracy(scores, frame, n_bootstrap=100).set_index("target")
-    assert rows["value"].tolist() == [0.5, 0.5, 0.5]  # the tie of z goes to A and is wrong
-    assert rows["n"].tolist() == [2, 2, 4]
-    assert rows.loc["macro", "ci_low"] < 0.5 < rows.loc["macro", "ci_high"]
-    with pytest.raises(ValueError, match=r"study w has 2"):
-        exclusive_accuracy(scores, frame.assign(B=1))
+    with pytest.raises(ValueError, match=r"1 studies have no scores \(study_id s0\)"):
+        evaluate(perfect.iloc[1:], frame)
 
 
 def test_against_normal_subtracts_the_mean_normal_prompt():
@@ -244,10 +239,43 @@ def test_multiclass_limits():
     assert absent.loc[("sensitivity", "macro"), "value"] == pytest.approx(0.75)
 
 
-def test_multiclass_refuses_another_order_and_nothing():
+def test_multiclass_refuses_studies_without_scores_or_without_one_label():
     frame = pd.DataFrame({"study_id": ["x", "y"], "patient_id": ["p", "q"], "A": [1, 0], "B": [0, 1]})
-    values = pd.DataFrame({"A": [1.0, 0], "B": [0.0, 1]}, index=["y", "x"])
-    with pytest.raises(ValueError, match="same order"):
-        multiclass_rows(values, frame)
+    values = pd.DataFrame({"A": [1.0, 0], "B": [0.0, 1]}, index=["x", "y"])
+    with pytest.raises(ValueError, match="study_id y"):
+        multiclass_rows(values.iloc[:1], frame)
     with pytest.raises(ValueError, match="no studies"):
-        multiclass_rows(values.iloc[:0], frame.iloc[:0])
+        multiclass_rows(values, frame.iloc[:0])
+    with pytest.raises(ValueError, match="study y has 2"):
+        multiclass_rows(values, frame.assign(A=1))
+
+
+def test_multiclass_is_each_protocol_on_the_studies_with_one_label(make_model, frame, cache):
+    labels, options = ["Pleural Effusion", "Lung Opacity"], {"n_bootstrap": 20, "precision": "float32"}
+    gloria, prior = (
+        multiclass(make_model(name), frame, cache, PROMPTS, labels, **options) for name in ("gloria", "prior")
+    )
+    assert set(gloria["protocol"]) == {"gloria", "cxr_clip"} and set(prior["protocol"]) == {
+        *gloria["protocol"],
+        "prior",
+    }
+    alone = frame[frame[labels].sum(axis=1) == 1]
+    assert set(gloria.loc[gloria["metric"] == "accuracy_cxr_clip", "n"]) == {len(alone)}
+    answers = scores(make_model(), alone, cache, LISTS, normalise="cohort", precision="float32")
+    expected = multiclass_rows(answers, alone, n_bootstrap=20)
+    pd.testing.assert_frame_equal(gloria[gloria["protocol"] == "gloria"].drop(columns="protocol"), expected)
+    assert multiclass(make_model(), frame.iloc[:0], cache, PROMPTS, labels).empty
+
+
+def test_wording_and_scorings_are_those_of_single_calls(model, frame, cache):
+    labels, exact = list(PROMPTS), {"precision": "float32"}
+    alone = wording(model, frame, cache, PROMPTS, **exact)
+    assert alone["prompt"].tolist() == [text for side in PROMPTS.values() for text in side["pos"]]
+    one = scores(model, frame, cache, {labels[0]: [alone["prompt"][1]]}, **exact)
+    assert alone["auroc"][1] == evaluate(one, frame, n_bootstrap=0)["value"][0]
+    table = compare_scorings(model, frame, cache, PROMPTS, macro=labels, **exact)
+    assert list(table.columns) == ["max", "mean", "pair", "contrast", "pair, no X", "pair, BioViL"]
+    contrast = scores(model, frame, cache, PROMPTS, scoring="contrast", **exact)
+    expected = evaluate(contrast, frame, macro=labels, n_bootstrap=0).set_index("target")["value"]
+    pd.testing.assert_series_equal(table["contrast"], expected, check_names=False)
+    assert list(compare_scorings(model, frame, cache, LISTS).columns)[:2] == ["max", "mean"]

@@ -10,17 +10,20 @@ TEXTS = ["Small left effusion.", "No acute finding.", "Large right opacity, no e
 
 
 def test_features_equal_a_plain_forward_pass(model, frame, cache):
-    found = image_features(model, frame, cache, batch_size=3, precision="float32", regions=True)
+    found = image_features(model, frame, cache, batch_size=3, precision="float32")
+    batches = list(image_batches(model, frame, cache, batch_size=3, precision="float32"))
     pixels = to_tensor(np.stack([center_crop(cache[path], 56) for path in frame["images"]]))
     with torch.no_grad():
         expected = model.eval().encode_images(pixels)
         embedding = model.objective.global_embedder(expected.pooled)
     assert found.study_ids == tuple(frame["study_id"]) and len(found) == 8
     np.testing.assert_allclose(found.pooled, expected.pooled, atol=1e-5)
-    np.testing.assert_allclose(found.regions, expected.regions, atol=1e-5)
+    assert [rows for rows, _ in batches] == [slice(0, 3), slice(3, 6), slice(6, 8)]
+    torch.testing.assert_close(
+        torch.cat([images.regions for _, images in batches]), expected.regions, atol=1e-5, rtol=0
+    )
     np.testing.assert_allclose(found.embedding, embedding, atol=1e-5)
     assert found.pooled.dtype == found.embedding.dtype == np.float32
-    np.testing.assert_array_equal(found.images([2, 0]).pooled, found.pooled[[2, 0]])
 
 
 def test_batch_size_and_training_mode_do_not_matter_and_the_mode_returns(model, frame, cache):
@@ -33,9 +36,6 @@ def test_batch_size_and_training_mode_do_not_matter_and_the_mode_returns(model, 
     np.testing.assert_allclose(one.pooled, all_at_once.pooled, atol=1e-5)
     assert [(name, module.training) for name, module in model.named_modules()] == before
     assert all(torch.equal(v, statistics[k]) for k, v in model.state_dict().items())
-    assert one.regions is None
-    with pytest.raises(ValueError, match="regions=True"):
-        one.images([0])
 
 
 def test_bfloat16_comes_back_as_float32_and_close(model, frame, cache):
@@ -45,14 +45,7 @@ def test_bfloat16_comes_back_as_float32_and_close(model, frame, cache):
     assert 0 < np.abs(exact.pooled - rough.pooled).max() < 0.1 * np.abs(exact.pooled).max()
 
 
-def test_progress_crop_and_errors(model, frame, cache):
-    calls = []
-    image_features(model, frame, cache, batch_size=3, progress=lambda done, total: calls.append((done, total)))
-    assert calls == [(3, 8), (6, 8), (8, 8)]
-    _, found = next(image_batches(model, frame, cache, crop=32))
-    assert found.regions.shape[1:3] == (2, 2)
-    with pytest.raises(ValueError, match="crop=65"):
-        image_features(model, frame, cache, crop=65)
+def test_nothing_and_features_that_are_not_finite_are_refused(model, frame, cache):
     with pytest.raises(ValueError, match="empty"):
         image_features(model, frame.iloc[:0], cache)
     with torch.no_grad():

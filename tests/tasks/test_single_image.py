@@ -9,7 +9,7 @@ from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
 
 from gloria_core.data.images import ImageError
-from gloria_core.tasks.single_image import CAUTION, FEWEST, Cohort, explain_one, plain_answer, validation_cohort
+from gloria_core.tasks.single_image import CAUTION, MIN_STUDIES, Cohort, explain_image, plain_answer, validation_cohort
 from gloria_core.tasks.zero_shot import scores
 
 PROMPTS = {
@@ -35,7 +35,7 @@ def made(scores_a, targets_a):
 def test_a_file_has_the_score_of_its_study(model, labelled, cache, root, scoring):
     table = scores(model, labelled, cache, PROMPTS, scoring=scoring, **FLOAT)
     for number in (0, 3):  # a square image, and one that is padded
-        answer = explain_one(model, root / f"images/{number}.png", PROMPTS, scoring=scoring, **FLOAT)
+        answer = explain_image(model, root / f"images/{number}.png", PROMPTS, scoring=scoring, **FLOAT)
         np.testing.assert_allclose(answer.table["score"][list(PROMPTS)], table.loc[f"s{number}"], atol=1e-5)
 
 
@@ -53,28 +53,28 @@ def test_every_kind_of_file_gives_the_same_answer(model, root, tmp_path):
     data.PixelData = pixels.tobytes()
     pydicom.dcmwrite(tmp_path / "x.dcm", data, enforce_file_format=True)
     from_png, from_dicom, from_array = (
-        explain_one(model, source, PROMPTS, **FLOAT) for source in (root / "images/2.png", tmp_path / "x.dcm", pixels)
+        explain_image(model, source, PROMPTS, **FLOAT) for source in (root / "images/2.png", tmp_path / "x.dcm", pixels)
     )
     np.testing.assert_allclose(from_array.table["score"], from_png.table["score"], atol=1e-6)
     np.testing.assert_allclose(from_dicom.table["score"].sort_index(), from_png.table["score"].sort_index(), atol=0.02)
     with pytest.raises(ImageError, match="no such file"):
-        explain_one(model, tmp_path / "none.png", PROMPTS)
+        explain_image(model, tmp_path / "none.png", PROMPTS)
 
 
 def test_the_map_lies_on_the_pixels_of_the_file(model, labelled, cache, root):
     cohort = validation_cohort(model, labelled, cache, PROMPTS, **FLOAT)
-    answer = explain_one(model, root / "images/1.png", PROMPTS, cohort=cohort, mapped=2, **FLOAT)
+    answer = explain_image(model, root / "images/1.png", PROMPTS, cohort=cohort, mapped=2, **FLOAT)
     assert answer.image.shape == (80, 60) and answer.map_kind == "cosine"
     assert len(answer.maps) == 2 and "No Finding" not in answer.maps
     for values in answer.maps.values():
         assert values.shape == (80, 60) and np.isfinite(values).any() and np.isnan(values).any()
         assert np.nanmax(np.abs(values)) <= 1 + 1e-6
-    other = explain_one(model, root / "images/1.png", PROMPTS, cohort=cohort, kind="attention", **FLOAT)
+    other = explain_image(model, root / "images/1.png", PROMPTS, cohort=cohort, kind="attention", **FLOAT)
     assert other.map_kind == "attention" and np.nanmin(next(iter(other.maps.values()))) >= 0
 
 
 def test_an_objective_without_regions_has_no_map(make_model, root):
-    answer = explain_one(make_model("convirt"), root / "images/1.png", PROMPTS)
+    answer = explain_image(make_model("convirt"), root / "images/1.png", PROMPTS)
     assert not answer.maps and answer.map_kind == "" and "Without a validation" in answer.text
 
 
@@ -83,13 +83,13 @@ def test_a_cohort_of_other_prompts_is_refused(model, labelled, cache, root):
     for change in ({"scoring": "mean"}, {"prompts": {"Lung Opacity": ["opacity"]}, "scoring": "max"}):
         options = {"prompts": PROMPTS, "scoring": "max"} | change
         with pytest.raises(ValueError, match="other prompts"):
-            explain_one(model, root / "images/1.png", cohort=cohort, **options)
+            explain_image(model, root / "images/1.png", cohort=cohort, **options)
 
 
 def test_percentile_counts_those_without_the_finding():
     cohort = made([1, 2, 2, 3, 9, 9], [0, 0, 0, 0, 1, np.nan])
-    assert cohort.percentile("A", np.array([0, 2, 5])).tolist() == [0, 0.5, 1]
-    assert np.isnan(made([1.0], [1.0]).percentile("A", np.array([0.0]))).all()
+    assert [cohort.percentile("A", value) for value in (0, 2, 5)] == [0, 0.5, 1]
+    assert np.isnan(made([1.0], [1.0]).percentile("A", 0.0))
 
 
 def test_probabilities_follow_the_frequency():
@@ -108,7 +108,7 @@ def test_a_score_that_is_no_evidence_gives_the_prevalence():
     assert falling.probabilities(pd.DataFrame({"A": [0.0, 1.0]}))["A"].tolist() == [0.25, 0.25]
     constant = made(np.ones(40), y).probabilities(pd.DataFrame({"A": [1.0]}))["A"]
     np.testing.assert_allclose(constant, 0.25, atol=0.03)
-    few = made(np.arange(40.0), [1.0] * (FEWEST - 1) + [0.0] * (41 - FEWEST))
+    few = made(np.arange(40.0), [1.0] * (MIN_STUDIES - 1) + [0.0] * (41 - MIN_STUDIES))
     assert few.probabilities(pd.DataFrame({"A": [1.0]}))["A"].isna().all()
     assert np.isnan(few.probability_thresholds["A"]) and few.thresholds["A"] == 0
 
