@@ -28,7 +28,7 @@ from torch import nn
 
 from gloria_core.data.geometry import Geometry
 from gloria_core.tasks.features import EncodedTexts, image_batches, inference, text_features
-from gloria_core.tasks.grounding import area_share, cnr, pointing_hit
+from gloria_core.tasks.grounding import score_map
 from gloria_core.tasks.maps import Kind, kinds_of, maps, upsample, words_of_span
 from gloria_core.tasks.phrases import seen
 from gloria_core.types import ImageFeatures, TextBatch
@@ -143,7 +143,9 @@ class SceneMaker:
                 "label": truth.label,
                 "lines": [] if truth.boxes else outlines(truth.mask),
                 "boxes": [list(box) for box in truth.boxes],
-                "chance": [_rounded(area_share(visible[n], regions[i])) for n, regions in enumerate(self._regions)],
+                "chance": [
+                    _rounded(score_map(visible[n], regions[i])["area"]) for n, regions in enumerate(self._regions)
+                ],
             }
             for i, truth in enumerate(subject.truths)
         ]
@@ -243,7 +245,8 @@ def _scores(image: EncodedImage, grids: NDArray, chosen: Sequence[Sequence[int]]
             if values is not None:
                 values = np.where(visible, upsample(torch.from_numpy(values), image.crop, image.crop).numpy(), np.nan)
             for truth, mask in enumerate(regions):
-                pair = None if values is None else [_rounded(cnr(values, mask)), _rounded(pointing_hit(values, mask))]
+                found = {} if values is None else score_map(values, mask)
+                pair = [_rounded(found[name]) for name in ("cnr", "pointing_game")] if found else None
                 scores[kind][truth].append(pair)
     return scores
 
