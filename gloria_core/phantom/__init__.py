@@ -5,7 +5,7 @@ would in a patient. Reports say what is drawn, with side, zone and size; `Region
 pixels. Labels are the fourteen of CheXpert (Irvin et al. 2019, https://arxiv.org/abs/1901.07031).
 """
 
-from gloria_core.phantom.course import COMPETITION, LABELS
+from gloria_core.phantom.disease import COMPETITION, LABELS
 from gloria_core.phantom.patient import Patient
 from gloria_core.phantom.study import LARGEST, SMALLEST, VIEWS, PhantomStudy, Region, patients, study, without
 

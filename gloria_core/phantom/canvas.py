@@ -1,4 +1,4 @@
-"""The drawing plane: coordinates, soft edges, blobs and lines, all analytic and at the target resolution.
+"""The drawing plane, and the layers of one view that organs and findings are drawn on.
 
 Anatomy coordinates have their origin in the middle of the chest, x to the image's right (the patient's left on a
 frontal view), y down, and one unit is half the image's width before the patient's pose is applied. Every shape is a
@@ -7,48 +7,33 @@ function of these coordinates, so the same patient can be drawn at any size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
 from scipy.ndimage import correlate1d, gaussian_filter1d
 
+from gloria_core.phantom.patient import Exposure, Patient, Pose
+
 Array = np.ndarray
+
 _TABLE_MIN, _TABLE_MAX, _TABLE_SIZE = -2.0, 2.0, 1024
 
 
-@lru_cache(maxsize=8)
-def grid(size: int) -> tuple[Array, Array]:
-    """Pixel centres in image coordinates [-1, 1]: u (size,), v (size,), read-only."""
-    axis = ((np.arange(size, dtype=np.float32) + 0.5) * (2.0 / size) - 1.0).astype(np.float32)
-    axis.flags.writeable = False
-    return axis, axis
-
-
-@lru_cache(maxsize=256)
-def _kernel(sigma_milli: int) -> Array:
-    sigma = sigma_milli / 1000.0
-    reach = max(1, int(2.6 * sigma + 0.5))
-    taps = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
-    return (taps / taps.sum()).astype(np.float32)
+def pixel_centres(size: int) -> Array:
+    """Pixel centres along one side in image coordinates [-1, 1]. Shape: (size,)."""
+    return ((np.arange(size, dtype=np.float32) + 0.5) * (2.0 / size) - 1.0).astype(np.float32)
 
 
 def blur(layer: Array, sigma: float) -> Array:
     """Gaussian blur with `sigma` in pixels; edges repeat."""
     if sigma < 0.15:
         return layer
-    taps = _kernel(round(sigma * 1000))
+    sigma = round(sigma * 1000) / 1000.0
+    reach = max(1, int(2.6 * sigma + 0.5))
+    taps = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
+    taps = (taps / taps.sum()).astype(np.float32)
     return correlate1d(correlate1d(layer, taps, axis=0, mode="nearest"), taps, axis=1, mode="nearest")
-
-
-@dataclass(frozen=True)
-class Pose:
-    """Where the patient stands: rotation in radians, shift in image units, magnification."""
-
-    angle: float = 0.0
-    dx: float = 0.0
-    dy: float = 0.0
-    scale: float = 1.0
 
 
 class Canvas:
@@ -59,7 +44,7 @@ class Canvas:
 
     def __init__(self, size: int, pose: Pose) -> None:
         self.size, self.pose = size, pose
-        u, v = grid(size)
+        u = v = pixel_centres(size)
         cos, sin = np.float32(np.cos(pose.angle) / pose.scale), np.float32(np.sin(pose.angle) / pose.scale)
         du, dv = (u - np.float32(pose.dx))[None, :], (v - np.float32(pose.dy))[:, None]
         self.x = cos * du + sin * dv
@@ -164,13 +149,86 @@ def smooth_line(knots: Array | list, step: float = 0.004) -> tuple[Array, Array]
     k = np.asarray(knots, dtype=np.float64)
     k = np.concatenate([[2 * k[0] - k[1]], k, [2 * k[-1] - k[-2]]])
     ends = np.stack([k[:-3], k[1:-2], k[2:-1], k[3:]])
-    curve = np.einsum("tj,jkc->ktc", _CATMULL_ROM, ends).reshape(-1, 2)
+    t = np.linspace(0, 1, 9)[:-1]
+    basis = [-t + 2 * t**2 - t**3, 2 - 5 * t**2 + 3 * t**3, t + 4 * t**2 - 3 * t**3, t**3 - t**2]
+    curve = np.einsum("tj,jkc->ktc", 0.5 * np.stack(basis, axis=1), ends).reshape(-1, 2)
     return polyline(np.concatenate([curve, k[-2:-1]]), step)
 
 
-def _catmull_rom() -> Array:
-    t = np.linspace(0, 1, 9)[:-1]
-    return 0.5 * np.stack([-t + 2 * t**2 - t**3, 2 - 5 * t**2 + 3 * t**3, t + 4 * t**2 - 3 * t**3, t**3 - t**2], axis=1)
+AIR = 0.60
+"""What a full depth of lung takes away from the density of the chest (display density 1 is white)."""
+SIGN = {"right": -1.0, "left": 1.0}
+"""On a frontal view the patient's right is on the image's left."""
+ZONES = {"upper": -0.46, "mid": -0.09, "lower": 0.24}
+"""y of the middle of each lung zone at full inspiration; between them lie -0.27 and 0.08."""
 
 
-_CATMULL_ROM = _catmull_rom()
+@dataclass
+class AnatomyChange:
+    """What findings do to the anatomy before it is drawn."""
+
+    heart: float = 1.0  # factor on heart size
+    mediastinum: float = 0.0  # extra half-width of the upper mediastinum
+    raised: dict[str, float] = field(default_factory=lambda: {"right": 0.0, "left": 0.0})
+    congestion: float = 0.0  # vessel blurring and upper-lobe diversion
+
+
+@dataclass
+class Scene:
+    """The layers of one view.
+
+    Shape: all layers (size, size) float32. `air` is the depth of aerated lung, 0..1; `lung` a soft lung membership
+    for each side; `extra` density that findings and devices add; `vessels` a gain on the vessel layer; `wall` the
+    distance to the inner chest wall; `base` the distance above the diaphragm (units); `solid` how much of the lung is
+    filled, which makes the heart's border vanish there.
+    """
+
+    canvas: Canvas
+    patient: Patient
+    exposure: Exposure
+    change: AnatomyChange
+    air: Array = field(init=False)
+    lung: dict[str, Array] = field(default_factory=dict)
+    heart: Array = field(init=False)
+    cardiac: Array = field(init=False)
+    mediastinum: Array = field(init=False)
+    wall: Array = field(init=False)
+    base: Array = field(init=False)
+
+    def __post_init__(self) -> None:
+        shape = (self.canvas.size, self.canvas.size)
+        self.extra, self.solid = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+        self.vessels = np.ones(shape, np.float32)
+
+    def fill(self, amount: Array) -> None:
+        """Replace air by fluid or cells where `amount` (0..1) says, and hide the vessels there."""
+        # what is filled already has no air left to lose
+        self.extra += np.maximum(amount - self.solid, 0) * self.air * np.float32(AIR)
+        self.solid = np.maximum(self.solid, np.minimum(amount, 1.0))
+        self.vessels *= 1.0 - 0.85 * np.minimum(amount, 1.0)
+
+    def sides(self, side: str) -> list[str]:
+        """The lungs that a finding's side names."""
+        return ["right", "left"] if side == "bilateral" else [side]
+
+    def lungs(self, side: str) -> Array:
+        """Lung membership of one side or both."""
+        return np.maximum(self.lung["right"], self.lung["left"]) if side == "bilateral" else self.lung[side]
+
+    def lines(self, points: Array, lengths: Array, width: float, peak: Array | float) -> Array:
+        """A wire or vessel: Gaussian profile of `width` (its sigma) and `peak` density."""
+        return self.canvas.strokes(points, lengths * peak, width)
+
+    def line(self, knots: Array | list, width: float, peak: float) -> Array:
+        """A smooth wire through knots (k, 2)."""
+        return self.lines(*smooth_line(knots), width, peak)
+
+    def dome_height(self, side: str) -> float:
+        """y of the top of one hemidiaphragm."""
+        low = self.patient.dome + (self.patient.dome_gap if side == "left" else 0.0)
+        return low - self.exposure.inspiration - self.change.raised[side]
+
+    def zone_height(self, zone: str) -> float:
+        """y at which a finding of this zone is centred; the zones shrink with the lung."""
+        lift = self.exposure.inspiration + 0.5 * (0.47 - self.patient.dome)
+        return ZONES[zone] - lift * {"upper": 0.1, "mid": 0.5, "lower": 1.0}[zone]

@@ -9,13 +9,14 @@ import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from gloria_core.phantom.patient import draw_patient
-from gloria_core.phantom.study import PhantomStudy, study
+from gloria_core.phantom.study import VIEWS, study
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Job:
 def fingerprint() -> str:
     """Changes whenever the drawing program changes: SHA-256 over its source, 16 hexadecimal digits."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".py", ".json")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -50,9 +51,10 @@ def write_patients(job: Job, patients: list[int]) -> list[int]:
     """Draw the patients and write their files; a patient whose record is complete is skipped. Returns the patients."""
     for patient in patients:
         if read_record(job, patient) is None:
-            rows = [_write_study(job, patient, k) for k in range(1, draw_patient(job.seed, patient).studies + 1)]
-            text = json.dumps({"stamp": job.stamp, "rows": rows})
-            _replace(job.record(patient), text.encode())
+            numbers = range(1, draw_patient(job.seed, patient).studies + 1)
+            rows, files = zip(*[_write_study(job, patient, number) for number in numbers], strict=True)
+            record = {"stamp": job.stamp, "files": [path for paths in files for path in paths], "rows": rows}
+            _write(job.record(patient), json.dumps(record).encode())
     return patients
 
 
@@ -62,59 +64,53 @@ def read_record(job: Job, patient: int) -> list[dict] | None:
         record = json.loads(job.record(patient).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
-    if record.get("stamp") != job.stamp:
-        return None
-    for row in record["rows"]:
-        paths = [*row["images"], *[mask["path"] for mask in row["masks"]]]
-        if not all(Path(job.root, path).is_file() for path in paths):
-            return None
-    return record["rows"]
+    whole = record.get("stamp") == job.stamp and all(Path(job.root, path).is_file() for path in record["files"])
+    return record["rows"] if whole else None
 
 
-def _write_study(job: Job, patient: int, number: int) -> dict:
-    views = ("frontal", "lateral") if job.lateral else ("frontal",)
+def _write_study(job: Job, patient: int, number: int) -> tuple[dict, list[str]]:
+    """Write the images and masks of one study; returns its manifest row (an unknown label is None) and its files."""
+    views = VIEWS if job.lateral else VIEWS[:1]
     drawn = study(job.seed, patient, number, size=job.size, views=views)
     name = f"p{patient:05d}_s{number}"
-    images = {view: f"images/{name}_{view}.png" for view in views}
-    for view, path in images.items():
-        _write_png(Path(job.root, path), Image.fromarray(drawn.images[view]))
-    masks, boxes = _truth(job, name, drawn, views)
-    return {
-        "study_id": name,
-        "patient_id": f"p{patient:05d}",
-        "images": list(images.values()),
-        "views": [drawn.projection, "LATERAL"][: len(views)],
-        "findings": drawn.findings,
-        "impression": drawn.impression,
-        "labels": {label: None if np.isnan(value) else int(value) for label, value in drawn.labels.items()},
-        "boxes": boxes,
-        "masks": masks,
-        "meta_view": drawn.projection,
-        "meta_sex": drawn.patient.sex,
-        "meta_age": drawn.patient.age,
-        "meta_study_number": number,
-    }
-
-
-def _truth(job: Job, name: str, drawn: PhantomStudy, views: tuple[str, ...]) -> tuple[list[dict], list[dict]]:
+    images = [f"images/{name}_{view}.png" for view in views]
+    for view, path in zip(views, images, strict=True):
+        _write_png(Path(job.root, path), drawn.images[view])
     masks, boxes = [], []
     for k, region in enumerate(drawn.regions):
-        path, image = f"masks/{name}_{k}.png", views.index(region.view)
-        _write_png(Path(job.root, path), Image.fromarray(region.mask))
-        entry = {"label": region.label, "image": image, "path": path}
-        masks.append({**entry, "side": region.side, "zone": region.zone, "severity": round(region.severity, 3),
-                      "spans": [list(span) for span in region.spans]})  # fmt: skip
-        boxes.append({"label": region.label, "image": image, "xywh": list(region.box)})
-    return masks, boxes
+        entry = {"label": region.label, "image": views.index(region.view)}
+        spans = [list(span) for span in region.spans]
+        masks.append(entry | {"path": f"masks/{name}_{k}.png", "side": region.side, "zone": region.zone,
+                              "severity": round(region.severity, 3), "spans": spans})  # fmt: skip
+        boxes.append(entry | {"xywh": list(region.box)})
+        _write_png(Path(job.root, masks[-1]["path"]), region.mask)
+    row = {
+        "study_id": name,
+        "patient_id": f"p{patient:05d}",
+        "split": "train",
+        "images": ";".join(images),
+        "views": ";".join([drawn.projection, "LATERAL"][: len(views)]),
+        "findings": drawn.findings,
+        "impression": drawn.impression,
+        "label_rank": 0.0,
+        **{label: None if np.isnan(value) else float(value) for label, value in drawn.labels.items()},
+        "boxes": json.dumps(boxes) if boxes else "",
+        "masks": json.dumps(masks) if masks else "",
+        "meta_view": drawn.projection,
+        "meta_sex": drawn.patient.sex,
+        "meta_age": str(drawn.patient.age),
+        "meta_study_number": str(number),
+    }
+    return row, [*images, *[mask["path"] for mask in masks]]
 
 
-def _write_png(path: Path, image: Image.Image) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    image.save(temporary, format="PNG", compress_level=1)
-    temporary.replace(path)
+def _write_png(path: Path, pixels: np.ndarray) -> None:
+    buffer = BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG", compress_level=1)
+    _write(path, buffer.getvalue())
 
 
-def _replace(path: Path, content: bytes) -> None:
+def _write(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_bytes(content)
     temporary.replace(path)

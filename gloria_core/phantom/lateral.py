@@ -1,15 +1,19 @@
-"""The lateral chest radiograph: sternum on the image's left, spine on its right, both lungs superimposed."""
+"""The lateral chest radiograph: sternum on the image's left, spine on its right, both lungs superimposed.
+
+Findings keep the height that they have on the frontal view. Pneumothorax, pleural thickening, fractures, chest tubes
+and ECG leads are not drawn from the side.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 
-from gloria_core.phantom.canvas import Canvas, smooth_line
+from gloria_core.phantom.canvas import AIR, AnatomyChange, Array, Canvas, Scene
+from gloria_core.phantom.disease import Finding
+from gloria_core.phantom.findings import mottle, wire
 from gloria_core.phantom.frontal import VESSEL_PEAK, VESSEL_WIDTH, vessel_tree
-from gloria_core.phantom.patient import Patient, Shot
-from gloria_core.phantom.scene import AIR, Change, Scene, dome_height
+from gloria_core.phantom.patient import Exposure, Patient
 
-Array = np.ndarray
 _FRONT = ((-1.2, -0.86, -0.66, -0.30, 0.10, 0.45, 0.9), (-0.12, -0.14, -0.30, -0.46, -0.57, -0.60, -0.58))
 _BACK = ((-1.2, -0.86, -0.62, -0.20, 0.20, 0.60, 1.0), (0.24, 0.28, 0.50, 0.68, 0.70, 0.63, 0.56))
 
@@ -21,14 +25,14 @@ def spine_x(y: Array | float) -> Array | float:
 
 def lung_dome(scene: Scene, side: str, x: Array) -> Array:
     """y of one hemidiaphragm at x: high in front, falling into the posterior sulcus."""
-    top = dome_height(scene.patient, scene.shot, scene.change, side) - 0.02
+    top = scene.dome_height(side) - 0.02
     t = x + 0.14
     return top + 0.10 * np.clip(-t, 0, 1) ** 2 * 2.2 + 0.62 * np.clip(t, 0, 1) ** 2.1
 
 
-def start(canvas: Canvas, patient: Patient, shot: Shot, change: Change) -> Scene:
+def start(canvas: Canvas, patient: Patient, exposure: Exposure, change: AnatomyChange) -> Scene:
     """Both lungs, the hemidiaphragms and the heart seen from the side."""
-    scene = Scene(canvas, patient, shot, change, view="lateral")
+    scene = Scene(canvas, patient, exposure, change)
     x, y = canvas.x, canvas.y
     front, back = canvas.profile(*_FRONT, round_off=0.09), canvas.profile(*_BACK, round_off=0.09)
     roof = canvas.edge(y - patient.apex + 0.03 - 0.9 * np.clip(np.abs(x - 0.06) - 0.10, 0, 1), 0.06)
@@ -40,7 +44,7 @@ def start(canvas: Canvas, patient: Patient, shot: Shot, change: Change) -> Scene
     scene.wall = np.minimum(x - front, back - x)
     scene.base = lung_dome(scene, "right", x) - y
     size = patient.heart * change.heart
-    lift = 0.5 * shot.inspiration
+    lift = 0.5 * exposure.inspiration
     grow = size - 1.0
     scene.cardiac = canvas.disc(-0.265 + 0.13 * grow, 0.215 - lift - 0.04 * grow, 0.315 * size, 0.25 * size, 0.62)
     wide = change.mediastinum
@@ -53,11 +57,6 @@ def start(canvas: Canvas, patient: Patient, shot: Shot, change: Change) -> Scene
     scene.mediastinum = np.maximum(arch, front_wide)
     thick = np.sqrt(np.clip(scene.cardiac, 0, 1)) * (0.1 + 0.9 * canvas.edge(scene.base + 0.03, 0.05))
     scene.heart = 0.36 * thick + 0.11 * np.sqrt(arch) + 0.06 * aorta + 0.16 * front_wide
-    scene.extra, scene.vessels, scene.solid = (
-        np.zeros_like(scene.air),
-        np.ones_like(scene.air),
-        np.zeros_like(scene.air),
-    )
     return scene
 
 
@@ -117,7 +116,7 @@ def bones(scene: Scene) -> Array:
         0.14 * canvas.edge(0.019 - np.abs(x - front), 0.006) * canvas.edge(y + 0.60, 0.03) * canvas.edge(0.22 - y, 0.03)
     )
     for x0, bend in ((0.36, 0.02), (0.45, -0.01)):
-        layer += scene.lines(*smooth_line([[x0, -0.95], [x0 + bend, -0.6], [x0 + 0.06, -0.22]]), 0.011, 0.06)
+        layer += scene.line([[x0, -0.95], [x0 + bend, -0.6], [x0 + 0.06, -0.22]], 0.011, 0.06)
     return layer * (0.4 + 0.6 * patient.rib_density)
 
 
@@ -137,3 +136,159 @@ def vessels(scene: Scene) -> Array:
 def density(scene: Scene) -> Array:
     """Everything that lies in the beam of the lateral view."""
     return tissue(scene) + scene.heart * (1 - 0.6 * scene.solid) + bones(scene) + vessels(scene) + scene.extra
+
+
+def _spot(scene: Scene, finding: Finding) -> tuple[float, float]:
+    rng = np.random.default_rng([finding.form, 31])
+    y = scene.zone_height(finding.zone or "mid") + rng.uniform(-0.05, 0.05)
+    depth = finding.depth * 0.30
+    if finding.zone == "lower":  # the lower lobes lie behind
+        depth = 0.10 + 0.18 * abs(finding.depth)
+    elif finding.zone == "mid":
+        depth = -0.22 + 0.15 * finding.depth
+    return 0.06 + depth, y
+
+
+def _fill(scene: Scene, finding: Finding, amount: Array) -> None:
+    """Fill one of the two superimposed lungs, or both."""
+    scene.fill(amount * np.float32(1.0 if finding.side in ("bilateral", "") else 0.62))
+
+
+def _cloud(scene: Scene, finding: Finding, n: int, spread: float, sigma: float, gain: float) -> Array:
+    rng = np.random.default_rng([finding.form, 37])
+    points = np.array(_spot(scene, finding)) + rng.normal(0, spread, (n, 2))
+    cloud = scene.canvas.blobs(points, sigma * rng.uniform(0.7, 1.4, n), gain)
+    return (1 - np.exp(-cloud)) * scene.lungs(finding.side or "bilateral")
+
+
+def consolidation(scene: Scene, finding: Finding) -> Array:
+    """Consolidation, sharp along the oblique fissure."""
+    x, y = _spot(scene, finding)
+    reach = 0.17 + 0.12 * finding.severity
+    shape = np.clip(scene.canvas.disc(x, y, reach * 1.2, reach) * 2.6, 0, 1) * scene.lungs(finding.side)
+    fissure = (scene.canvas.x - x) * 0.75 - (scene.canvas.y - y) * 0.66 + 0.5 * reach
+    shape *= scene.canvas.edge(-fissure if finding.zone == "upper" else fissure, 0.01)
+    _fill(scene, finding, shape * (0.45 + 0.5 * finding.strength))
+    return shape > 0.45
+
+
+def pneumonia(scene: Scene, finding: Finding) -> Array:
+    """Pneumonia: fluffy patches."""
+    cloud = _cloud(scene, finding, 9, 0.09, 0.032, 0.9)
+    _fill(scene, finding, cloud * (0.45 + 0.5 * finding.strength))
+    return cloud > 0.30
+
+
+def opacity(scene: Scene, finding: Finding) -> Array:
+    """A structureless veil."""
+    cloud = _cloud(scene, finding, 4, 0.05, 0.13, 0.6)
+    scene.extra += cloud * scene.air * np.float32(0.10 + 0.13 * finding.strength)
+    return cloud > 0.35
+
+
+def edema(scene: Scene, finding: Finding) -> Array:
+    """Edema: haze around the hila and thick fissures."""
+    points = np.array([[0.00, -0.20], [0.17, -0.10], [0.20, 0.08], [0.06, 0.14], [-0.14, -0.02]])
+    wings = scene.canvas.blobs(points, 0.095 + 0.03 * finding.severity, 0.6) * scene.lungs("bilateral")
+    wings = 1 - np.exp(-1.3 * wings)
+    texture = 1 + 0.35 * mottle(scene, finding, 0.085, 0.030)
+    scene.extra += wings * scene.air * np.float32(0.16 + 0.26 * finding.strength) * texture
+    fissure = scene.line([[0.33, -0.38], [0.08, 0.02], [-0.25, 0.40]], 0.006, 0.06 + 0.08 * finding.strength)
+    scene.extra += fissure * scene.air
+    return wings > 0.36
+
+
+def plate_atelectasis(scene: Scene, finding: Finding) -> Array:
+    """Plate-like atelectasis: bands."""
+    x, y = _spot(scene, finding)
+    mask = np.zeros(scene.air.shape, bool)
+    for k in range(1 + int(2.4 * finding.severity)):
+        yk = y + 0.07 * k
+        band = scene.line([[x - 0.17, yk + 0.03], [x, yk - 0.01], [x + 0.17, yk - 0.02]], 0.012, 1.0)
+        band = band * scene.lungs(finding.side)
+        scene.extra += band * scene.air * np.float32(0.12 + 0.16 * finding.strength)
+        mask |= band > 0.3
+    return mask
+
+
+def basal_atelectasis(scene: Scene, finding: Finding) -> Array:
+    """Basal volume loss above the posterior diaphragm."""
+    side = finding.side if finding.side != "bilateral" else "right"
+    above = lung_dome(scene, side, scene.canvas.x) - scene.canvas.y
+    near = np.clip(1.1 - above / (0.10 + 0.08 * finding.severity), 0, 1) * scene.lungs(finding.side)
+    near = near * scene.canvas.edge(scene.canvas.x + 0.05, 0.2)
+    _fill(scene, finding, near * (0.3 + 0.5 * finding.strength))
+    return near > 0.25
+
+
+def effusion(scene: Scene, finding: Finding) -> Array:
+    """Pleural effusion: the posterior sulcus fills first, with a meniscus along the back wall."""
+    x, y = scene.canvas.x, scene.canvas.y
+    level = 0.80 - scene.exposure.inspiration - 0.55 * finding.severity**1.1
+    rise = (0.12 + 0.10 * finding.severity) * np.exp(-np.maximum(scene.wall, 0) / 0.10)
+    wet = scene.canvas.edge(y - level + rise, 0.03) * scene.lungs(finding.side)
+    if finding.severity < 0.7:
+        wet = wet * scene.canvas.edge(x - 0.05, 0.15)
+    _fill(scene, finding, wet * np.float32(0.6 + 0.4 * finding.strength))
+    return wet > 0.5
+
+
+def nodule_or_mass(scene: Scene, finding: Finding) -> Array:
+    """Nodule or mass."""
+    x, y = _spot(scene, finding)
+    small, large = (0.038, 0.062) if finding.kind == "nodule" else (0.085, 0.140)
+    shape = np.clip(scene.canvas.disc(x, y, small + (large - small) * finding.severity), 0, 1) ** 0.45
+    shape = shape * (scene.lungs(finding.side) > 0.02)
+    scene.extra += shape * np.float32(0.14 + 0.12 * finding.strength)
+    return shape > 0.35
+
+
+def cardiomegaly(scene: Scene, finding: Finding) -> Array:
+    """The heart."""
+    return scene.cardiac > 0
+
+
+def wide_mediastinum(scene: Scene, finding: Finding) -> Array:
+    """The widened upper mediastinum, filling the space behind the sternum."""
+    return scene.mediastinum > 0.1
+
+
+def tracheal_tube(scene: Scene, finding: Finding) -> Array:
+    """Endotracheal tube."""
+    return wire(scene, [[0.0, -1.2], [0.02, -0.8], [0.065, -0.40]], 0.018, 0.13)
+
+
+def gastric_tube(scene: Scene, finding: Finding) -> Array:
+    """Enteric tube behind the heart."""
+    return wire(scene, [[0.05, -1.2], [0.12, -0.6], [0.19, 0.0], [0.13, 0.45], [0.0, 0.66]], 0.0095, 0.20)
+
+
+def venous_catheter(scene: Scene, finding: Finding) -> Array:
+    """Central venous catheter."""
+    return wire(scene, [[-0.12, -1.0], [-0.06, -0.6], [-0.03, -0.3], [-0.03, 0.0]], 0.0085, 0.20)
+
+
+def pacemaker(scene: Scene, finding: Finding) -> Array:
+    """Pacemaker box edge-on in the front wall, leads into the heart."""
+    box = scene.canvas.edge(scene.canvas.disc(-0.44, -0.50, 0.045, 0.12, -0.5) * 0.04, 0.004)
+    scene.extra += 0.45 * box
+    vena = [[-0.36, -0.56], [-0.16, -0.64], [-0.04, -0.45], [-0.02, -0.10]]
+    mask = (box > 0.5) | wire(scene, [*vena, [-0.10, 0.10], [-0.18, 0.06]], 0.0075, 0.26)
+    return mask | wire(scene, [*vena, [-0.10, 0.25], [-0.38, 0.33]], 0.0075, 0.26)
+
+
+def sternotomy_wires(scene: Scene, finding: Finding) -> Array:
+    """Sternotomy wires along the sternum."""
+    mask = np.zeros(scene.air.shape, bool)
+    for y in np.linspace(-0.50, 0.18, 6):
+        x = float(np.interp(y, (-0.66, -0.30, 0.10, 0.45), (-0.32, -0.48, -0.59, -0.62)))
+        mask |= wire(scene, [[x - 0.02, y], [x, y - 0.015], [x + 0.02, y]], 0.007, 0.26)
+    return mask
+
+
+DRAW = {
+    "edema": edema, "opacity": opacity, "pneumonia": pneumonia, "consolidation": consolidation,
+    "nodule": nodule_or_mass, "mass": nodule_or_mass, "plate": plate_atelectasis, "basal": basal_atelectasis,
+    "effusion": effusion, "cardiomegaly": cardiomegaly, "wide": wide_mediastinum, "tracheal": tracheal_tube,
+    "gastric": gastric_tube, "venous": venous_catheter, "pacemaker": pacemaker, "wires": sternotomy_wires,
+}  # fmt: skip

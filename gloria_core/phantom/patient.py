@@ -7,9 +7,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from gloria_core.phantom.canvas import Pose
-
-BODY, COURSE, SHOT, WORDS, NOISE = range(5)
+BODY, COURSE, EXPOSURE, WORDS, NOISE = range(5)
 """Independent random streams: what one draws never shifts what another draws."""
 
 
@@ -48,7 +46,17 @@ class Patient:
 
 
 @dataclass(frozen=True)
-class Shot:
+class Pose:
+    """Where the patient stands: rotation in radians, shift in image units, magnification."""
+
+    angle: float = 0.0
+    dx: float = 0.0
+    dy: float = 0.0
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Exposure:
     """One exposure: view, inspiration, pose, beam and detector."""
 
     projection: str  # PA or AP
@@ -105,13 +113,13 @@ def _pose(rng: np.random.Generator, sway: float) -> Pose:
     )
 
 
-def draw_shot(seed: int, patient: int, number: int, *, bedside: float) -> Shot:
+def draw_exposure(seed: int, patient: int, number: int, *, bedside: float) -> Exposure:
     """How study `number` was taken; `bedside` is the chance of a portable AP film."""
-    rng = stream(seed, patient, number, SHOT)
+    rng = stream(seed, patient, number, EXPOSURE)
     portable = bool(rng.random() < bedside)
     sway = 1.35 if portable else 1.0
     border = [float(b) for b in np.where(rng.random(4) < 0.22, rng.uniform(0.01, 0.07, 4), 0.0)]
-    return Shot(
+    return Exposure(
         projection="AP" if portable else "PA",
         inspiration=float(abs(rng.normal(0.05 if portable else 0.0, 0.035))),
         pose=_pose(rng, sway),

@@ -1,26 +1,28 @@
-"""The report of a study: findings and impression, the labels they imply, and which words name which finding."""
+"""The report of a study: findings and impression, the labels they imply, and which words name which finding.
+
+The vocabulary is in `phrases.json`. In noun phrases `{size}`, `{side}` and `{zone}` are filled from the finding; a
+leading `a:` marks a phrase that takes an article. Sentences hold the phrase as `{p}` (with article: `{ap}`,
+capitalised: `{P}`). In clauses, which are whole sentences, the words that name the region stand in square brackets.
+Sizes are listed by severity: below 0.42, below 0.72, above. Clauses of a kind in `also` make that label positive, too.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
-from gloria_core.phantom import phrases
-from gloria_core.phantom.course import LABELS, Finding
+from gloria_core.phantom.disease import LABELS, Finding
 
-_LUNG = {
-    "Atelectasis",
-    "Consolidation",
-    "Edema",
-    "Pneumonia",
-    "Lung Opacity",
-    "Lung Lesion",
-    "Pleural Effusion",
-    "Pneumothorax",
-}
+_PHRASES = json.loads(Path(__file__).with_name("phrases.json").read_text(encoding="utf-8"))
+
+_NOT_IN_THE_LUNGS = {
+    "No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Pleural Other", "Fracture", "Support Devices",
+}  # fmt: skip
 
 
 @dataclass
@@ -48,43 +50,23 @@ def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _plural(noun: str) -> str:
-    return noun if noun.endswith("s") else noun + "s"
-
-
 def _tidy(text: str) -> str:
     """Single spaces, and plural places for a finding on both sides."""
-    text = re.sub(
-        r"\b(in|at) the bilateral ([a-z ]+?)(?=\]|$)", lambda found: f"{found[1]} both {_plural(found[2])}", text
-    )
+    text = re.sub(r"\b(in|at|of) the bilateral ([a-z ]+?)s?(?=\]|$)", r"\1 both \2s", text)
     text = re.sub(r"\bon the bilateral\b", "on both sides", text)
-    text = re.sub(r"\bof the bilateral ([a-z ]+?)(?=\]|$)", lambda found: f"of both {_plural(found[1])}", text)
     return re.sub(r" +", " ", text).strip().replace("[ ", "[").replace(" ]", "]")
 
 
 def _fill(template: str, finding: Finding, rng: np.random.Generator) -> str:
-    sizes = phrases.SIZES.get(finding.kind) or phrases.SIZES.get(finding.label) or phrases.SIZES[""]
+    sizes = _PHRASES["sizes"].get(finding.kind) or _PHRASES["sizes"].get(finding.label) or _PHRASES["sizes"][""]
     size = _pick(rng, sizes[0 if finding.severity < 0.42 else 1 if finding.severity < 0.72 else 2])
     if "{size} enlarged" in template or "{size} widened" in template:
-        size = {
-            "mild": "mildly",
-            "moderate": "moderately",
-            "severe": "severely",
-            "marked": "markedly",
-            "minimal": "minimally",
-            "slight": "slightly",
-        }.get(str(size), "")
-    zones = phrases.ZONES.get(finding.kind, phrases.ZONES["lung"])
+        size = f"{size}ly" if size in ("mild", "moderate", "severe", "marked", "minimal", "slight") else ""
+    zones = _PHRASES["zones"].get(finding.kind, _PHRASES["zones"]["lung"])
     zone = str(_pick(rng, zones[finding.zone])) if finding.zone else ""
     angle = "angles" if finding.side == "bilateral" else "angle"
     side = finding.side if finding.side in ("left", "right", "bilateral") else ""
     return template.format(size=size, side=side, Side=_capital(side), zone=zone, angle=angle)
-
-
-def _with_article(article: str, noun: str) -> tuple[str, str]:
-    if not article:
-        return "", noun
-    return ("an " if noun[0] in "aeiouAEIOU8" else "a "), noun
 
 
 def _bracketed(text: str, index: int, labels: tuple[str, ...], value: float) -> _Sentence:
@@ -98,29 +80,28 @@ def _bracketed(text: str, index: int, labels: tuple[str, ...], value: float) -> 
 def _mention(index: int, finding: Finding, rng: np.random.Generator) -> _Sentence:
     """One sentence about one finding."""
     kind = finding.kind
-    table = phrases.UNSURE_CLAUSES if finding.uncertain else phrases.CLAUSES
+    table = _PHRASES["unsure_clauses"] if finding.uncertain else _PHRASES["clauses"]
     value = -1.0 if finding.uncertain else 1.0
     plain = finding.change in ("", "new") or finding.label == "Support Devices"
     # a clause that describes the picture needs the thing on the picture
-    fits = not (kind == "fluid" and finding.severity > 0.5)  # a large effusion does more than blunt an angle
+    fits = not (kind == "effusion" and finding.severity > 0.5)  # a large effusion does more than blunt an angle
     if kind in table and finding.drawn and plain and fits and rng.random() < 0.33:
         template = str(_pick(rng, table[kind]))
         if not (finding.side == "bilateral" and "{Side}" in template):
-            labels = (finding.label, phrases.ALSO[kind]) if kind in phrases.ALSO else (finding.label,)
+            labels = (finding.label, _PHRASES["also"][kind]) if kind in _PHRASES["also"] else (finding.label,)
             return _bracketed(_tidy(_fill(template, finding, rng)), index, labels, value)
-    article, _, noun = str(_pick(rng, phrases.NOUNS[kind])).rpartition(":")
+    article, _, noun = str(_pick(rng, _PHRASES["nouns"][kind])).rpartition(":")
     noun = _tidy(_fill(noun, finding, rng))
     if finding.label == "Support Devices":
-        frames = phrases.DEVICE
+        frames = _PHRASES["device"]
     else:
-        frames = phrases.UNSURE if finding.uncertain else phrases.PRESENT[finding.change]
+        frames = _PHRASES["unsure"] if finding.uncertain else _PHRASES["present"][finding.change]
     frame = str(_pick(rng, frames))
     if kind == "wires" and "position" in frame:
-        frame = phrases.DEVICE[0]
-    opening, noun = _with_article(article, noun)
-    text = (
-        frame.replace("{ap}", opening + "[" + noun + "]").replace("{P}", "[" + noun + "]").replace("{p}", f"[{noun}]")
-    )
+        frame = _PHRASES["device"][0]
+    article = "" if not article else "an " if noun[0] in "aeiouAEIOU8" else "a "
+    noun = f"[{noun}]"
+    text = frame.format(ap=article + noun, P=noun, p=noun)
     if kind in ("wires", "leads"):
         text = text.replace("There is", "There are")
     return _bracketed(text, index, (finding.label,), value)
@@ -132,8 +113,8 @@ def _negatives(taken: set[str], rng: np.random.Generator, n: int) -> list[_Sente
     blocked = set(taken)
     if blocked & {"Consolidation", "Lung Opacity", "Pneumonia"}:
         blocked |= {"Pneumonia", "Consolidation", "Lung Opacity"}
-    pairs = [phrases.ABSENT_PAIRS[i] for i in rng.permutation(len(phrases.ABSENT_PAIRS))]
-    singles = [((label,), phrases.ABSENT[label]) for label in phrases.ABSENT]
+    pairs = [_PHRASES["absent_pairs"][i] for i in rng.permutation(len(_PHRASES["absent_pairs"]))]
+    singles = [((label,), _PHRASES["absent"][label]) for label in _PHRASES["absent"]]
     weights = np.array([3.0, 3.0, 2.0, 1.2, 2.0, 1.0, 0.7, 0.6, 0.6, 0.8, 0.5, 0.4, 0.4])
     order = rng.choice(len(singles), size=len(singles), replace=False, p=weights / weights.sum())
     pool = [*pairs[: int(rng.integers(0, 3))], *[singles[i] for i in order]]
@@ -148,7 +129,7 @@ def _negatives(taken: set[str], rng: np.random.Generator, n: int) -> list[_Sente
 
 def _fillers(taken: set[str], rng: np.random.Generator) -> list[_Sentence]:
     options = [
-        text for text in phrases.FILLERS
+        text for text in _PHRASES["fillers"]
         if not ("intact" in text and "Fracture" in taken) and not ("volumes" in text and "Atelectasis" in taken)
         and not ("hila" in text and taken & {"Edema", "Lung Lesion"})
     ]  # fmt: skip
@@ -190,10 +171,10 @@ def compose(findings: Sequence[Finding], rng: np.random.Generator) -> Report:
             summary.append(_mention(index, finding, rng))
     healthy = not taken - {"Support Devices"}
     body += _negatives(taken, rng, int(rng.integers(2, 6))) + _fillers(taken, rng)
-    if not taken & _LUNG and rng.random() < 0.6:
-        body.append(_Sentence(str(_pick(rng, phrases.CLEAR))))
+    if taken <= _NOT_IN_THE_LUNGS and rng.random() < 0.6:
+        body.append(_Sentence(str(_pick(rng, _PHRASES["clear"]))))
     if healthy:
-        summary.append(_Sentence(str(_pick(rng, phrases.NORMAL))))
+        summary.append(_Sentence(str(_pick(rng, _PHRASES["normal"]))))
         summary += _negatives(taken, rng, int(rng.integers(0, 3)))
     else:
         summary += _negatives(taken, rng, int(rng.choice([0, 1, 2], p=[0.3, 0.5, 0.2])))

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from gloria_core.phantom import bones, devices, fractures, frontal, lateral, lateral_findings, pathology
-from gloria_core.phantom.canvas import Canvas
-from gloria_core.phantom.course import Finding, course
-from gloria_core.phantom.develop import develop
-from gloria_core.phantom.patient import NOISE, WORDS, Patient, Shot, draw_patient, draw_shot, stream
+from gloria_core.phantom import findings, frontal, lateral
+from gloria_core.phantom.acquisition import acquire
+from gloria_core.phantom.canvas import AnatomyChange, Canvas, Scene
+from gloria_core.phantom.disease import Finding, course
+from gloria_core.phantom.patient import NOISE, WORDS, Exposure, Patient, draw_exposure, draw_patient, stream
 from gloria_core.phantom.report import compose
-from gloria_core.phantom.scene import Change, Scene
 
 VIEWS = ("frontal", "lateral")
 SMALLEST, LARGEST = 64, 512
@@ -39,9 +38,8 @@ class Region:
     def box(self) -> tuple[int, int, int, int]:
         """Smallest box around the mask: x, y, width, height in pixels."""
         rows, columns = np.flatnonzero(self.mask.any(1)), np.flatnonzero(self.mask.any(0))
-        return (
-            int(columns[0]), int(rows[0]), int(columns[-1] - columns[0] + 1), int(rows[-1] - rows[0] + 1),
-        )  # fmt: skip
+        x, y = int(columns[0]), int(rows[0])
+        return x, y, int(columns[-1]) - x + 1, int(rows[-1]) - y + 1
 
 
 @dataclass(frozen=True)
@@ -77,27 +75,27 @@ def study(
     """
     _check(seed, patient, number, size, views)
     person = draw_patient(seed, patient)
-    wrong, shot = course(seed, patient)[number - 1], shot_of(seed, patient, number)
-    report = compose(wrong, stream(seed, patient, number, WORDS))
+    present, exposure = course(seed, patient)[number - 1], exposure_of(seed, patient, number)
+    report = compose(present, stream(seed, patient, number, WORDS))
     images, regions = {}, []
     for view in views:
-        image, masks = draw(seed, person, number, shot, wrong, size=size, view=view)
+        image, masks = draw(seed, person, number, exposure, present, size=size, view=view)
         images[view] = image
         for (index, label), spans in sorted(report.spans.items()):
-            f = wrong[index]
+            f = present[index]
             if index in masks:
                 regions.append(Region(label, view, f.side, f.zone, f.severity, masks[index], tuple(spans)))
     return PhantomStudy(
-        person, number, shot.projection, images, report.findings, report.impression, report.labels, regions
+        person, number, exposure.projection, images, report.findings, report.impression, report.labels, regions
     )
 
 
 def without(seed: int, patient: int, number: int, label: str, *, size: int = 128, view: str = "frontal") -> np.ndarray:
     """The picture of the same study, same noise and pose, as if the finding `label` were not there."""
     _check(seed, patient, number, size, (view,))
-    wrong, shot = course(seed, patient)[number - 1], shot_of(seed, patient, number)
-    skip = {index for index, finding in enumerate(wrong) if finding.label == label}
-    return draw(seed, draw_patient(seed, patient), number, shot, wrong, size=size, view=view, skip=skip)[0]
+    present, exposure = course(seed, patient)[number - 1], exposure_of(seed, patient, number)
+    skip = {index for index, finding in enumerate(present) if finding.label == label}
+    return draw(seed, draw_patient(seed, patient), number, exposure, present, size=size, view=view, skip=skip)[0]
 
 
 def _check(seed: int, patient: int, number: int, size: int, views: Sequence[str]) -> None:
@@ -113,26 +111,26 @@ def _check(seed: int, patient: int, number: int, size: int, views: Sequence[str]
         raise ValueError(f"patient {patient} of seed {seed} has studies 1 to {count}, not {number}")
 
 
-def shot_of(seed: int, patient: int, number: int) -> Shot:
+def exposure_of(seed: int, patient: int, number: int) -> Exposure:
     """How a study was taken: the sicker the patient, the more likely at the bedside."""
     kinds = {finding.kind for finding in course(seed, patient)[number - 1]}
-    bedside = 0.45 if kinds & {"haze", "venous"} else 0.2
-    if kinds & {"tracheal", "gastric", "drain", "leads"}:
+    bedside = 0.45 if kinds & {"edema", "venous"} else 0.2
+    if kinds & {"tracheal", "gastric", "chest_tube", "leads"}:
         bedside = 0.85
-    return draw_shot(seed, patient, number, bedside=bedside)
+    return draw_exposure(seed, patient, number, bedside=bedside)
 
 
-def _anatomy(wrong: Sequence[Finding], skip: Collection[int]) -> Change:
+def _anatomy(present: Sequence[Finding], skip: Collection[int]) -> AnatomyChange:
     """What the findings do to organs: a big heart, a raised diaphragm, wet vessels."""
-    change = Change()
-    for index, finding in enumerate(wrong):
+    change = AnatomyChange()
+    for index, finding in enumerate(present):
         if index in skip or not finding.drawn:
             continue
-        if finding.kind == "heart":
+        if finding.kind == "cardiomegaly":
             change.heart = 1.17 + 0.30 * finding.strength
         elif finding.kind == "wide":
             change.mediastinum = 0.040 + 0.080 * finding.strength
-        elif finding.kind == "haze":
+        elif finding.kind == "edema":
             change.congestion = 0.35 + 0.55 * finding.strength
         elif finding.kind == "basal":
             for side in ("right", "left") if finding.side == "bilateral" else (finding.side,):
@@ -141,29 +139,35 @@ def _anatomy(wrong: Sequence[Finding], skip: Collection[int]) -> Change:
 
 
 def draw(
-    seed: int, person: Patient, number: int, shot: Shot, wrong: Sequence[Finding], *,
-    size: int, view: str, skip: Collection[int] = (),
-) -> tuple[np.ndarray, dict[int, np.ndarray]]:  # fmt: skip
-    """One view: uint8 (size, size), and the mask of each finding that is drawn on it, by its index in `wrong`."""
+    seed: int,
+    person: Patient,
+    number: int,
+    exposure: Exposure,
+    present: Sequence[Finding],
+    *,
+    size: int,
+    view: str,
+    skip: Collection[int] = (),
+) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+    """One view: uint8 (size, size), and the mask of each finding that is drawn on it, by its index in `present`."""
     noise = stream(seed, person.patient, number, NOISE, VIEWS.index(view))
-    shown = [(i, f) for i, f in enumerate(wrong) if i not in skip and f.drawn]
+    shown = [(i, f) for i, f in enumerate(present) if i not in skip and f.drawn]
     if view == "lateral":
-        scene = lateral.start(Canvas(size, shot.lateral_pose), person, shot, _anatomy(wrong, skip))
-        masks = _paint(scene, shown, lateral_findings.PAINT)
+        scene = lateral.start(Canvas(size, exposure.lateral_pose), person, exposure, _anatomy(present, skip))
+        masks = _draw_findings(scene, shown, lateral.DRAW)
         density = lateral.density(scene)
     else:
-        scene = frontal.start(Canvas(size, shot.pose), person, shot, _anatomy(wrong, skip))
-        masks = _paint(scene, shown, {**pathology.ORDER, **devices.DRAW})
-        steps = tuple(fractures.fracture_step(scene, f) for _, f in shown if f.kind == "rib")
-        density = frontal.density(scene) + bones.skeleton(scene, steps)
-    return develop(density, scene.canvas, shot, noise), masks
+        scene = frontal.start(Canvas(size, exposure.pose), person, exposure, _anatomy(present, skip))
+        masks = _draw_findings(scene, shown, findings.DRAW)
+        fractures = tuple(findings.rib_fracture(scene, f) for _, f in shown if f.kind == "rib")
+        density = frontal.density(scene) + frontal.skeleton(scene, fractures)
+    return acquire(density, exposure, noise), masks
 
 
-def _paint(scene: Scene, shown: list[tuple[int, Finding]], painters: dict) -> dict[int, np.ndarray]:
-    """Draw findings in the painters' order; a finding that leaves no pixel in this view has no mask."""
-    masks = {}
-    for kind, paint in painters.items():
-        for index, finding in shown:
-            if finding.kind == kind:
-                masks[index] = paint(scene, finding)
+def _draw_findings(
+    scene: Scene, shown: list[tuple[int, Finding]], functions: dict[str, Callable[[Scene, Finding], np.ndarray]]
+) -> dict[int, np.ndarray]:
+    """Draw findings in the order of the functions; a finding that leaves no pixel in this view has no mask."""
+    order = [(index, finding, kind) for kind in functions for index, finding in shown if finding.kind == kind]
+    masks = {index: functions[kind](scene, finding) for index, finding, kind in order}
     return {index: mask for index, mask in masks.items() if mask.any()}

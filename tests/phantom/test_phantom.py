@@ -11,10 +11,9 @@ from scipy.ndimage import binary_dilation, distance_transform_edt
 from gloria_core import phantom
 from gloria_core.data.manifest import CHEXPERT_LABELS, COMPETITION_LABELS
 from gloria_core.phantom import frontal
-from gloria_core.phantom.canvas import Canvas
-from gloria_core.phantom.course import course
-from gloria_core.phantom.scene import Change
-from gloria_core.phantom.study import draw, shot_of
+from gloria_core.phantom.canvas import AnatomyChange, Canvas
+from gloria_core.phantom.disease import course
+from gloria_core.phantom.study import draw, exposure_of
 
 SEED, SIZE = 11, 96
 
@@ -138,8 +137,8 @@ def test_zones_are_ordered_from_above(studies):
 def test_findings_lie_in_the_chest(studies, keys):
     """Lung, heart, mediastinum and a rim of chest wall hold every finding but devices and clavicles."""
     for study, key in zip(studies, keys, strict=True):
-        canvas = Canvas(SIZE, shot_of(SEED, *key).pose)
-        scene = frontal.start(canvas, study.patient, shot_of(SEED, *key), Change(heart=1.5, mediastinum=0.15))
+        canvas = Canvas(SIZE, exposure_of(SEED, *key).pose)
+        scene = frontal.start(canvas, study.patient, exposure_of(SEED, *key), AnatomyChange(heart=1.5, mediastinum=0.15))
         chest = (scene.lung["left"] + scene.lung["right"] > 0.5) | (scene.cardiac > 0) | (scene.mediastinum > 0)
         chest = binary_dilation(chest, iterations=SIZE // 14)
         for region in study.regions:
@@ -180,10 +179,10 @@ def test_without_a_finding_the_picture_changes_inside_its_mask(studies, keys):
 def test_a_patient_keeps_their_anatomy():
     """Without findings, and in one pose, two studies of a patient differ less than two patients do."""
     people = phantom.patients(SEED, 8)
-    shot = shot_of(SEED, 0, 1)
+    exposure = exposure_of(SEED, 0, 1)
 
     def normal(person, number):
-        return draw(SEED, person, number, shot, (), size=64, view="frontal")[0].astype(float)
+        return draw(SEED, person, number, exposure, (), size=64, view="frontal")[0].astype(float)
 
     first, again = [normal(p, 1) for p in people], [normal(p, 2) for p in people]
     for i, image in enumerate(first):

@@ -7,7 +7,7 @@ import pytest
 
 from gloria_core import phantom
 from gloria_core.data.prompts import load_prompts
-from gloria_core.phantom.course import course
+from gloria_core.phantom.disease import course
 from gloria_core.phantom.patient import WORDS, stream
 from gloria_core.phantom.report import compose
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
 from gloria_core.data.manifest import CHEXPERT_LABELS, validate
 from gloria_core.data.splits import assign_label_ranks, assign_splits
 from gloria_core.phantom.files import Job, fingerprint, read_record, write_patients
-from gloria_core.phantom.patient import draw_patient
 from gloria_core.phantom.study import LARGEST, SMALLEST
 
 _BATCH = 16
@@ -57,8 +54,11 @@ def prepare(
     with tqdm(total=n_patients, initial=n_patients - len(missing), disable=not progress, **_BAR) as bar:
         for done in _drawn(job, batches, workers):
             bar.update(len(done))
-    rows = [row for patient in range(n_patients) for row in _rows(job, patient)]
-    frame = _frame(rows)
+    records = [read_record(job, patient) for patient in range(n_patients)]
+    if None in records:
+        raise OSError(f"{root}: files of patient {records.index(None)} vanished while the phantom was drawn; run again")
+    frame = pd.DataFrame([row for record in records for row in record])
+    frame = frame.astype(dict.fromkeys(CHEXPERT_LABELS, float))
     frame = assign_label_ranks(assign_splits(frame, seed=seed), seed=seed)
     return validate(frame, source=f"phantom dataset in {root}")
 
@@ -77,34 +77,3 @@ def _drawn(job: Job, batches: list[list[int]], workers: int) -> Iterator[list[in
                 yield future.result()
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def _rows(job: Job, patient: int) -> list[dict]:
-    rows = read_record(job, patient)
-    if rows is None:
-        studies = draw_patient(job.seed, patient).studies
-        raise OSError(f"{job.root}: files of patient {patient} ({studies} studies) vanished while drawing; run again")
-    return rows
-
-
-def _frame(rows: list[dict]) -> pd.DataFrame:
-    table = []
-    for row in rows:
-        labels = {label: row["labels"][label] for label in CHEXPERT_LABELS}
-        table.append(
-            {
-                "study_id": row["study_id"],
-                "patient_id": row["patient_id"],
-                "split": "train",
-                "images": ";".join(row["images"]),
-                "views": ";".join(row["views"]),
-                "findings": row["findings"],
-                "impression": row["impression"],
-                "label_rank": 0.0,
-                **{label: np.nan if value is None else float(value) for label, value in labels.items()},
-                "boxes": json.dumps(row["boxes"]) if row["boxes"] else "",
-                "masks": json.dumps(row["masks"]) if row["masks"] else "",
-                **{key: str(value) for key, value in row.items() if key.startswith("meta_")},
-            }
-        )
-    return pd.DataFrame(table)

@@ -1,4 +1,4 @@
-"""What is wrong with a patient, and how it goes on from study to study."""
+"""What is wrong with a patient, and how it develops from study to study."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _CLUSTERS = (
     ("Pneumonia", "Pleural Effusion"),
     ("Lung Lesion", "Pleural Effusion"),
     ("Fracture", "Pneumothorax"),
-    ("Pneumothorax", "drain"),
+    ("Pneumothorax", "chest_tube"),
     ("Cardiomegaly", "pacemaker"),
     ("Cardiomegaly", "Atelectasis"),
     ("Enlarged Cardiomediastinum", "tubes"),
@@ -83,23 +83,24 @@ def _place(label: str, rng: np.random.Generator) -> tuple[str, str, str]:
         kind = str(rng.choice(["plate", "basal"], p=[0.6, 0.4]))
         return kind, _side(rng, 0.3), "lower" if kind == "basal" else _zone(rng, 0.08, 0.30)
     if label == "Consolidation":
-        return "lobar", _side(rng), _zone(rng, 0.35, 0.25)
+        return "consolidation", _side(rng), _zone(rng, 0.35, 0.25)
     if label == "Pneumonia":
-        return "patchy", _side(rng, 0.2), _zone(rng, 0.22, 0.28)
+        return "pneumonia", _side(rng, 0.2), _zone(rng, 0.22, 0.28)
     if label == "Lung Opacity":
-        return "hazy", _side(rng), _zone(rng, 0.3, 0.3)
+        return "opacity", _side(rng), _zone(rng, 0.3, 0.3)
     if label == "Lung Lesion":
         return str(rng.choice(["nodule", "mass"], p=[0.55, 0.45])), _side(rng), _zone(rng, 0.45, 0.35)
     if label == "Pleural Effusion":
-        return "fluid", _side(rng, 0.35), ""
+        return "effusion", _side(rng, 0.35), ""
     if label == "Pneumothorax":
-        return "collapse", _side(rng), ""
+        return "pneumothorax", _side(rng), ""
     if label == "Pleural Other":
         kind = str(rng.choice(["thickening", "cap"]))
         return kind, _side(rng), "upper" if kind == "cap" else _zone(rng, 0.0, 0.5)
     if label == "Fracture":
         return str(rng.choice(["rib", "clavicle"], p=[0.75, 0.25])), _side(rng), _zone(rng, 0.4, 0.6)
-    return {"Edema": "haze", "Cardiomegaly": "heart"}.get(label, "wide"), "bilateral" if label == "Edema" else "", ""
+    kind = {"Edema": "edema", "Cardiomegaly": "cardiomegaly"}.get(label, "wide")
+    return kind, "bilateral" if label == "Edema" else "", ""
 
 
 def new_finding(label: str, rng: np.random.Generator) -> Finding:
@@ -123,7 +124,7 @@ def new_finding(label: str, rng: np.random.Generator) -> Finding:
 
 def _device(kind: str, rng: np.random.Generator) -> Finding:
     side = "midline" if kind in ("tracheal", "gastric", "wires") else _side(rng)
-    if kind == "pacer":
+    if kind == "pacemaker":
         side = "left" if rng.random() < 0.8 else "right"
     if kind == "leads":
         side = ""
@@ -131,10 +132,10 @@ def _device(kind: str, rng: np.random.Generator) -> Finding:
 
 
 def _devices(name: str, rng: np.random.Generator) -> list[Finding]:
-    if name == "drain":
-        kinds = ["drain"]
+    if name == "chest_tube":
+        kinds = ["chest_tube"]
     elif name == "pacemaker":
-        kinds = ["pacer"]
+        kinds = ["pacemaker"]
     else:
         kinds = [
             k for k, p in (("tracheal", 0.45), ("gastric", 0.4), ("venous", 0.7), ("leads", 0.5)) if rng.random() < p
@@ -160,8 +161,8 @@ def _scenario(rng: np.random.Generator) -> list[Finding]:
     for name in names:
         out += [new_finding(name, rng)] if name in LABELS else _devices(name, rng)
     if plot != 1 and rng.random() < 0.13 and not any(f.label == "Support Devices" for f in out):
-        out.append(_device(str(rng.choice(["pacer", "venous", "wires", "leads"])), rng))
-    drains = [i for i, f in enumerate(out) if f.kind == "drain"]
+        out.append(_device(str(rng.choice(["pacemaker", "venous", "wires", "leads"])), rng))
+    drains = [i for i, f in enumerate(out) if f.kind == "chest_tube"]
     for i in drains:  # the drain goes where the air is
         out[i] = replace(out[i], side=next((f.side for f in out if f.label == "Pneumothorax"), out[i].side))
     return out
@@ -171,13 +172,12 @@ def _evolve(finding: Finding, rng: np.random.Generator) -> Finding | None:
     """The same finding in the next study, or None when it is gone."""
     roll, amount = float(rng.random()), float(rng.uniform(0.15, 0.4))
     if finding.label == "Support Devices":
-        gone = roll < (0.02 if finding.kind in ("pacer", "wires") else 0.3)
+        gone = roll < (0.02 if finding.kind in ("pacemaker", "wires") else 0.3)
         return None if gone else replace(finding, change="unchanged")
     if finding.uncertain:
         certain = bool(roll < 0.35)
-        return (
-            replace(finding, uncertain=not certain, drawn=certain or finding.drawn, change="") if roll < 0.6 else None
-        )
+        later = replace(finding, uncertain=not certain, drawn=certain or finding.drawn, change="")
+        return later if roll < 0.6 else None
     chronic = finding.label in _CHRONIC
     if roll < (0.04 if chronic else 0.16):
         return None
