@@ -138,7 +138,9 @@ def test_findings_lie_in_the_chest(studies, keys):
     """Lung, heart, mediastinum and a rim of chest wall hold every finding but devices and clavicles."""
     for study, key in zip(studies, keys, strict=True):
         canvas = Canvas(SIZE, exposure_of(SEED, *key).pose)
-        scene = frontal.start(canvas, study.patient, exposure_of(SEED, *key), AnatomyChange(heart=1.5, mediastinum=0.15))
+        scene = frontal.start(
+            canvas, study.patient, exposure_of(SEED, *key), AnatomyChange(heart=1.5, mediastinum=0.15)
+        )
         chest = (scene.lung["left"] + scene.lung["right"] > 0.5) | (scene.cardiac > 0) | (scene.mediastinum > 0)
         chest = binary_dilation(chest, iterations=SIZE // 14)
         for region in study.regions:
