@@ -14,7 +14,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import ComputedRadiographyImageStorage, ExplicitVRLittleEndian, JPEGBaseline8Bit, generate_uid
 
-from gloria_core.phantom.course import course
+from gloria_core.phantom.disease import course
 from gloria_core.phantom.study import PhantomStudy, study
 
 

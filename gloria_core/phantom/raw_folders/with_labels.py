@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from gloria_core.phantom.course import COMPETITION, LABELS
+from gloria_core.phantom.disease import COMPETITION, LABELS
 from gloria_core.phantom.raw_folders.files import cell, simulate, split_of, write_picture, write_table, xywh
 from gloria_core.phantom.study import PhantomStudy
 

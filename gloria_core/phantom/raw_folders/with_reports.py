@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gloria_core.phantom.course import LABELS
+from gloria_core.phantom.disease import LABELS
 from gloria_core.phantom.raw_folders.files import cell, regions_of, simulate, split_of, write_picture, write_table
 
 OFFICIAL = {"train": 7, "validate": 1, "test": 2}
