@@ -1,155 +1,110 @@
-"""Where a dataset keeps the image that its table calls by an id, and how large that file is.
+"""A dataset's folder as its owner ships it: find the files, read and check the tables, turn their rows into a manifest.
 
-Owners' tables name images by an id without folder or suffix, and copies of a dataset come in other formats and sizes.
+What the adapters in `data/sources/` share:
 
-A dataset's folder as its owner ships it: is everything there, are the tables what they were, do the images exist?
+- `require`, `optional_table`: the paths of files and folders; one error for all that is missing
+- `Column`, `read_table`, `check_cells`, `check_boxes`: text cells under our names, with their rules; errors name the
+  file, the row (the header is row 1) and the remedy. The index of a table + 2 is the row of the file
+- `existing`, `first_existing`, `files_by_stem`, `locate`, `file_sizes`: which images are there
+- `Rows`: the rows that a source uses, and why it leaves the others out
+- `cell`, `box_cells`, `ap_view`, `male`, `group_studies`, `manifest_frame`, `finish`: the columns of the manifest
+- `draw_valid`, `tear`, `patient_leaks`: splits, and what a published split leaks
 
-Every adapter in `data/sources/` asks the same questions and owes the same answers, so they live here:
-
-- `require(root, {"train.csv": "the labels; from <where>"}, "CheXpert")` -> {pattern: path}; one error for all missing
-- `read_table(path, {"Path": "path", "Sex": "sex"})` -> text cells under our names, row of the file = index + 2
-- `check_cells(path, "Sex", values, good, remedy)`: one error for the bad cells of a column, with rows and values
-- `check_paths(path, "Path", values)`: no path leaves the root
-- `existing(root, paths)` -> the paths that are files; one listing per folder, not one look-up per file
-- `open_zip(path)` / `read_member(archive, name)`: a truncated or broken archive is one clear error
-- `absent(table, there, ...)` + `settle(...)`: missing images raise, or are left out and listed
-- `finish(frame, ...)`: label ranks, schema, `attrs["excluded"]` and `attrs["leaks"]`
-- `patient_leaks(...)`: how many patients (or images) a published split has on both sides
-
-All errors are ManifestError and say the file, the row or column, and what to do.
-
-From a table of images to one manifest row a study: the steps that datasets with several images a study share.
+All errors are ManifestError.
 """
 
 from __future__ import annotations
 
-import difflib
+import contextlib
+import gzip
+import hashlib
+import json
 import os
+import re
+import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 import numpy as np
 import pandas as pd
 from PIL import Image
 from pydicom import dcmread
 
-from gloria_core.data.manifest import ExcludedRows, Failure, ManifestError, path_problem, raise_failures, validate
-from gloria_core.data.splits import assign_label_ranks
+from gloria_core.data.files import did_you_mean
+from gloria_core.data.manifest import META, ExcludedRows, Failure, ManifestError, path_problem, raise_failures, validate
+from gloria_core.data.prompts import PromptError, PromptSet, report_from_labels
+from gloria_core.data.splits import assign_label_ranks, assign_splits, seen_in_training, torn_patients
 
-LISTING_THREADS = 8
-"""Folders listed at once; network disks answer slowly, but many at a time."""
+ViewRule = Literal["frontal", "AP", "PA", "lateral", "all"]
+Unit = Literal["study", "image"]
+
+DICOM = (".dcm", ".dicom")
+PICTURES = (".png", ".jpg", ".jpeg")
+THREADS = 8
+"""Folders or headers read at once; network disks answer slowly, but many at a time."""
+LABEL_VALUES = {"": np.nan, "1.0": 1.0, "0.0": 0.0, "-1.0": -1.0, "1": 1.0, "0": 0.0, "-1": -1.0}
+PACKED = (".gz", ".zip")
 
 
-def check_option(name: str, value: object, allowed: Sequence[object]) -> None:
-    """Raise ValueError unless `value` is one of `allowed`."""
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}")
-
-
-def check_options(allowed: Mapping[str, Sequence[object]], given: Mapping[str, object]) -> None:
-    """`check_option` for each of the `given` options."""
-    for name, value in given.items():
-        check_option(name, value, allowed[name])
+# ------------------------------------------------------------------------------------------------ files and folders
 
 
 def require(root: Path | str, needs: Mapping[str, str], dataset: str) -> dict[str, Path]:
     """The path of each needed file or folder below `root`; one ManifestError that names everything missing.
 
-    needs: pattern -> what it is and where it comes from. A pattern is a glob below the root; alternatives are parted
-        by "|" and the first that is there counts ("train.csv|train.csv.gz"). A pattern that ends in "/" is a folder.
+    needs: pattern -> what it is and where it comes from. A pattern is a glob below the root; alternatives are separated
+        by "|" and the first that is there counts. A pattern that ends in "/" is a folder. A csv may be packed (.gz,
+        .zip), and capitals do not matter.
     Raises ManifestError, too, where one pattern fits several files.
     """
     root = Path(root)
     if not root.is_dir():
         wanted = ", ".join(needs)
         raise ManifestError(f"{dataset}: the root {root} is not a folder; give the folder that holds {wanted}")
-    found, missing = {}, []
-    for pattern, what in needs.items():
-        matches = next((m for part in pattern.split("|") if (m := _matches(root, part))), [])
-        if len(matches) > 1:
-            names = ", ".join(path.relative_to(root).as_posix() for path in matches[:5])
-            raise ManifestError(f"{dataset}: {root} has several files {pattern}: {names}; keep one of them there")
-        if matches:
-            found[pattern] = matches[0]
-        else:
-            missing.append(f"  {pattern.replace('|', ' or ')}: {what}")
+    paths = {pattern: _match(root, pattern, dataset) for pattern in needs}
+    missing = [f"  {name.replace('|', ' or ')}: {needs[name]}" for name, path in paths.items() if path is None]
     if missing:
         here = sorted(path.name for path in root.iterdir())
         shown = ", ".join(here[:12]) + (f" and {len(here) - 12} more" if len(here) > 12 else "") if here else "nothing"
         raise ManifestError("\n".join([f"{dataset}: {root} lacks", *missing, f"it has: {shown}"]))
-    return found
+    return paths
 
 
-def _matches(root: Path, pattern: str) -> list[Path]:
-    if pattern.endswith("/"):
-        return sorted(path for path in root.glob(pattern.rstrip("/")) if path.is_dir())
-    return sorted(path for path in root.glob(pattern) if path.is_file())
+def optional_table(root: Path, pattern: str, dataset: str) -> Path | None:
+    """The path of a table that may be missing, found as by `require`; warns of a table with a similar name."""
+    path = _match(root, pattern, dataset)
+    if path is None:
+        stem = re.split(r"[*.|]", pattern)[0]
+        tables = [
+            name for p in root.glob("*.*") if re.search(r"\.(csv|tsv|txt|xlsx?)(\.\w+)?$", (name := p.name).lower())
+        ]
+        near = [name for name in tables if did_you_mean(stem.lower(), [name.split(".")[0].lower()], cutoff=0.7)]
+        if near:
+            warnings.warn(f"{root / near[0]} is not read: {dataset} looks for {pattern}; rename the file", stacklevel=3)
+    return path
 
 
-def read_table(
-    path: Path | str,
-    columns: Mapping[str, str] | Sequence[str],
-    *,
-    optional: Mapping[str, str] | Sequence[str] = (),
-    separator: str = ",",
-    remedy: str = "Give the table the names that its owner published",
-) -> pd.DataFrame:
-    """Columns (theirs -> ours, or a list to keep theirs) of a CSV as text; .gz and one-file .zip are read, too.
-
-    Blank cells are "". The index counts the rows from 0, so index + 2 is the row of the file (without line breaks in
-    cells). `optional` columns are "" throughout where the file lacks them.
-    Raises ManifestError for an unreadable table, and for a missing column with the nearest name and the remedy.
-    """
-    path = Path(path)
-    try:
-        table = pd.read_csv(
-            path, dtype=str, keep_default_na=False, index_col=False, encoding="utf-8-sig", sep=separator
-        )
-    except (ValueError, OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-        raise ManifestError(f"{path}: cannot be read as a table ({error}); download it again") from error
-    names = columns if isinstance(columns, Mapping) else {name: name for name in columns}
-    extras = optional if isinstance(optional, Mapping) else {name: name for name in optional}
-    for name in names:
-        if name not in table.columns:
-            near = difflib.get_close_matches(name, [str(column) for column in table.columns], 1)
-            hint = f"is it {near[0]!r} now? " if near else ""
-            shown = ", ".join(map(str, table.columns[:30]))
-            raise ManifestError(f"{path}: row 1 (the header) lacks column {name!r}; {hint}It has: {shown}. {remedy}")
-    if table.empty:
-        raise ManifestError(f"{path}: the table has no rows below its header; download it again")
-    picked = table[[name for name in (*names, *extras) if name in table.columns]].rename(columns={**names, **extras})
-    for name in extras.values():
-        if name not in picked:
-            picked[name] = ""
-    return picked.fillna("")
-
-
-def check_cells(path: Path | str, column: str, values: pd.Series, good: object, remedy: str) -> None:
-    """Raise ManifestError with the first cells of `values` that are not `good` (bool, same length) and their number."""
-    bad = values[~np.asarray(good, bool)]
-    if len(bad):
-        rows = ", ".join(f"row {index + 2}: {_shorten(value)}" for index, value in bad.iloc[:5].items())
-        raise ManifestError(f"{path}, column {column!r}: {len(bad)} bad value{'s'[: len(bad) > 1]} ({rows}); {remedy}")
-
-
-def check_unique(path: Path | str, column: str, values: pd.Series) -> None:
-    """Raise ManifestError where an id stands twice."""
-    check_cells(path, column, values, ~values.duplicated(), "the id is there twice; keep one row of it")
-
-
-def check_paths(path: Path | str, column: str, values: pd.Series) -> None:
-    """Raise ManifestError where a cell is no plain relative path below the root, or has the ";" that parts images."""
-    # most tables are clean: one vectorised look first, the exact reason only for what looks odd
-    odd = values.str.contains(r"\\|;|//|(?:^|/)\.{1,2}(?:/|$)|^[/~]|^.:|^\s|\s$|/$", regex=True) | (values == "")
-    for index, cell in values[odd].items():
-        problem = "has a ';', which parts images" if ";" in cell else path_problem(cell)
-        if problem:
-            raise ManifestError(f"{path}, row {index + 2}, column {column!r}: path {cell!r} {problem}")
+def _match(root: Path, patterns: str, dataset: str) -> Path | None:
+    """The one path that fits the first of the alternatives that has any."""
+    for pattern in patterns.split("|"):
+        forms = [pattern, *(pattern + end for end in PACKED if pattern.endswith(".csv"))]
+        forms += [
+            re.sub("[a-zA-Z]", lambda letter: f"[{letter[0].lower()}{letter[0].upper()}]", form) for form in forms
+        ]
+        for form in forms:
+            wanted = Path.is_dir if pattern.endswith("/") else Path.is_file
+            matches = sorted(path for path in root.glob(form.rstrip("/")) if wanted(path))
+            if len(matches) > 1:
+                names = ", ".join(path.relative_to(root).as_posix() for path in matches[:5])
+                raise ManifestError(f"{dataset}: {root} has several files {pattern}: {names}; keep one of them there")
+            if matches:
+                return matches[0]
+    return None
 
 
 def existing(root: Path | str, paths: Sequence[str]) -> set[str]:
@@ -160,67 +115,444 @@ def existing(root: Path | str, paths: Sequence[str]) -> set[str]:
         folder, _, name = path.rpartition("/")
         wanted.setdefault(folder, set()).add(name)
 
-    def look(folders: list[tuple[str, set[str]]]) -> list[str]:
-        found = []
-        for folder, names in folders:
-            prefix = f"{folder}/" if folder else ""
-            try:
-                with os.scandir(root / folder) as entries:
-                    found += [prefix + entry.name for entry in entries if entry.name in names and entry.is_file()]
-            except (FileNotFoundError, NotADirectoryError):
-                continue
-        return found
+    def files_of(folder: str) -> list[str]:
+        prefix = f"{folder}/" if folder else ""
+        try:
+            with os.scandir(root / folder) as entries:
+                return [prefix + entry.name for entry in entries if entry.name in wanted[folder] and entry.is_file()]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
 
-    folders = list(wanted.items())
-    batches = [folders[start : start + 256] for start in range(0, len(folders), 256)]
-    with ThreadPoolExecutor(LISTING_THREADS) as pool:
-        return {path for found in pool.map(look, batches) for path in found}
+    with ThreadPoolExecutor(THREADS) as pool:
+        return {path for paths in pool.map(files_of, wanted) for path in paths}
 
 
-def absent(
-    table: pd.DataFrame, there: object, *, key: str, value: str, column: str, reason: str = "no such image file"
-) -> list[Failure]:
-    """A Failure for each row of `table` not `there`: its study from column `key`, the shown cell from `value`."""
-    gone = table[~np.asarray(there, bool)]
-    return [
-        Failure(str(study), int(index) + 2, column, _shorten(cell), reason)
-        for index, study, cell in zip(gone.index, gone[key], gone[value], strict=True)
+def first_existing(root: Path, candidates: Sequence[pd.Series]) -> pd.Series:
+    """For each row the first of its candidate paths (relative to `root`) that is a file, "" where none is."""
+    place = pd.Series("", index=candidates[0].index)
+    for paths in candidates:
+        open_rows = place == ""
+        if open_rows.any():
+            there = paths.isin(existing(root, paths[open_rows].tolist()))
+            place = place.where(~(open_rows & there).to_numpy(), paths.to_numpy())
+    return place
+
+
+def files_by_stem(root: Path, folders: Sequence[str], suffixes: Sequence[str]) -> dict[str, list[str]]:
+    """Name without suffix -> paths relative to `root`, of the files in the folders ("" is the root itself)."""
+    files: dict[str, list[str]] = {}
+    for folder in folders:
+        if (root / folder).is_dir():
+            with os.scandir(root / folder) as entries:
+                names = sorted(e.name for e in entries if e.name.lower().endswith(tuple(suffixes)) and e.is_file())
+            for name in names:
+                files.setdefault(name.rpartition(".")[0], []).append(f"{folder}/{name}" if folder else name)
+    return files
+
+
+def locate(root: Path, names: pd.Series, folders: Sequence[str], suffixes: Sequence[str]) -> pd.Series:
+    """For each id (a file name without suffix) the path of its file, relative to `root`, "" where there is none.
+
+    Raises ManifestError for an id that has several files.
+    """
+    files = files_by_stem(root, folders, suffixes)
+    for name in names.unique():
+        if len(paths := files.get(name, [])) > 1:
+            raise ManifestError(f"{root}: image {name!r} occurs twice, {paths[0]} and {paths[1]}; remove one")
+    return names.map({name: paths[0] for name, paths in files.items()}).fillna("").astype(str)
+
+
+def file_sizes(root: Path, paths: Sequence[str]) -> dict[str, tuple[int, int] | None]:
+    """Path -> (width, height) from the file's header; None for a file that has none."""
+
+    def size(name: str) -> tuple[int, int] | None:
+        try:
+            if name.lower().endswith(DICOM):
+                header = dcmread(root / name, stop_before_pixels=True, specific_tags=["Rows", "Columns"])
+                return int(header.Columns), int(header.Rows)
+            with Image.open(root / name) as image:
+                return image.size
+        # a damaged header can fail anywhere in either reader
+        except Exception:
+            return None
+
+    wanted = sorted(set(paths))
+    with ThreadPoolExecutor(THREADS) as pool:
+        return dict(zip(wanted, pool.map(size, wanted), strict=True))
+
+
+# ------------------------------------------------------------------------------------------------------------ tables
+
+
+@dataclass(frozen=True)
+class Column:
+    """Our name of an owner's column, and what its cells may be.
+
+    values: the allowed cells; a mapping also translates them. pattern: a regular expression for the whole cell.
+    filled: no blank cell. unique: no cell twice. path: a plain path below the root (blank cells only if not `filled`).
+    remedy: the end of the error message.
+    """
+
+    name: str
+    values: Collection[str] | None = None
+    pattern: str = ""
+    filled: bool = False
+    unique: bool = False
+    path: bool = False
+    remedy: str = ""
+
+    def checked(self, path: Path, column: str, cells: pd.Series) -> pd.Series:
+        """The cells, translated. Raises ManifestError naming file, column, rows and remedy."""
+        if self.filled:
+            check_cells(path, column, cells, cells.str.strip() != "", self.remedy or "fill in the cell")
+        if self.path:
+            check_paths(path, column, cells if self.filled else cells[cells != ""])
+        if self.pattern:
+            check_cells(path, column, cells, cells.str.fullmatch(self.pattern), self.remedy)
+        if self.unique:
+            check_cells(path, column, cells, ~cells.duplicated(), "it occurs twice; keep one row of it")
+        if self.values is None:
+            return cells
+        allowed = ", ".join(value or "blank" for value in self.values)
+        check_cells(path, column, cells, cells.isin(list(self.values)), self.remedy or f"allowed are: {allowed}")
+        return cells.map(self.values) if isinstance(self.values, Mapping) else cells
+
+
+LABEL = {"values": LABEL_VALUES, "remedy": "a label is 1.0, 0.0, -1.0 or blank"}
+"""Rules of a label column: Column(name, **LABEL)."""
+
+
+def read_table(
+    path: Path | str,
+    columns: Mapping[str, str | Column],
+    *,
+    optional: Mapping[str, str | Column] | None = None,
+    separator: str = "",
+    remedy: str = "Give the table the names that its owner published",
+) -> pd.DataFrame:
+    """Columns (theirs -> ours, with rules) of a table as text, blank cells as "". The index + 2 is the row of the file.
+
+    Read are UTF-8 and UTF-16 with or without byte order mark, else Windows-1252 (with a warning), .gz and .zip of one
+    table, the separators , ; tab and | (the one that gives most of the columns, unless `separator` is given). Capitals
+    and blanks in the header do not matter. `optional` columns are "" throughout where the file lacks them.
+    Raises ManifestError for an unreadable table, for a missing column with the nearest name, and for bad cells.
+    """
+    path, optional = Path(path), optional or {}
+    table = _read_text(path, [*columns, *optional], separator)
+    folded: dict[str, list[str]] = {}
+    for name in table.columns:
+        folded.setdefault(_folded(name), []).append(name)
+    theirs = {}
+    for name in (*columns, *optional):
+        near = [name] if name in table.columns else folded.get(_folded(name), [])
+        if len(near) > 1:
+            raise ManifestError(f"{path}: row 1 (the header) has {near[0]!r} and {near[1]!r}; keep one, as {name!r}")
+        if not near and name in columns:
+            shown = ", ".join(map(str, table.columns[:30]))
+            hint = did_you_mean(name, table.columns)
+            raise ManifestError(f"{path}: row 1 (the header) lacks column {name!r}.{hint} It has: {shown}. {remedy}")
+        theirs[name] = near[0] if near else None
+    if table.empty:
+        raise ManifestError(f"{path}: the table has no rows below its header; get it again")
+    picked = {}
+    for name, rule in (*columns.items(), *optional.items()):
+        rule = Column(rule) if isinstance(rule, str) else rule
+        if theirs[name] is None:
+            picked[rule.name] = pd.Series("", index=table.index, dtype=str)
+        else:
+            picked[rule.name] = rule.checked(path, theirs[name], table[theirs[name]].fillna(""))
+    read = pd.DataFrame(picked)
+    read.attrs = table.attrs
+    return read
+
+
+def header_of(path: Path, separator: str = "") -> list[str]:
+    """The names in row 1 of a table, without blanks around them."""
+    return [str(name).strip() for name in _read_text(Path(path), [], separator, rows=0).columns]
+
+
+def _folded(name: object) -> str:
+    return "".join(str(name).split()).casefold()
+
+
+def _read_text(path: Path, names: Sequence[str], separator: str, *, rows: int | None = None) -> pd.DataFrame:
+    """All cells as text. The separator is the one that finds most of the `names` in the header, or most cells."""
+    wanted = {_folded(name) for name in names}
+    try:
+        with _unpacked(path) as file:
+            start = file.read(65536)
+        if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            encodings = ["utf-16"]
+        elif b"\0" in start[:2]:
+            encodings = ["utf-16-be" if start[:1] == b"\0" else "utf-16-le"]
+        else:
+            encodings = ["utf-8-sig", "cp1252"]
+        header = start.decode(encodings[0], "replace").partition("\n")[0]
+        parts = {sign: {_folded(name).strip('"') for name in header.split(sign)} for sign in ",;\t|"}
+        separator = separator or max(parts, key=lambda sign: len(parts[sign] & (wanted or parts[sign])))
+        for encoding in encodings:
+            with contextlib.suppress(UnicodeDecodeError), _unpacked(path) as file, warnings.catch_warnings():
+                # rows that end in a separator have one cell more than the header
+                warnings.simplefilter("ignore", pd.errors.ParserWarning)
+                options = {"dtype": str, "keep_default_na": False, "index_col": False, "nrows": rows}
+                table = pd.read_csv(file, sep=separator, encoding=encoding, **options)
+                break
+        else:
+            raise ValueError("its encoding is neither UTF-8, UTF-16 nor Windows-1252; save it as UTF-8")
+    except (ValueError, OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+        raise ManifestError(f"{path}: cannot be read as a table ({error}); get or save it again") from error
+    if encoding == "cp1252":
+        warnings.warn(f"{path} is not UTF-8 and is read as Windows-1252; look at its accents", stacklevel=4)
+    table.attrs["encoding"] = encoding
+    return table
+
+
+@contextlib.contextmanager
+def _unpacked(path: Path) -> Iterator[IO[bytes]]:
+    """The bytes of a file, or of the one file in a .gz or .zip, whatever it is called."""
+    with path.open("rb") as file:
+        magic = file.read(2)
+        file.seek(0)
+        if magic == b"\x1f\x8b":
+            with gzip.open(file) as content:
+                yield content
+        elif magic == b"PK":
+            with zipfile.ZipFile(file) as archive:
+                members = [name for name in archive.namelist() if not name.startswith("__MACOSX")]
+                if len(members) != 1:
+                    raise ValueError(
+                        f"the archive holds {len(members)} files ({', '.join(members[:5])}), not one table"
+                    )
+                with archive.open(members[0]) as content:
+                    yield content
+        else:
+            yield file
+
+
+def check_cells(path: Path | str, column: str, values: pd.Series, good: object, remedy: str) -> None:
+    """Raise ManifestError with the first cells of `values` that are not `good` (bool, same length) and their number."""
+    bad = values[~np.asarray(good, bool)]
+    if len(bad):
+        rows = ", ".join(f"row {index + 2}: {_shorten(value)}" for index, value in bad.iloc[:5].items())
+        raise ManifestError(f"{path}, column {column!r}: {len(bad)} bad value{'s'[: len(bad) > 1]} ({rows}); {remedy}")
+
+
+def check_paths(path: Path | str, column: str, values: pd.Series) -> None:
+    """Raise ManifestError where a cell is no plain relative path below the root, or has a ";" (it separates images)."""
+    # most tables are clean: one vectorised pass first, the exact reason only for what looks odd
+    odd = values.str.contains(r"\\|;|//|(?:^|/)\.{1,2}(?:/|$)|^[/~]|^.:|^\s|\s$|/$", regex=True) | (values == "")
+    for index, cell in values[odd].items():
+        problem = "has a ';', which separates images" if ";" in cell else path_problem(cell)
+        if problem:
+            raise ManifestError(f"{path}, row {index + 2}, column {column!r}: path {cell!r} {problem}")
+
+
+def check_boxes(
+    path: Path | str, table: pd.DataFrame, columns: Mapping[str, str], *, marked: object = True, remedy: str = ""
+) -> pd.DataFrame:
+    """Columns x, y, w, h ... as numbers: x, y >= 0, the others > 0; rows that are not `marked` must be blank.
+
+    columns: theirs -> ours.
+    """
+    marked = np.broadcast_to(np.asarray(marked, bool), len(table))
+    numbers = {}
+    for theirs, ours in columns.items():
+        values = pd.to_numeric(table[ours], errors="coerce")
+        good = np.isfinite(values) & ((values >= 0) if ours in ("x", "y") else (values > 0))
+        rule = remedy or "a box is x, y >= 0 and w, h > 0 in pixels"
+        check_cells(path, theirs, table[ours], np.where(marked, good, table[ours] == ""), rule)
+        numbers[ours] = values.astype(float)
+    return table.assign(**numbers)
+
+
+def _shorten(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+# -------------------------------------------------------------------------------------------------------------- rows
+
+
+class Rows:
+    """The rows of an owner's table that a source uses (`table`), and a failure for each left out (`failures`).
+
+    source: the file, for messages. cell: (the owner's column that a failure shows, our name of it). key: the column
+    with the study's name. The index of the table + 2 is the row of the file; it may repeat where tables are joined.
+    """
+
+    def __init__(self, table: pd.DataFrame, *, source: object, cell: tuple[str, str], key: str = "study_id") -> None:
+        self.table, self.source, self.cell, self.key = table, source, cell, key
+        self.failures: list[Failure] = []
+        self._missing: list[Failure] = []
+
+    def exclude(self, bad: object, reason: str, *, cell: tuple[str, str] | None = None, by_study: bool = False) -> None:
+        """Leave out the rows where `bad` (bool). by_study: a failure for the first row of each study only."""
+        bad = np.broadcast_to(np.asarray(bad, bool), len(self.table))
+        rows, (column, shown) = self.table[bad], cell or self.cell
+        self.table = self.table[~bad]
+        rows, key = (rows.drop_duplicates("study_id"), "study_id") if by_study else (rows, self.key)
+        self.failures += [
+            Failure(str(study), int(index) + 2, column, _shorten(value), reason)
+            for index, study, value in zip(rows.index, rows[key], rows[shown], strict=True)
+        ]
+
+    def exclude_missing(
+        self,
+        there: object,
+        on_error: str | None,
+        *,
+        reason: str = "no such image file",
+        cell: tuple[str, str] | None = None,
+    ) -> None:
+        """Leave out the rows that are not `there` (bool); raise for them unless on_error is "exclude" and rows remain.
+
+        on_error=None waits: the next call raises for the missing of both.
+        """
+        before = len(self.failures)
+        self.exclude(~np.broadcast_to(np.asarray(there, bool), len(self.table)), reason, cell=cell)
+        self._missing += self.failures[before:]
+        if on_error == "raise":
+            remedy = "an incomplete copy? on_error='exclude' keeps what is there"
+            raise_failures(self._missing, source=f"{self.source} ({remedy})")
+        if on_error and self.table.empty:
+            raise_failures(self._missing, source=f"{self.source}: nothing is left; check the root")
+
+    def keep_views(self, rule: ViewRule, *, known: str = "") -> None:
+        """Keep the images of a view, by column "view"; list the studies of which no image is left by their first row.
+
+        known: a bool column; images whose view is not known are kept with "all" only.
+        """
+        view = self.table["view"]
+        kept = {"all": view == view, "frontal": view != "LATERAL", "lateral": view == "LATERAL"}.get(rule, view == rule)
+        if known and rule != "all":
+            kept &= self.table[known]
+        seen, whole = self.table[kept.to_numpy(bool)], self.table
+        self.table = whole[~whole["study_id"].isin(seen["study_id"])]
+        self.exclude(True, f"no image of view {rule!r}", by_study=True)
+        self.table = seen
+
+    def check_rest(self, remedy: str) -> None:
+        """Raise ManifestError where no row is left."""
+        if self.table.empty:
+            raise ManifestError(f"{self.source}: nothing is left ({len(self.failures)} rows left out); {remedy}")
+
+
+# ------------------------------------------------------------------------------------------------------ the manifest
+
+
+def ap_view(view: pd.Series) -> pd.Series:
+    """1 for AP, 0 for PA, NaN for others."""
+    return view.map({"AP": 1.0, "PA": 0.0}).astype(float)
+
+
+def male(sex: pd.Series) -> pd.Series:
+    """1 for M and Male, 0 for F and Female, NaN for others."""
+    return sex.map({"M": 1.0, "Male": 1.0, "F": 0.0, "Female": 0.0}).astype(float)
+
+
+def cell(entries: Sequence[Mapping[str, object]]) -> str:
+    """The JSON cell of boxes or masks of image 0, "" for none. An entry has label, xywh or path, and more."""
+    full = [
+        {"label": entry["label"], "image": 0, **{k: v for k, v in entry.items() if k != "label"}} for entry in entries
     ]
+    return json.dumps(full) if full else ""
 
 
-def settle(failures: Sequence[Failure], *, source: str, on_error: str, left: int) -> None:
-    """Raise the failures unless on_error is "exclude" and rows are `left`."""
-    check_option("on_error", on_error, ("raise", "exclude"))
-    if on_error == "raise":
-        raise_failures(failures, source=f"{source} (an incomplete copy? on_error='exclude' keeps what is there)")
-    if left == 0:
-        raise_failures(failures, source=f"{source}: nothing is left; check the root")
+def mask_cells(label: str, paths: Sequence[str]) -> list[str]:
+    """A cell for each path of a mask, "" for "" """
+    return [cell([{"label": label, "path": path}] if path else []) for path in paths]
 
 
-@contextmanager
-def open_zip(path: Path | str) -> Iterator[zipfile.ZipFile]:
-    """The archive for reading. Raises ManifestError for a file that is truncated or no zip archive."""
-    path = Path(path)
-    try:
-        archive = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError, EOFError) as error:
-        size = path.stat().st_size if path.is_file() else 0
-        raise ManifestError(
-            f"{path}: no readable zip archive ({error}; {size} bytes); the download was cut short, repeat it"
-        ) from error
-    with archive:
-        yield archive
+def box_cells(
+    boxes: pd.DataFrame, studies: pd.Series, *, sizes: Mapping[str, tuple[int, int]] | None = None, side: int = 1024
+) -> list[str]:
+    """The JSON cell of each study, from a row a box (study_id, label, x, y, w, h), in the order of the rows.
+
+    sizes: study -> (width, height) of its file, to whose pixels boxes on `side` x `side` pixels are scaled.
+    """
+    entries: dict[str, list[dict]] = {}
+    for box in boxes[["study_id", "label", "x", "y", "w", "h"]].itertuples(index=False):
+        width, height = (sizes or {}).get(box.study_id, (side, side))
+        across, down = width / side, height / side
+        xywh = [round(value, 3) for value in (box.x * across, box.y * down, box.w * across, box.h * down)]
+        entries.setdefault(box.study_id, []).append({"label": box.label, "xywh": xywh})
+    return [cell(entries.get(study, [])) for study in studies]
 
 
-def read_member(archive: zipfile.ZipFile, name: str | zipfile.ZipInfo) -> bytes:
-    """One file of an open archive. Raises ManifestError where its bytes are broken or it is encrypted."""
-    try:
-        return archive.read(name)
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError, KeyError) as error:
-        shown = name if isinstance(name, str) else name.filename
-        raise ManifestError(
-            f"{archive.filename}: member {shown!r} cannot be read ({error}); the archive is damaged, download it again"
-        ) from error
+def label_texts(
+    frame: pd.DataFrame, labels: Sequence[str], prompts: PromptSet, *, seed: int, n_negative: int
+) -> Iterator[tuple[str, np.random.Generator | None]]:
+    """For each study a text that says its labels, and the generator it was drawn with, for more draws.
+
+    A training study has its own generator (seed, study_id), so neither the order of the rows nor other studies matter;
+    other texts are fixed, without negatives (None).
+    """
+    values = frame[list(labels)].to_numpy(float).tolist()
+    for study, split, row in zip(frame["study_id"], frame["split"], values, strict=True):
+        key = hashlib.blake2b(f"{seed}|{study}".encode(), digest_size=8).digest()
+        rng = np.random.default_rng(int.from_bytes(key)) if split == "train" else None
+        options = {"deterministic": True} if rng is None else {"rng": rng, "n_negative": n_negative}
+        try:
+            yield report_from_labels(dict(zip(labels, row, strict=True)), prompts, **options), rng
+        except PromptError as error:
+            raise PromptError(f"study {study}: {error}") from error
+
+
+def group_studies(images: pd.DataFrame) -> pd.DataFrame:
+    """One row a study, in the order of the study ids, from a row an image.
+
+    `images` has study_id, images (one path) and view. A study's images are frontal first, then by path; its other
+    columns are those of its first image.
+    """
+    lateral = (images["view"] == "LATERAL").to_numpy(bool)
+    ordered = images.iloc[np.lexsort([images["images"].to_numpy(str), lateral, images["study_id"].to_numpy(str)])]
+    ordered = ordered.assign(views=ordered["view"])
+    first = ordered.drop_duplicates("study_id").set_index("study_id", drop=False)
+    # most studies have one image: only the others are joined
+    several = ordered[ordered["study_id"].duplicated(keep=False)]
+    if len(several):
+        joined = several.groupby("study_id", sort=False)[["images", "views"]].agg(";".join)
+        first.loc[joined.index, ["images", "views"]] = joined
+    return first.reset_index(drop=True)
+
+
+def manifest_frame(table: pd.DataFrame, labels: Sequence[str] = ()) -> pd.DataFrame:
+    """The columns of `table` that a manifest has, `labels` among them; defaults for what it lacks, index 0..n-1."""
+    blank = dict.fromkeys(("findings", "impression", "boxes", "masks"), "")
+    defaults = {"patient_id": table["study_id"], "views": "FRONTAL", **blank}
+    table = table.assign(**{name: value for name, value in defaults.items() if name not in table})
+    head = ["study_id", "patient_id", *(["split"] if "split" in table else []), "images", "views"]
+    names = [*head, "findings", "impression", *labels, "boxes", "masks", *(n for n in table if n.startswith(META))]
+    return table[names].reset_index(drop=True).rename_axis(columns=None)
+
+
+def finish(
+    frame: pd.DataFrame,
+    *,
+    source: str,
+    seed: int,
+    failures: Sequence[Failure] = (),
+    leaks: Mapping[str, int] | None = None,
+) -> pd.DataFrame:
+    """The frame with label ranks (unless it has some), checked; `attrs["excluded"]` are the failures."""
+    frame = frame if "label_rank" in frame else assign_label_ranks(frame, seed=seed)
+    checked = validate(frame, source=source)
+    checked.attrs["excluded"] = ExcludedRows.of(failures)
+    checked.attrs["leaks"] = dict(leaks or {})
+    return checked
+
+
+# ------------------------------------------------------------------------------------------------------------ splits
+
+
+def draw_valid(frame: pd.DataFrame, *, seed: int, share: float = 1 / 8) -> pd.DataFrame:
+    """The frame with a share of its training patients in valid, stratified by the labels."""
+    train = (frame["split"] == "train").to_numpy()
+    if not train.any():
+        return frame
+    split = np.array(frame["split"], object)
+    split[train] = assign_splits(frame[train], fractions={"train": 1 - share, "valid": share}, seed=seed)["split"]
+    return frame.assign(split=split)
 
 
 def patient_leaks(units: Sequence[str], splits: Sequence[str], *, what: str = "patients") -> dict[str, int]:
@@ -232,115 +564,7 @@ def patient_leaks(units: Sequence[str], splits: Sequence[str], *, what: str = "p
     return {f"{what} in {a} and {b}": len(of[a] & of[b]) for a, b in pairs}
 
 
-def finish(
-    frame: pd.DataFrame,
-    *,
-    source: str,
-    seed: int,
-    failures: Sequence[Failure] = (),
-    leaks: Mapping[str, int] | None = None,
-) -> pd.DataFrame:
-    """The frame with label ranks, checked, with `attrs["excluded"]` (from `failures`) and `attrs["leaks"]`."""
-    defaults = {"findings": "", "impression": "", "boxes": "", "masks": ""}
-    frame = frame.assign(**{name: value for name, value in defaults.items() if name not in frame})
-    checked = validate(assign_label_ranks(frame.reset_index(drop=True), seed=seed), source=source)
-    checked.attrs["excluded"] = ExcludedRows.of(failures)
-    checked.attrs["leaks"] = dict(leaks or {})
-    return checked
-
-
-def _shorten(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-ViewRule = Literal["frontal", "AP", "PA", "lateral", "all"]
-VIEW_RULES = ("frontal", "AP", "PA", "lateral", "all")
-Unit = Literal["study", "image"]
-UNITS = ("study", "image")
-
-
-def wanted_views(view: pd.Series, rule: ViewRule) -> np.ndarray:
-    """(n,) bool: which images a rule keeps, from their manifest views (PA, AP, FRONTAL, LATERAL)."""
-    lateral = (view == "LATERAL").to_numpy(bool)
-    named = {"all": np.ones(len(view), bool), "frontal": ~lateral, "lateral": lateral}
-    return named[rule] if rule in named else (view == rule).to_numpy(bool)
-
-
-def unseen_studies(table: pd.DataFrame, kept: np.ndarray, *, column: str, reason: str) -> list[Failure]:
-    """A Failure for each study of which no image is `kept` (bool, a row each); it names the study's first row."""
-    left = table[~table["study"].isin(table["study"][kept])].drop_duplicates("study")
-    return [
-        Failure(str(study), int(index) + 2, column, repr(cell), reason)
-        for index, study, cell in zip(left.index, left["study"], left[column], strict=True)
-    ]
-
-
-def group_studies(images: pd.DataFrame, *, keep: Sequence[str]) -> pd.DataFrame:
-    """One row a study, in the order of the study ids, from a row an image.
-
-    `images` has study, patient, image (path) and view. A study's images stand frontal first, then by path; its other
-    columns `keep` are those of its first image. Returns study_id, patient_id, images, views and `keep`.
-    """
-    lateral = (images["view"] == "LATERAL").to_numpy(bool)
-    ordered = images.iloc[np.lexsort([images["image"].to_numpy(str), lateral, images["study"].to_numpy(str)])]
-    first = ordered.drop_duplicates("study")
-    # most studies have one image: only the others need to be joined
-    several = ordered[ordered["study"].duplicated(keep=False)]
-    joined = several.groupby("study", sort=False)[["image", "view"]].agg(";".join)
-    columns = {"study_id": first["study"].to_numpy(), "patient_id": first["patient"].to_numpy()}
-    for ours, theirs in (("images", "image"), ("views", "view")):
-        cells = (
-            first["study"].map(joined[theirs]) if len(joined) else pd.Series(np.nan, index=first.index, dtype=object)
-        )
-        columns[ours] = cells.where(cells.notna(), first[theirs]).to_numpy()
-    return pd.DataFrame({**columns, **{name: first[name].to_numpy() for name in keep}})
-
-
-SIZE_THREADS = 8
-"""Files whose headers are read at once."""
-DICOM = (".dcm", ".dicom")
-PICTURES = (".png", ".jpg", ".jpeg")
-
-
-def locate(root: Path, names: pd.Series, folders: Sequence[str], suffixes: Sequence[str]) -> pd.Series:
-    """For each id the path of its file, relative to `root`, "" where there is none; each folder is listed once.
-
-    folders: below the root, "" is the root itself. suffixes: with their point, tried as written.
-    Raises ManifestError for an id that has several files.
-    """
-    ends = [(f"{folder}/" if folder else "", suffix) for folder in folders for suffix in suffixes]
-    there = existing(root, [f"{start}{name}{suffix}" for name in names.unique() for start, suffix in ends])
-    found = {}
-    for name in names.unique():
-        files = [path for start, suffix in ends if (path := f"{start}{name}{suffix}") in there]
-        if len(files) > 1:
-            raise ManifestError(f"{root}: image {name!r} is there twice, {files[0]} and {files[1]}; remove one")
-        found[name] = files[0] if files else ""
-    return names.map(found).astype(str)
-
-
-def file_sizes(root: Path, paths: Sequence[str]) -> dict[str, tuple[int, int] | None]:
-    """Path -> (width, height) from the file's header; None for a file that has none."""
-    wanted = sorted(set(paths))
-    with ThreadPoolExecutor(SIZE_THREADS) as pool:
-        return dict(zip(wanted, pool.map(lambda path: _size(root / path), wanted), strict=True))
-
-
-def scaled(box: Sequence[float], size: tuple[int, int], original: tuple[int, int]) -> list[float]:
-    """A box [x, y, w, h] in pixels of `original` (width, height), in pixels of a file of `size`."""
-    across, down = size[0] / original[0], size[1] / original[1]
-    x, y, w, h = map(float, box)
-    return [round(x * across, 3), round(y * down, 3), round(w * across, 3), round(h * down, 3)]
-
-
-def _size(path: Path) -> tuple[int, int] | None:
-    try:
-        if path.suffix.lower() in DICOM:
-            header = dcmread(path, stop_before_pixels=True, specific_tags=["Rows", "Columns"])
-            return int(header.Columns), int(header.Rows)
-        with Image.open(path) as image:
-            return image.size
-    # a damaged header can fail anywhere in either reader
-    except Exception:
-        return None
+def tear(units: pd.Series, splits: Sequence[str], *, rows: str, unit: str) -> tuple[pd.Series, dict[str, int]]:
+    """Ids for a published split that is not disjoint in `units` ("p (train)", "p (test)"), and its leaks, counted."""
+    leaks = patient_leaks(units, splits, what=f"{unit}s") | seen_in_training(units, splits, rows=rows, unit=unit)
+    return torn_patients(units, splits), leaks

@@ -71,7 +71,6 @@ def test_tables_become_a_manifest(tmp_path):
 
 def test_the_package_finds_the_source(tmp_path):
     assert "cgmh" in sources.available()
-    assert "cgmh_tables" not in sources.available()
     frame = sources.prepare("cgmh", make_tree(tmp_path), {"tasks": TASKS, "test": ""})
     assert set(frame["split"]) <= {"train", "valid"}
     with pytest.raises(TypeError, match="no option 'task'"):
@@ -225,10 +224,10 @@ def test_faulty_prompts(tmp_path):
         ("image,text_label\n../x.png,[]\n", "row 2, column 'image': '../x.png' has path '../x.png', which escapes"),
         ("image,text_label\nimg/0.png,\n", "row 2, column 'text_label': '' is empty; write a list, []"),
         ("image,text_label\nimg/0.png,Pneumotorax\n", "row 2, column 'text_label': 'Pneumotorax' has label"),
-        ("image,text_label\nimg/0.png,Pneumotorax\n", "is it 'Pneumothorax'?"),
-        ("image,text_label\nimg/0.png,Edema\n", "other labels are given as `tasks`"),
-        ("image,text_labels\nimg/0.png,[]\n", "lacks column 'text_label'; is it 'text_labels'?"),
-        ("index,image,text_label\n1,img/0.png,[]\n1,img/1.png,[]\n", "row 3: index '1' is there twice"),
+        ("image,text_label\nimg/0.png,Pneumotorax\n", "Did you mean 'Pneumothorax'?"),
+        ("image,text_label\nimg/0.png,Edema\n", "Other labels are given as `tasks`"),
+        ("image,text_labels\nimg/0.png,[]\n", "lacks column 'text_label'. Did you mean 'text_labels'?"),
+        ("index,image,text_label\n1,img/0.png,[]\n1,img/1.png,[]\n", "column 'index': 1 bad value (row 3: '1')"),
         ("image,text_label\nimg/0.png,[]\nimg/99.png,[]\n", "row 3 (study 'train-1'), column 'images'"),
         ("image,text_label\n", "has no rows below its header"),
     ],
@@ -243,9 +242,9 @@ def test_faults_of_the_test_table(tmp_path):
     root = make_tree(tmp_path, test=TEST.replace(",1,0,", ",2,0,"))
     assert "test.csv, row 2, column 'Pneumothorax': '2' is neither 0 nor 1" in fault(root)
     (root / "test.csv").write_text(TEST.replace("Foreign body", "Foreign bodies"))
-    assert re.search(r"test.csv.*lacks column 'Foreign body'; is it 'Foreign bodies'\?", fault(root))
+    assert re.search(r"test.csv.*lacks column 'Foreign body'. Did you mean 'Foreign bodies'\?", fault(root))
     (root / "test.csv").unlink()
-    assert "test.csv: cannot be read as a table" in fault(root)
+    assert "test.csv: the table of test" in fault(root)
 
 
 def test_missing_files_can_be_left_out(tmp_path):

@@ -202,12 +202,12 @@ def test_changed_column(tmp_path, old):
     rows = make_tree(tmp_path, n_patients=3)
     write_table(tmp_path / "train.csv", rows, HEADER.replace(old, f"{old}s", 1))
     text = said(prepare, tmp_path)
-    assert "train.csv" in text and repr(old) in text and f"is it '{old}s' now" in text
+    assert "train.csv" in text and repr(old) in text and f"Did you mean '{old}s'" in text
 
 
 PATH = "CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg"
 BAD = {
-    "twice": (row(PATH.replace("00001", "00002")), "is there twice"),
+    "twice": (row(PATH.replace("00001", "00002")), "occurs twice"),
     "dots": (row("CheXpert-v1.0-small/train/../train/patient00001/study1/view1_frontal.jpg"), "column 'Path'"),
     "path": (row("somewhere/else.jpg"), "column 'Path'"),
     "label": (row(PATH, labels={"Edema": "yes"}), "column 'Edema'"),
@@ -226,7 +226,7 @@ def test_bad_rows(tmp_path, case):
 
 def test_unknown_options(tmp_path):
     for options in ({"split_rule": "random"}, {"views": "side"}, {"unit": "patient"}, {"paper": "x"}, {"on_error": ""}):
-        with pytest.raises(ValueError, match="must be one of"):
+        with pytest.raises(ValueError, match=f"{next(iter(options))}\n  Input should be"):
             prepare(tmp_path, **options)
     with pytest.raises(TypeError, match="no option 'splits'"):
         prepare_by_name("chexpert", tmp_path, {"splits": 1})

@@ -102,7 +102,7 @@ def test_bad_input(tmp_path):
 
     text = broken(lambda t: t.rename(columns={"section_impression": "impression"}))
     assert "lacks column 'section_impression'" in text and "'impression'" in text
-    assert "is there twice" in broken(lambda t: pd.concat([t, t[:1]]))
+    assert "occurs twice" in broken(lambda t: pd.concat([t, t[:1]]))
     assert "column 'path_to_image'" in broken(lambda t: t.assign(path_to_image=["../" + p for p in t["path_to_image"]]))
     assert "column 'split'" in broken(lambda t: t.assign(split="dev"))
     (tmp_path / TABLE).write_bytes((tmp_path / TABLE).read_bytes()[:0])

@@ -14,7 +14,7 @@ from gloria_core.data.prompts import load_prompts
 from gloria_core.data.sources import covid_pairs, prepare
 
 DATA = Path(os.environ.get("GLORIA_DATA", Path(__file__).parents[3] / "shared" / "data")) / "covid_pairs"
-COLUMNS = [name for part in covid_pairs._NAMES.values() for name in part]
+COLUMNS = list(covid_pairs.COLUMNS)
 ROWS = [
     # id, text, finding, view, patient, sex, lesions
     ("a", "Ground-glass opacities and consolidation.", "Pneumonia/Viral/COVID-19", "PA", "p1", "M", True),
@@ -93,7 +93,7 @@ def test_masks_name_their_words(root):
         ("patient", "", "every image its patient"),
         ("sex", "X", "row 3: 'X'"),
         ("lesion_masks", "[1", "row 3: boxes or masks"),
-        ("path", "images/none.jpg", "no such file"),
+        ("path", "images/none.jpg", "no such image file"),
     ],
 )
 def test_bad_cells_are_named(root, column, value, message):
@@ -105,7 +105,7 @@ def test_bad_cells_are_named(root, column, value, message):
 def test_missing_files_can_be_excluded(root):
     (root / "images/a.jpg").unlink()
     frame = covid_pairs.prepare(root, on_error="exclude")
-    assert "a" not in set(frame["study_id"]) and "missing" in reasons(frame)["a"]
+    assert "a" not in set(frame["study_id"]) and "no such image file" in reasons(frame)["a"]
 
 
 def test_bad_options(root, tmp_path):

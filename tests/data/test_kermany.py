@@ -98,7 +98,7 @@ BAD = {
     "outside": ("a0,../a0.jpg,,NORMAL,,p,train,", HEADER, "escapes the root"),
     "split": ("a0,images/a0.jpg,,NORMAL,,p,dev,", HEADER, "split_original"),
     "patient": ("a0,images/a0.jpg,,NORMAL,,,train,", HEADER, "every image its patient"),
-    "column": ("a0,images/a0.jpg,,NORMAL,,p,train,", HEADER.replace("patient", "patients"), "is it 'patients' now"),
+    "column": ("a0,images/a0.jpg,,NORMAL,,p,train,", HEADER.replace("patient", "patients"), "Did you mean 'patients'"),
 }
 
 

@@ -210,19 +210,23 @@ def test_missing_image_and_report(tmp_path):
     with zipfile.ZipFile(tmp_path / "mimic-cxr-reports.zip", "w") as archive:
         archive.writestr("files/p10/p10000000/s50000000.txt", REPORTS[0])
         archive.writestr("files/p10/p10000001/s50000001.txt", REPORTS[1])
-    assert "no report in mimic-cxr-reports.zip" in said(tmp_path, check_images=False)
+    assert "no report in mimic-cxr-reports" in said(tmp_path, check_images=False)
     assert len(prepare(tmp_path, check_images=False, on_error="exclude")) == 2
 
 
 CHANGES = {
-    "column": ("metadata", lambda t: t.rename(columns={"ViewPosition": "View_Position"}), "is it 'View_Position' now"),
-    "twice": ("metadata", lambda t: pd.concat([t, t[:1]]), "is there twice"),
+    "column": (
+        "metadata",
+        lambda t: t.rename(columns={"ViewPosition": "View_Position"}),
+        "'View_Position'?",
+    ),
+    "twice": ("metadata", lambda t: pd.concat([t, t[:1]]), "occurs twice"),
     "dots": ("metadata", lambda t: t.assign(dicom_id=["../x", *t["dicom_id"][1:]]), "column 'dicom_id'"),
     "patient": ("metadata", lambda t: t.assign(subject_id="7"), "column 'subject_id'"),
     "split": ("split", lambda t: t.assign(split="dev"), "train, validate or test"),
     "gone": ("split", lambda t: t[5:], "it is not in mimic-cxr-2.0.0-split.csv.gz"),
     "label": ("chexpert", lambda t: t.assign(Edema="2"), "column 'Edema'"),
-    "study": ("chexpert", lambda t: pd.concat([t, t[:1]]), "is there twice"),
+    "study": ("chexpert", lambda t: pd.concat([t, t[:1]]), "occurs twice"),
 }
 
 

@@ -55,19 +55,19 @@ def test_options(tmp_path):
     assert len(one) == 7 and set(one["split"]) == {"test"} and len(one.attrs["excluded"]) == 3
     (tmp_path / "MontgomerySet/ClinicalReadings/MCUCXR_0001_1.txt").unlink()
     assert np.isnan(prepare(tmp_path).set_index("study_id").loc["MCUCXR_0001_1", "is_male"])
-    with pytest.raises(ValueError, match="'montgomery', 'shenzhen'"):
+    with pytest.raises(ValueError, match="'montgomery' or 'shenzhen'"):
         prepare(tmp_path, sets=["jsrt"])
 
 
 def test_refusals(tmp_path):
-    assert "lacks MontgomerySet/CXR_png" in refusal(prepare, tmp_path)
-    assert "no such folder" in refusal(prepare, tmp_path / "nowhere")
+    assert "MontgomerySet/CXR_png/: the images of montgomery" in refusal(prepare, tmp_path)
+    assert "is not a folder" in refusal(prepare, tmp_path / "nowhere")
     make(tmp_path)
     (tmp_path / "MontgomerySet/ManualMask/leftMask/MCUCXR_0002_0.png").unlink()
     assert "MCUCXR_0002_0" in refusal(prepare, tmp_path) and "a side's mask is missing" in refusal(prepare, tmp_path)
     frame = prepare(tmp_path, on_error="exclude")
     assert len(frame) == 19 and frame.attrs["excluded"][0]["study_id"] == "MCUCXR_0002_0"
     write_picture(tmp_path / "masks/CHNCXR_0001_1_mask.png")
-    assert "there twice" in refusal(prepare, tmp_path)
+    assert "occurs twice" in refusal(prepare, tmp_path)
     write_picture(tmp_path / "ChinaSet_AllFiles/CXR_png/other.png")
     assert "other.png" in refusal(prepare, tmp_path, sets=["shenzhen"])

@@ -111,8 +111,8 @@ def test_bad_input(tmp_path):
         return said(tmp_path, check_images=False)
 
     text = broken(lambda t: t.rename(columns={"label_text": "label_txt"}))
-    assert "lacks column 'label_text'; is it 'label_txt' now" in text
+    assert "lacks column 'label_text'. Did you mean 'label_txt'" in text
     assert "column 'w'" in broken(lambda t: t.assign(w=0))
     assert "column 'category_name'" in broken(lambda t: t.assign(category_name="Lump"))
-    assert "there twice" in broken(lambda t: pd.concat([t, t[:1]]))
+    assert "occurs twice" in broken(lambda t: pd.concat([t, t[:1]]))
     assert "escapes the root" in broken(lambda t: t.assign(path="../" + t["path"]))

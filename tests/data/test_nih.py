@@ -181,7 +181,7 @@ def test_missing_images_are_counted_named_or_excluded(tmp_path):
     shutil.rmtree(tmp_path / "images_001")
     shutil.rmtree(tmp_path / "images_002")
     shutil.rmtree(tmp_path / "images_003")
-    assert "no listed image" in message(tmp_path, on_error="exclude")
+    assert "nothing is left" in message(tmp_path, on_error="exclude")
 
 
 @pytest.mark.parametrize("old", ["Image Index", "Finding Labels", "Patient ID", "View Position", "Patient Gender"])
@@ -189,7 +189,7 @@ def test_changed_column_name(tmp_path, old):
     rows = make_tree(tmp_path)
     write_table(tmp_path, rows, header=HEADER.replace(old, f"{old}s"))
     text = message(tmp_path)
-    assert "Data_Entry_2017_v2020.csv" in text and repr(old) in text and f"is it '{old}s' now" in text
+    assert "Data_Entry_2017_v2020.csv" in text and repr(old) in text and f"Did you mean '{old}s'" in text
 
 
 BAD_ROWS = {
@@ -198,7 +198,7 @@ BAD_ROWS = {
     "view": (entry(1, 0, view="LL"), "View Position", "row 2: 'LL'"),
     "sex": (entry(1, 0, sex="X"), "Patient Gender", "row 2: 'X'"),
     "age": (entry(1, 0, age="old"), "Patient Age", "row 2: 'old'"),
-    "twice": (entry(1, 1), "Image Index", "listed twice"),
+    "twice": (entry(1, 1), "Image Index", "occurs twice"),
 }
 
 
@@ -237,12 +237,12 @@ def test_box_on_an_unreadable_image(tmp_path):
 def test_image_twice_table_twice_or_absent(tmp_path):
     rows = make_tree(tmp_path)
     shutil.copy(tmp_path / "images_001/images/00000001_000.png", tmp_path / "images_002/images/")
-    assert "is there twice" in message(tmp_path)
+    assert "occurs twice" in message(tmp_path)
     write_table(tmp_path, rows, name="Data_Entry_2017.csv")
     assert "several files" in message(tmp_path)
     assert "not a folder" in message(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    assert "no file Data_Entry_2017*.csv" in message(tmp_path / "empty")
+    assert "lacks\n  Data_Entry_2017*.csv: the labels" in message(tmp_path / "empty")
 
 
 def test_unknown_options(tmp_path):

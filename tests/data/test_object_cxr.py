@@ -82,8 +82,8 @@ def test_refusals(tmp_path):
     frame = prepare(tmp_path, on_error="exclude")
     assert len(frame) == 25 and frame.attrs["excluded"][0]["study_id"] == "train-00007"
     (tmp_path / "train.csv").write_text("\n".join(["image_path,annotations", *rows]) + "\n")
-    assert "is it 'annotations' now" in refusal(prepare, tmp_path)
-    for cell, expected in (("../00000.jpg,", "escapes the root"), (rows[1], "there twice")):
+    assert "Did you mean 'annotations'" in refusal(prepare, tmp_path)
+    for cell, expected in (("../00000.jpg,", "escapes the root"), (rows[1], "occurs twice")):
         (tmp_path / "train.csv").write_text("\n".join(["image_path,annotation", cell, *rows[1:]]) + "\n")
         assert expected in refusal(prepare, tmp_path)
     make(tmp_path)

@@ -10,7 +10,9 @@ import pytest
 from PIL import Image
 
 from gloria_core.data.manifest import ManifestError, read_manifest, write_manifest
-from gloria_core.data.sources.padchest import LABELS, NAME, _read, prepare
+from gloria_core.data.raw_folder import read_table
+from gloria_core.data.sources.padchest import COLUMNS as RULES
+from gloria_core.data.sources.padchest import LABELS, NAME, prepare
 
 COLUMNS = ["ImageID", "ImageDir", "StudyID", "PatientID", "PatientSex_DICOM", "Projection", "MethodLabel", "Labels"]
 COLUMNS += ["Report", "StudyDate_DICOM"]
@@ -89,8 +91,8 @@ def test_bad_input(tmp_path):
         change(table.copy()).to_csv(tmp_path / NAME, index=False)
         return said(tmp_path)
 
-    assert "is it 'Label' now" in broken(lambda t: t.rename(columns={"Labels": "Label"}))
-    assert "there twice" in broken(lambda t: pd.concat([t, t[:1]]))
+    assert "Did you mean 'Label'" in broken(lambda t: t.rename(columns={"Labels": "Label"}))
+    assert "occurs twice" in broken(lambda t: pd.concat([t, t[:1]]))
     assert "escapes the root" in broken(lambda t: t.assign(ImageID=["../a.png", *t["ImageID"][1:]]))
     assert "column 'Projection'" in broken(lambda t: t.assign(Projection="UP"))
     assert "row 2, column 'Labels'" in broken(lambda t: t.assign(Labels="normal"))
@@ -101,8 +103,8 @@ def test_the_real_table(tmp_path):
     if found is None:
         pytest.skip("torchxrayvision, whose wheel holds PadChest's table, is not installed")
     shutil.copy(Path(found.origin).parent / "data" / f"{NAME}.gz", tmp_path)
-    table = _read(tmp_path / f"{NAME}.gz")
-    assert (len(table), table["patient"].nunique(), table["study"].nunique()) == (160_861, 67_625, 109_931)
+    table = read_table(tmp_path / f"{NAME}.gz", RULES)
+    assert (len(table), table["patient_id"].nunique(), table["study_id"].nunique()) == (160_861, 67_625, 109_931)
     assert (table["method"] == "Physician").sum() == 39_053 and (table["labels"] == "nan").sum() == 103
     frame = prepare(tmp_path, labelled_by="physician", check_images=False)
     assert len(frame) == 26_087 and frame["patient_id"].nunique() == 24_239

@@ -101,7 +101,7 @@ BAD = {
     "target": (["id-00,1,2,3,4,2"], HEADER, "column 'Target'"),
     "flat": (["id-00,1,2,0,4,1"], HEADER, "row 2: '0'"),
     "box_of_a_negative": (["id-00,1,2,3,4,0"], HEADER, "a row with Target 0 has none"),
-    "twice": (["id-01,,,,,0"], HEADER, "there twice"),
+    "twice": (["id-01,,,,,0"], HEADER, "occurs twice"),
     "outside": (["../id-01,,,,,0"], HEADER, "escapes the root"),
     "no_rows": (None, HEADER, "no rows"),
 }

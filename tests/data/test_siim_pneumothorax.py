@@ -151,7 +151,7 @@ BAD = {
     "blank": ("1.2.3.0,", "pairs of whole numbers"),
     "past_the_end": ("1.2.3.0,1048570 20", "row 2, column 'EncodedPixels', image '1.2.3.0': a run ends at pixel"),
     "length_0": ("1.2.3.0,5 0", "length 0"),
-    "twice": ("1.2.3.1,-1", "there twice"),
+    "twice": ("1.2.3.1,-1", "occurs twice"),
     "outside": ("../1.2.3.0,-1", "escapes the root"),
 }
 
@@ -165,8 +165,8 @@ def test_broken_runs(tmp_path, case):
 
 
 def test_wrong_folder_missing_image_and_column(tmp_path):
-    assert "lacks train-rle.csv or stage_2_train.csv" in refusal(prepare, tmp_path)
-    assert "lacks mine.csv" in refusal(prepare, tmp_path, table="mine.csv")
+    assert "lacks\n  train-rle.csv or stage_2_train.csv" in refusal(prepare, tmp_path)
+    assert "lacks\n  mine.csv" in refusal(prepare, tmp_path, table="mine.csv")
     assert "not a folder" in refusal(prepare, tmp_path / "nowhere")
     rows = make_stage1(tmp_path)
     (tmp_path / "dicom-images-train/study5/series5/1.2.3.5.dcm").unlink()
@@ -174,7 +174,7 @@ def test_wrong_folder_missing_image_and_column(tmp_path):
     frame = prepare(tmp_path, on_error="exclude", masks=False)
     assert len(frame) == 23 and frame.attrs["excluded"][0]["study_id"] == "1.2.3.5"
     write_dicom(tmp_path / "dicom-images-test/x/1.2.3.6.dcm")
-    assert "there twice" in refusal(prepare, tmp_path)
+    assert "occurs twice" in refusal(prepare, tmp_path)
     write_table(tmp_path, rows, "ImageId,Pixels")
     assert "EncodedPixels" in refusal(prepare, tmp_path)
 

@@ -85,7 +85,7 @@ def test_kaggle_layout(tmp_path):
 
 BAD = {
     "annotations_train.csv": [
-        (BOXES.replace("class_name", "class"), "t00,R1,ILD,1,2,3,4", "is it 'class' now"),
+        (BOXES.replace("class_name", "class"), "t00,R1,ILD,1,2,3,4", "Did you mean 'class'"),
         (BOXES, "t00,R1,ILD,5,2,3,4", "0 <= min < max"),
         (BOXES, "t00,R1,ILD,1,2,,4", "0 <= min < max"),
         (BOXES, "t00,R1,No finding,1,2,3,4", "has no box"),
@@ -93,7 +93,7 @@ BAD = {
     ],
     "image_labels_train.csv": [
         (LABELS, "t00,R1,2,0,0", "a label is 0 or 1"),
-        (LABELS, "t00,R1,0,0,0\nt00,R1,0,0,0", "reading is there twice"),
+        (LABELS, "t00,R1,0,0,0\nt00,R1,0,0,0", "reading occurs twice"),
     ],
 }
 
@@ -114,7 +114,7 @@ def test_missing_files(tmp_path):
     assert [row["study_id"] for row in prepare(tmp_path, on_error="exclude").attrs["excluded"]] == ["t03"]
     (tmp_path / "annotations/image_labels_test.csv").unlink()
     assert "image_labels_test.csv" in refusal(prepare, tmp_path)
-    with pytest.raises(ValueError, match="'union', 'majority'"):
+    with pytest.raises(ValueError, match="'union' or 'majority'"):
         prepare(tmp_path, readers="first")
 
 

@@ -6,7 +6,6 @@ module here and one card in `data_manifests/`; nothing else is edited.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import pkgutil
@@ -15,18 +14,19 @@ from pathlib import Path
 
 import pandas as pd
 
+from gloria_core.data.files import did_you_mean
+
 
 def available() -> list[str]:
-    """Names that `prepare` takes: the modules of this folder, without those that only read a dataset's tables."""
-    return sorted(name for module in pkgutil.iter_modules(__path__) if not (name := module.name).endswith("_tables"))
+    """Names that `prepare` takes: the modules of this folder."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
 def options_of(dataset: str) -> tuple[str, ...]:
     """Names of the options that the source of `dataset` takes. Raises ValueError for a dataset without a module."""
     if dataset not in available():
-        near = difflib.get_close_matches(dataset, available(), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown dataset {dataset!r}{hint} available: {', '.join(available())}")
+        hint = did_you_mean(dataset, available())
+        raise ValueError(f"Unknown dataset {dataset!r}.{hint} Available: {', '.join(available())}")
     function = importlib.import_module(f"{__name__}.{dataset}").prepare
     return tuple(inspect.signature(function).parameters)[1:]
 

@@ -7,32 +7,23 @@
 
 A list is read as data (`ast.literal_eval`) and never run. The images are Chang Gung Memorial Hospital's and are not
 public: everybody brings tables of their own, and with `tasks` labels of their own.
-
-The tables of CXR-CLIP-CGMH, read and checked: one study a row, with lists written as Python writes them.
 """
 
 from __future__ import annotations
 
 import ast
-import difflib
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
+from pydantic import Field, validate_call
 
-from gloria_core.data.manifest import (
-    ExcludedRows,
-    Failure,
-    ManifestError,
-    OnError,
-    file_failures,
-    path_problem,
-    raise_failures,
-    validate,
-)
+from gloria_core.data import raw_folder as raw
+from gloria_core.data.files import did_you_mean
+from gloria_core.data.manifest import ManifestError, OnError, path_problem
 from gloria_core.data.prompts import (
     KINDS,
     NO_FINDING,
@@ -40,9 +31,8 @@ from gloria_core.data.prompts import (
     PromptSet,
     available_prompts,
     load_prompts,
-    report_from_labels,
 )
-from gloria_core.data.splits import assign_label_ranks, assign_splits
+from gloria_core.data.splits import assign_label_ranks
 
 CGMH_LABELS = (
     "Endotracheal tube in place",
@@ -63,66 +53,46 @@ OTHER_SPELLINGS = {"Pigtail malpositon": "Pigtail malposition"}
 """The fork's label list, prompts and tables have the former; both are read, and the manifest has the latter."""
 
 
-def read_studies(path: Path, root: Path, split: str, tasks: list[str], prefix: str) -> pd.DataFrame:
+def read_studies(path: Path, root: Path, split: str, tasks: Sequence[str], prefix: str) -> pd.DataFrame:
     """The rows of one table as studies; the index + 2 is the row of the table."""
-    table = _table(path)
-    images = _cells(table, path, "image", lambda cell: _images(cell, root, prefix))
-    index = next((table[name] for name in ("index", "Unnamed: 0") if name in table), pd.Series(range(len(table))))
-    ids = [f"{path.stem}-{value}" for value in index]
-    repeated = pd.Series(ids).duplicated()
-    if repeated.any():
-        row = int(np.flatnonzero(repeated)[0])
-        raise ManifestError(f"{path}, row {row + 2}: index {index[row]!r} is there twice; number the rows anew")
-    patients = [value.strip() for value in table["patient_id"]] if "patient_id" in table else ids
-    frame = pd.DataFrame(
-        {
-            "study_id": ids,
-            "patient_id": patients,
-            "split": split,
-            "images": [";".join(paths) for paths in images],
-            "views": [";".join(["FRONTAL"] * len(paths)) for paths in images],
-            "findings": "",
-            "impression": table["text"] if split == "test" and "text" in table else "",
-            "boxes": "",
-            "masks": "",
-        }
+    header = raw.header_of(path)
+    index = next((name for name in ("index", "Unnamed: 0") if name in header), "")
+    spelt = {name: next((old for old in header if OTHER_SPELLINGS.get(old) == name), name) for name in tasks}
+    wanted = {"image": "image", **({"text_label": "labels"} if split != "test" else {spelt[n]: n for n in tasks})}
+    optional = {name: name for name in ("patient_id", "text")}
+    if index:
+        optional[index] = raw.Column("index", unique=True)
+    remedy = "Rename it, or give the labels of this table as `tasks`"
+    table = raw.read_table(path, wanted, optional=optional, remedy=remedy)
+    images = _cells(path, "image", table["image"], lambda text: _images(text, root, prefix))
+    numbers = table["index"] if index else table.index.astype(str).to_series(table.index)
+    ids = f"{path.name.partition('.')[0]}-" + numbers
+    if split == "test":
+        labels = {name: _cells(path, name, table[name], _binary) for name in tasks}
+    else:
+        present = _cells(path, "text_label", table["labels"], lambda text: _known(_list(text), tasks))
+        labels = {name: [float(name in names) for names in present] for name in tasks}
+    return table.assign(
+        study_id=ids,
+        patient_id=table["patient_id"].str.strip() if "patient_id" in header else ids,
+        split=split,
+        images=[";".join(paths) for paths in images],
+        views=[";".join(["FRONTAL"] * len(paths)) for paths in images],
+        impression=table["text"] if split == "test" else "",
+        **labels,
     )
-    return frame.assign(**_labels(table, path, tasks, listed=split != "test"))
 
 
-def _table(path: Path) -> pd.DataFrame:
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except (ValueError, OSError) as error:
-        raise ManifestError(
-            f"{path}: cannot be read as a table ({error}); options train, valid, test name it"
-        ) from error
-    if table.empty:
-        raise ManifestError(f"{path}: the table has no rows below its header; remove it, or give it studies")
-    return table.rename(columns=OTHER_SPELLINGS)
-
-
-def _column(table: pd.DataFrame, path: Path, name: str) -> pd.Series:
-    if name not in table:
-        near = difflib.get_close_matches(name, list(table.columns), 1)
-        hint = f"is it {near[0]!r}? " if near else ""
-        raise ManifestError(
-            f"{path}: row 1 (the header) lacks column {name!r}; {hint}It has: {', '.join(table.columns)}. "
-            "Rename it, or give the labels of this table as `tasks`"
-        )
-    return table[name]
-
-
-def _cells(table: pd.DataFrame, path: Path, name: str, read: Callable[[str], list[str]]) -> list[list[str]]:
+def _cells(path: Path, column: str, cells: pd.Series, read: Callable[[str], Any]) -> list[Any]:
     """Every cell of a column as `read` gives it; its ValueError becomes the one that names file, row and column."""
-    found, column = [], _column(table, path, name)
-    for row, cell in enumerate(column, start=2):
+    values = []
+    for row, text in enumerate(cells, start=2):
         try:
-            found.append(read(cell.strip()))
+            values.append(read(text.strip()))
         except ValueError as error:
-            shown = cell if len(cell) <= 80 else cell[:77] + "..."
-            raise ManifestError(f"{path}, row {row}, column {name!r}: {shown!r} {error}") from error
-    return found
+            shown = text if len(text) <= 80 else text[:77] + "..."
+            raise ManifestError(f"{path}, row {row}, column {column!r}: {shown!r} {error}") from error
+    return values
 
 
 def _list(cell: str) -> list[str]:
@@ -158,40 +128,29 @@ def _images(cell: str, root: Path, prefix: str) -> list[str]:
     return paths
 
 
-def _labels(table: pd.DataFrame, path: Path, tasks: list[str], *, listed: bool) -> dict[str, list[float]]:
-    """One column of 0 and 1 for each task."""
-    if listed:
-        rows = _cells(table, path, "text_label", lambda cell: _known(_list(cell), tasks))
-        return {name: [float(name in row) for row in rows] for name in tasks}
-    return {name: [float(row[0]) for row in _cells(table, path, name, _binary)] for name in tasks}
-
-
-def _known(names: list[str], tasks: list[str]) -> list[str]:
+def _known(names: list[str], tasks: Sequence[str]) -> list[str]:
     names = [OTHER_SPELLINGS.get(name, name) for name in names]
     for name in names:
         if name not in tasks and name != NO_FINDING:
-            near = difflib.get_close_matches(name, tasks, 1)
-            raise ValueError(
-                f"has label {name!r}, which is none of the tasks"
-                + (f"; is it {near[0]!r}?" if near else "")
-                + "; other labels are given as `tasks`"
-            )
+            hint = did_you_mean(name, tasks)
+            raise ValueError(f"has label {name!r}, which is none of the tasks.{hint} Other labels are given as `tasks`")
     return names
 
 
-def _binary(cell: str) -> list[str]:
-    if cell not in ("0", "1", "0.0", "1.0"):
+def _binary(text: str) -> float:
+    if text not in ("0", "1", "0.0", "1.0"):
         raise ValueError("is neither 0 nor 1; a label of the test table is 1 present or 0 absent")
-    return [cell]
+    return float(text)
 
 
+@validate_call
 def prepare(
     root: Path | str,
     *,
     train: str = "train.csv",
     valid: str = "",
     test: str = "test.csv",
-    tasks: Sequence[str] = CGMH_LABELS,
+    tasks: Annotated[Sequence[str], Field(min_length=1)] = CGMH_LABELS,
     prompts: str | PromptSet = "cgmh",
     n_negative: int = 0,
     path_prefix: str = "",
@@ -214,42 +173,27 @@ def prepare(
     Raises ManifestError naming file, row, column and remedy; PromptError naming study or file.
     """
     root, tasks = Path(root), [OTHER_SPELLINGS.get(name, name) for name in tasks]
-    if on_error not in ("raise", "exclude"):
-        raise ValueError(f"on_error must be 'raise' or 'exclude', not {on_error!r}")
-    if not root.is_dir():
-        raise ManifestError(f"the dataset's root {root} is not a folder; give the folder that the tables lie in")
-    if len(set(tasks)) != len(tasks) or not tasks:
+    if len(set(tasks)) != len(tasks):
         raise ValueError(f"tasks must name each label once, they are {tasks}")
-    tables = {"train": train, "valid": valid, "test": test}
-    parts, missing = [], []
-    for split, name in tables.items():
-        if name:
-            part = read_studies(root / name, root, split, tasks, path_prefix)
-            part, failures = _with_files(part, root, name, on_error)
-            parts.append(part)
-            missing += failures
-    if not parts:
+    named = {split: name for split, name in (("train", train), ("valid", valid), ("test", test)) if name}
+    if not named:
         raise ValueError("give at least one of train, valid and test")
-    frame = pd.concat(parts, ignore_index=True)
-    learn = frame["split"] == "train"
-    if learn.any() and not valid:
-        drawn = assign_splits(frame[learn], fractions={"train": 0.9, "valid": 0.1}, seed=seed)
-        frame.loc[learn, "split"] = drawn["split"]
+    needs = {name: f"the table of {split}; option {split} names another, or none" for split, name in named.items()}
+    parts, failures = [], []
+    for split, path in zip(named, raw.require(root, needs, "cgmh").values(), strict=True):
+        rows = raw.Rows(read_studies(path, root, split, tasks, path_prefix), source=path, cell=("images", "images"))
+        images = rows.table["images"].str.split(";")
+        rows.exclude_missing(images.map(raw.existing(root, images.explode().tolist()).issuperset), on_error)
+        parts.append(rows.table)
+        failures += rows.failures
+    frame = raw.manifest_frame(pd.concat(parts), tasks)
+    if not valid:
+        frame = raw.draw_valid(frame, share=0.1, seed=seed)
     frame = assign_label_ranks(frame, seed=seed)
     if prompts:
         frame = _with_texts(frame, _prompts(prompts, root), tasks, seed=seed, n_negative=n_negative)
-    frame = validate(frame, source=f"manifest of {root} ({', '.join(filter(None, tables.values()))}, in this order)")
-    frame.attrs["excluded"] = ExcludedRows.of(missing)
-    return frame
-
-
-def _with_files(frame: pd.DataFrame, root: Path, name: str, on_error: OnError) -> tuple[pd.DataFrame, list[Failure]]:
-    """The studies whose images are there, and a failure for each missing file, by the rows of the table."""
-    failures = file_failures(frame, root, skip=set())
-    gone = frame["study_id"].isin({failure.study_id for failure in failures})
-    if on_error == "raise" or gone.all():
-        raise_failures(failures, source=f"{root / name} (an incomplete copy? on_error='exclude' keeps what is there)")
-    return frame[~gone], failures
+    source = f"manifest of {root} ({', '.join(named.values())}, in this order)"
+    return raw.finish(frame, source=source, seed=seed, failures=failures)
 
 
 def _prompts(given: str | PromptSet, root: Path) -> PromptSet:
@@ -284,21 +228,13 @@ def _fork_classes(content: object, path: Path) -> dict[str, dict[str, list[str]]
 def _with_texts(
     frame: pd.DataFrame, prompts: PromptSet, tasks: list[str], *, seed: int, n_negative: int
 ) -> pd.DataFrame:
-    """A copy whose empty impressions say the labels. Every training study has its own generator (seed, study_id)."""
+    """A copy whose empty impressions say the labels."""
+    empty = frame["impression"].str.strip() == ""
+    studies = frame[empty].copy()
+    # an absent label without a negative sentence is passed over, as its empty sentence is in the released code
     silent = [name for name in tasks if not prompts.classes.get(name, {}).get("neg")]
-    texts = []
-    for row in frame[["study_id", "split", "impression", *tasks]].to_dict("records"):
-        # an absent label without a negative sentence is passed over, as its empty sentence is in the released code
-        labels = {name: np.nan if row[name] == 0 and name in silent else row[name] for name in tasks}
-        text = row["impression"]
-        try:
-            if not text.strip() and row["split"] == "train":
-                key = hashlib.blake2b(f"{seed}|{row['study_id']}".encode(), digest_size=8).digest()
-                rng = np.random.default_rng(int.from_bytes(key))
-                text = report_from_labels(labels, prompts, rng=rng, n_negative=n_negative)
-            elif not text.strip():
-                text = report_from_labels(labels, prompts, deterministic=True)
-        except PromptError as error:
-            raise PromptError(f"study {row['study_id']}: {error}") from error
-        texts.append(text)
-    return frame.assign(impression=texts)
+    studies[silent] = studies[silent].replace(0, np.nan)
+    texts = raw.label_texts(studies, tasks, prompts, seed=seed, n_negative=n_negative)
+    return frame.assign(
+        impression=frame["impression"].mask(empty, pd.Series([text for text, _ in texts], studies.index))
+    )

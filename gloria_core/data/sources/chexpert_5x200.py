@@ -12,21 +12,24 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
+from pydantic import validate_call
 
+from gloria_core.data import raw_folder as raw
 from gloria_core.data.manifest import CHEXPERT_LABELS, COMPETITION_LABELS, ManifestError, OnError
-from gloria_core.data.raw_folder import absent, check_option, existing, finish, settle
 from gloria_core.data.sources.chexpert import (
-    find_tables,
+    TRAIN,
+    WHERE,
     locate,
-    path_key,
+    named_images,
+    path_parts,
     published_5x200,
     read_images,
     read_list,
-    read_reports,
     ruled_5x200,
 )
 
 
+@validate_call
 def prepare(
     root: Path | str,
     *,
@@ -51,29 +54,26 @@ def prepare(
     Raises ManifestError naming file, row, column and remedy.
     """
     root = Path(root)
-    check_option("rule", rule, ("seed", "gloria", "mgca"))
-    check_option("on_error", on_error, ("raise", "exclude"))
-    if given and not _has_table(root):
+    names = TRAIN.split("|")
+    if given and not any(any(root.glob(name)) for name in names):
         path, folder, table = Path(given), root, _from_list(Path(given))
     else:
-        path = find_tables(root, valid=False)["train"]
+        path = raw.require(root, {TRAIN: f"the labels of the 223,414 training images, {WHERE}"}, "CheXpert")[TRAIN]
         folder, table = path.parent, read_images(path)
         table = _listed(table, Path(given), path) if given else _drawn(table, rule, per_class, seed)
-    table = table.assign(image=locate(root, folder)(table))
-    table["impression"] = _texts(table, reports)
-    there = table["image"].isin(existing(root, table["image"].tolist())) if check_images else np.ones(len(table), bool)
-    failures = absent(table, there, key="image_id", value="path", column="Path", reason="listed, but no such file")
-    silent = table["impression"] == "" if reports else pd.Series(False, index=table.index)
-    failures += absent(
-        table, ~silent | ~np.asarray(there), key="image_id", value="path", column="Path", reason="no impression"
+    table = table.assign(
+        images=locate(root, folder, table), study_id=table["image_id"], views=table["view"], split="test"
     )
-    table = table[np.asarray(there) & ~silent]
-    settle(failures, source=str(path), on_error=on_error, left=len(table))
-    return finish(_frame(table), source=f"5x200 of {root}", seed=seed, failures=failures)
-
-
-def _has_table(root: Path) -> bool:
-    return any(any(root.glob(name)) for name in ("train.csv", "CheXpert-v1.0*/train.csv", "*batch 1*/train.csv"))
+    if reports:
+        table["impression"] = table["key"].map(_impressions(Path(reports)))
+    rows = raw.Rows(table, source=path, cell=("Path", "path"))
+    if check_images:
+        there = table["images"].isin(raw.existing(root, table["images"]))
+        rows.exclude_missing(there, None, reason="listed, but no such file")
+    silent = rows.table["impression"].fillna("") == "" if reports else pd.Series(False, index=rows.table.index)
+    rows.exclude_missing(~silent, on_error, reason="no impression")
+    frame = raw.manifest_frame(rows.table, [*CHEXPERT_LABELS, "is_ap_view", "is_male"])
+    return raw.finish(frame, source=f"5x200 of {root}", seed=seed, failures=rows.failures)
 
 
 def _drawn(table: pd.DataFrame, rule: str, per_class: int, seed: int) -> pd.DataFrame:
@@ -88,21 +88,21 @@ def _drawn(table: pd.DataFrame, rule: str, per_class: int, seed: int) -> pd.Data
 def _listed(table: pd.DataFrame, given: Path, path: Path) -> pd.DataFrame:
     """The rows of train.csv that the list names, in the order of the list, with its texts."""
     wanted = read_list(given)
-    keys = pd.Series(table.index, index=path_key(path, table["path"]))
+    keys = pd.Series(table.index, index=table["key"])
     unknown = wanted[~wanted["key"].isin(keys.index)]
     if len(unknown):
         raise ManifestError(
             f"{given}, row {unknown.index[0] + 2}: {unknown['path'].iloc[0]!r} is not in {path} "
             f"({len(unknown)} such); it must be the list of a set drawn from this table"
         )
-    rows = table.loc[keys[wanted["key"]]].assign(impression=wanted["impression"].to_numpy())
+    rows = table.loc[keys[wanted["key"]]].assign(impression=wanted["impression"].str.strip().to_numpy())
     for name in COMPETITION_LABELS:
-        said = wanted[name].to_numpy()
-        differs = np.flatnonzero(~np.isnan(said) & ((said == 1) != (rows[name] == 1).to_numpy()))
+        stated = wanted[name].to_numpy()
+        differs = np.flatnonzero(~np.isnan(stated) & ((stated == 1) != (rows[name] == 1).to_numpy()))
         if len(differs):
             row = int(differs[0])
             raise ManifestError(
-                f"{given}, row {row + 2}, column {name!r}: {said[row]:g} for {wanted['path'].iloc[row]!r}, but {path} "
+                f"{given}, row {row + 2}, column {name!r}: {stated[row]:g} for {wanted['path'].iloc[row]!r}; {path} "
                 f"says {rows[name].iloc[row]:g}; give the list that belongs to this table"
             )
     return rows
@@ -113,35 +113,14 @@ def _from_list(given: Path) -> pd.DataFrame:
     table = read_list(given)
     if table[list(COMPETITION_LABELS)].isna().all(axis=None):
         raise ManifestError(f"{given} has no labels; put CheXpert's train.csv under the root, they are read from there")
-    parts = table["key"].str.split("/", expand=True)
-    table["file"] = table["path"].str.extract(r"((?:train|valid|test)/patient.*)$")[0]
-    table["patient"], table["image_id"] = parts[1], parts[1] + "_" + parts[2] + "_" + parts[3]
-    table["view"], table["sex"], table["age"] = "FRONTAL", "", ""
-    return table.assign(**{name: np.nan for name in CHEXPERT_LABELS if name not in COMPETITION_LABELS})
+    unknown = dict.fromkeys((name for name in CHEXPERT_LABELS if name not in COMPETITION_LABELS), np.nan)
+    table["impression"] = table["impression"].str.strip()
+    return named_images(given, "Path", table.assign(side="Frontal", projection="", meta_age="", meta_sex="", **unknown))
 
 
-def _texts(table: pd.DataFrame, reports: str | Path) -> pd.Series:
-    if not reports:
-        return table["impression"].str.strip() if "impression" in table else pd.Series("", index=table.index)
-    path = Path(reports)
+def _impressions(path: Path) -> pd.Series:
+    """Impressions by path key, from a CheXpert Plus table."""
     if not path.is_file():
         raise ManifestError(f"{path}: no such table; reports= takes df_chexpert_plus_240401.csv of CheXpert Plus")
-    return path_key(path, table["path"]).map(read_reports(path)).fillna("")
-
-
-def _frame(table: pd.DataFrame) -> pd.DataFrame:
-    return pd.DataFrame(
-        {
-            "study_id": table["image_id"],
-            "patient_id": table["patient"],
-            "split": "test",
-            "images": table["image"],
-            "views": table["view"],
-            "impression": table["impression"],
-            **{name: table[name] for name in CHEXPERT_LABELS},
-            "is_ap_view": table["view"].map({"AP": 1.0, "PA": 0.0}).astype(float),
-            "is_male": table["sex"].map({"Male": 1.0, "Female": 0.0}).astype(float),
-            "meta_age": table["age"],
-            "meta_sex": table["sex"],
-        }
-    )
+    table = raw.read_table(path, {"path_to_image": "path", "section_impression": "impression"})
+    return table["impression"].str.strip().set_axis(path_parts(path, "path_to_image", table["path"])[0])

@@ -14,10 +14,11 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
+from pydantic import validate_call
 
-from gloria_core.data.manifest import ExcludedRows, Failure, ManifestError, OnError, validate
-from gloria_core.data.sources.nih import read_columns, require
-from gloria_core.data.splits import assign_label_ranks, assign_splits
+from gloria_core.data import raw_folder as raw
+from gloria_core.data.manifest import ManifestError, OnError
+from gloria_core.data.splits import assign_splits
 
 LABELS = {
     "No Finding": r"^No Finding$",
@@ -30,7 +31,7 @@ LABELS = {
 """Label columns, and how they are read from the column `finding` ("Pneumonia/Viral/COVID-19")."""
 UNKNOWN = ("Unknown", "todo", "")
 VIEWS = {"PA": "PA", "AP": "AP", "AP Supine": "AP", "AP Erect": "AP", "L": "LATERAL"}
-_WORDS = {
+WORDS = {
     "ground_glass_opacities": (
         "Ground Glass Opacity",
         r"ground[- ]glass(?:[- ](?:opacit\w+|opacifications?|densit\w+))?",
@@ -41,12 +42,26 @@ _WORDS = {
     "endotracheal_tube": ("Endotracheal Tube", r"endotracheal tube"),
 }
 """Lesion masks that a sentence may name: their label, and the words that name them."""
-_NAMES = {
-    "index": ("id", "path", "text_imaging", "finding", "view", "patient", "offset", "sex", "age"),
-    "truth": ("lungmask_v7", "lung_boxes", "lesion_masks", "doi", "url", "licence"),
+COLUMNS = {
+    "id": raw.Column("study_id", filled=True, unique=True, remedy="give every image one id"),
+    "path": raw.Column("images", path=True, filled=True),
+    "text_imaging": "impression",
+    "finding": "meta_finding",
+    "view": raw.Column("meta_view", values=list(VIEWS)),
+    "patient": raw.Column("patient_id", filled=True, remedy="give every image its patient"),
+    "offset": "meta_offset",
+    "sex": raw.Column("meta_sex", values=["M", "F", ""]),
+    "age": "meta_age",
+    "doi": "meta_doi",
+    "url": "meta_url",
+    "licence": "meta_licence",
+    "lungmask_v7": "lungs",
+    "lung_boxes": "lung_boxes",
+    "lesion_masks": "lesions",
 }
 
 
+@validate_call
 def prepare(
     root: Path | str,
     *,
@@ -71,102 +86,50 @@ def prepare(
     images that are not there. Raises ManifestError naming file, row, column and remedy.
     """
     root = Path(root)
-    if split_rule not in ("patient", "test") or on_error not in ("raise", "exclude"):
-        raise ValueError(
-            f"split_rule={split_rule!r}: use 'patient' or 'test'; on_error={on_error!r}: 'raise', 'exclude'"
-        )
-    path = root / "index.csv"
-    if not path.is_file():
-        raise ManifestError(f"{path} is missing; give the folder that holds index.csv and images/")
-    names = {name: name for part in _NAMES.values() for name in part}
-    table = read_columns(path, names)
-    _check(path, table)
-    there = np.array([(root / name).is_file() for name in table["path"]])
-    if on_error == "raise":
-        require(path, "path", table["path"], pd.Series(there), "no such file: complete the copy, or on_error='exclude'")
-    reasons = _reasons(table, there, texts_only=texts_only, deduplicate=deduplicate, lateral=lateral)
-    kept = table[reasons == ""]
-    if kept.empty:
-        raise ManifestError(
-            f"{path}: nothing is left of {len(table)} images; allow lateral views or images without text"
-        )
-    frame = _frame(kept, path)
-    frame = assign_splits(frame, seed=seed) if split_rule == "patient" else frame.assign(split="test")
-    frame = validate(assign_label_ranks(frame, seed=seed), source=f"manifest of {root}")
-    left = [
-        Failure(table["id"][i], i + 2, "id", repr(table["id"][i]), reasons[i]) for i in np.flatnonzero(reasons != "")
-    ]
-    frame.attrs["excluded"] = ExcludedRows(ExcludedRows.of(left))
-    return frame
-
-
-def _check(path: Path, table: pd.DataFrame) -> None:
-    require(path, "id", table["id"], ~table["id"].duplicated() & (table["id"] != ""), "give every image one id")
-    require(path, "view", table["view"], table["view"].isin(list(VIEWS)), f"a view is one of {', '.join(VIEWS)}")
-    require(path, "patient", table["patient"], table["patient"] != "", "give every image its patient")
-    require(path, "sex", table["sex"], table["sex"].isin(["M", "F", ""]), "a sex is M, F or blank")
-
-
-def _reasons(
-    table: pd.DataFrame, there: np.ndarray, *, texts_only: bool, deduplicate: bool, lateral: bool
-) -> np.ndarray:
-    """(n,) why a row is left out, "" where it is not."""
-    reasons = np.where(there, "", "the image file is missing").astype(object)
+    path = raw.require(root, {"index.csv": "the table, beside images/"}, "covid_pairs")["index.csv"]
+    table = raw.read_table(path, COLUMNS)
+    table["impression"] = table["impression"].str.strip()
+    rows = raw.Rows(table, source=path, cell=("id", "study_id"))
+    rows.exclude_missing(table["images"].isin(raw.existing(root, table["images"])), on_error, cell=("path", "images"))
     if not lateral:
-        reasons[(reasons == "") & (table["view"] == "L")] = "a lateral view"
+        rows.exclude(rows.table["meta_view"] == "L", "a lateral view")
     if texts_only:
-        reasons[(reasons == "") & (table["text_imaging"].str.strip() == "")] = "no sentence about the radiograph"
+        rows.exclude(rows.table["impression"] == "", "no sentence about the radiograph")
     if deduplicate:
-        words = table["text_imaging"].str.lower().str.findall(r"\w+").str.join(" ")
-        among = (reasons == "") & (words != "")
-        reasons[among.to_numpy() & words.where(among).duplicated().to_numpy()] = "the text of an earlier image"
-    return reasons
+        words = rows.table["impression"].str.lower().str.findall(r"\w+").str.join(" ")
+        rows.exclude(words.duplicated() & (words != ""), "the text of an earlier image")
+    rows.check_rest("allow lateral views or images without text")
+    table = rows.table
+    known = ~table["meta_finding"].isin(UNKNOWN)
+    for name, rule in LABELS.items():
+        table[name] = np.where(known, table["meta_finding"].str.contains(rule), np.nan)
+    table["views"] = table["meta_view"].map(VIEWS)
+    table["is_ap_view"], table["is_male"] = raw.ap_view(table["views"]), raw.male(table["meta_sex"])
+    cells = [_cells(row, path, index + 2) for index, row in zip(table.index, table.to_dict("records"), strict=True)]
+    table["boxes"], table["masks"] = zip(*cells, strict=True)
+    frame = raw.manifest_frame(table, [*LABELS, "is_ap_view", "is_male"])
+    frame = assign_splits(frame, seed=seed) if split_rule == "patient" else frame.assign(split="test")
+    return raw.finish(frame, source=f"manifest of {root}", seed=seed, failures=rows.failures)
 
 
-def _frame(table: pd.DataFrame, path: Path) -> pd.DataFrame:
-    known = ~table["finding"].isin(UNKNOWN)
-    labels = {name: np.where(known, table["finding"].str.contains(rule), np.nan) for name, rule in LABELS.items()}
-    views = table["view"].map(VIEWS)
-    entries = [_entries(row, path, index + 2) for index, row in zip(table.index, table.to_dict("records"), strict=True)]
-    frame = pd.DataFrame(
-        {
-            "study_id": table["id"],
-            "patient_id": table["patient"],
-            "images": table["path"],
-            "views": views,
-            "findings": "",
-            "impression": table["text_imaging"].str.strip(),
-            **labels,
-            "is_ap_view": np.where(views == "LATERAL", np.nan, views == "AP"),
-            "is_male": np.where(table["sex"] == "", np.nan, table["sex"] == "M"),
-            "boxes": [json.dumps(boxes) if boxes else "" for boxes, _ in entries],
-            "masks": [json.dumps(masks) if masks else "" for _, masks in entries],
-        }
-    )
-    for name in ("finding", "view", "offset", "sex", "age", "doi", "url", "licence"):
-        frame[f"meta_{name}"] = table[name]
-    return frame.reset_index(drop=True)
-
-
-def _entries(row: dict[str, str], path: Path, number: int) -> tuple[list[dict], list[dict]]:
+def _cells(row: dict[str, str], path: Path, number: int) -> tuple[str, str]:
     """Boxes and masks of one image. Raises ManifestError where a cell is not the JSON it should be."""
     try:
         boxes = [
-            {"label": name.replace("_", " ").title(), "image": 0, "xywh": box}
+            {"label": name.replace("_", " ").title(), "xywh": box}
             for name, *box in json.loads(row["lung_boxes"] or "[]")
         ]
-        lesions = json.loads(row["lesion_masks"] or "{}").items()
+        lesions = json.loads(row["lesions"] or "{}").items()
     except (ValueError, TypeError, AttributeError) as error:
         raise ManifestError(f"{path}, row {number}: boxes or masks are not JSON ({error}); repair the cell") from error
-    masks = [{"label": "Lung", "image": 0, "path": row["lungmask_v7"]}] if row["lungmask_v7"] else []
-    text = row["text_imaging"].strip()
+    masks = [{"label": "Lung", "path": row["lungs"]}] if row["lungs"] else []
     for name, file in lesions:
-        label, words = _WORDS.get(name, (name.replace("_", " ").title(), ""))
-        entry = {"label": label, "image": 0, "path": file}
+        label, words = WORDS.get(name, (name.replace("_", " ").title(), ""))
+        entry = {"label": label, "path": file}
         if name in ("left_lung", "right_lung"):
             entry["side"] = name.removesuffix("_lung")
-        spans = [["impression", *match.span()] for match in re.finditer(words, text, re.IGNORECASE)] if words else []
-        if spans:
+        matches = re.finditer(words, row["impression"], re.IGNORECASE) if words else ()
+        if spans := [["impression", *match.span()] for match in matches]:
             entry["spans"] = spans
         masks.append(entry)
-    return boxes, masks
+    return raw.cell(boxes), raw.cell(masks)

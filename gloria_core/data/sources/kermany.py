@@ -7,47 +7,44 @@ The label is nearly trivial (see the card); the masks are what the set is good f
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pandas as pd
+from pydantic import validate_call
 
+from gloria_core.data import raw_folder as raw
 from gloria_core.data.manifest import ManifestError, OnError
-from gloria_core.data.raw_folder import (
-    PICTURES,
-    absent,
-    check_cells,
-    check_option,
-    check_paths,
-    check_unique,
-    existing,
-    finish,
-    patient_leaks,
-    read_table,
-    require,
-    settle,
-)
-from gloria_core.data.splits import assign_splits, seen_in_training, torn_patients
+from gloria_core.data.splits import assign_splits
 
 LABEL, MASK = "Pneumonia", "Lungs"
 NEEDS = {
-    "index.csv": "the table of a re-packed folder",
-    "train/": "or, of the owner's folder chest_xray/: train/NORMAL, train/PNEUMONIA",
+    "train/": "of the owner's folder chest_xray/: train/NORMAL, train/PNEUMONIA (or index.csv of a re-packed folder)",
     "test/": "and test/NORMAL, test/PNEUMONIA",
 }
-_COLUMNS = ("id", "image", "label", "patient", "split_original")
-_KINDS = {"NORMAL": 0.0, "PNEUMONIA": 1.0}
-_NAMES = (
+KINDS = {"NORMAL": 0.0, "PNEUMONIA": 1.0}
+COLUMNS = {
+    "id": raw.Column("study_id", unique=True),
+    "image": raw.Column("images", unique=True, path=True, filled=True),
+    "label": raw.Column(LABEL, values=KINDS),
+    "patient": raw.Column("patient_id", filled=True, remedy="give every image its patient"),
+    "split_original": raw.Column("meta_original_split", values=["train", "val", "test", ""]),
+}
+OPTIONAL = {
+    "lung_mask": raw.Column("mask", path=True),
+    "subtype": "meta_subtype",
+    "mask_matched_by": "meta_mask_matched_by",
+}
+NAMES = (
     # names of the 2018 release, of its second part of normal images, and of later releases
     r"(?P<person>person\d+)_(?P<kind>bacteria|virus)_\d+",
-    r"(?P<person>(?:NORMAL2-)?IM-\d+)-\d+(?:-\d+)?",
+    r"(?P<person>(?:NORMAL2-)?IM-\d+)-\d+(?:-\d+)?(?P<kind>)",
     r"(?P<person>(?P<kind>NORMAL|BACTERIA|VIRUS)-\d+)-\d+",
 )
-_SUBTYPES = {"bacteria": "bacteria", "virus": "virus", "BACTERIA": "bacteria", "VIRUS": "virus"}
 
 
+@validate_call
 def prepare(
     root: Path | str,
     *,
@@ -63,95 +60,51 @@ def prepare(
     on_error="exclude" leaves out images or masks of the index that are not there and lists them in `attrs["excluded"]`.
     Raises ManifestError naming file, row, column and remedy.
     """
-    check_option("split_rule", split_rule, ("patient", "published"))
-    check_option("on_error", on_error, ("raise", "exclude"))
     root = Path(root)
-    failures = []
-    if (root / "index.csv").is_file():
-        table = _read_index(root / "index.csv")
-        there = existing(root, [*table["image"], *table["mask"]])
-        gone = absent(table, table["image"].isin(there), key="id", value="image", column="image")
-        mask_there = table["mask"].isin(there) | (table["mask"] == "") | ~table["image"].isin(there)
-        gone += absent(table, mask_there, key="id", value="mask", column="lung_mask", reason="no such mask file")
-        table = table[table["image"].isin(there) & mask_there].reset_index(drop=True)
-        settle(gone, source=str(root / "index.csv"), on_error=on_error, left=len(table))
-        failures = gone
-    else:
-        table = _read_folders(root)
-    frame = _frame(table)
+    path = raw.optional_table(root, "index.csv", "kermany")
+    table = raw.read_table(path, COLUMNS, optional=OPTIONAL) if path else _read_folders(root)
+    rows = raw.Rows(table, source=path or root, cell=("image", "images"))
+    there = raw.existing(root, [*table["images"], *table["mask"]])
+    rows.exclude_missing(table["images"].isin(there), None)
+    mask = rows.table["mask"]
+    rows.exclude_missing(mask.isin([*there, ""]), on_error, reason="no such mask file", cell=("lung_mask", "mask"))
+    table = rows.table.assign(views="AP", masks=raw.mask_cells(MASK, rows.table["mask"]))
+    order = ["meta_subtype", "meta_original_split", "meta_mask_matched_by"]
+    frame = raw.manifest_frame(table[[name for name in table if name not in order] + order], [LABEL])
     leaks = {}
     if split_rule == "patient":
         frame = assign_splits(frame, seed=seed)
     else:
-        split = np.where(table["original"] == "test", "test", "train")
-        leaks = patient_leaks(table["patient"], split)
-        leaks |= seen_in_training(table["patient"], split, rows="images", unit="patient")
-        frame = frame.assign(split=split, patient_id=torn_patients(frame["patient_id"], split))
-        learn = frame["split"] == "train"
-        parts = assign_splits(frame[learn], fractions={"train": 7 / 8, "valid": 1 / 8}, seed=seed)
-        frame.loc[learn, "split"] = parts["split"]
-    return finish(frame, source=f"manifest of {root}", seed=seed, failures=failures, leaks=leaks)
-
-
-def _read_index(path: Path) -> pd.DataFrame:
-    """id, image, mask, label, patient, original, subtype and matched of a re-packed folder."""
-    optional = {"lung_mask": "mask", "subtype": "subtype", "mask_matched_by": "matched"}
-    table = read_table(path, _COLUMNS, optional=optional).rename(columns={"split_original": "original"})
-    check_unique(path, "id", table["id"])
-    check_unique(path, "image", table["image"])
-    check_paths(path, "image", table["image"])
-    check_paths(path, "lung_mask", table.loc[table["mask"] != "", "mask"])
-    check_cells(path, "label", table["label"], table["label"].isin(_KINDS), "a label is NORMAL or PNEUMONIA")
-    check_cells(path, "patient", table["patient"], table["patient"] != "", "give every image its patient")
-    known = table["original"].isin(["train", "val", "test", ""])
-    check_cells(path, "split_original", table["original"], known, "a split is train, val, test or blank")
-    return table
+        frame["split"] = np.where(frame["meta_original_split"] == "test", "test", "train")
+        frame["patient_id"], leaks = raw.tear(frame["patient_id"], frame["split"], rows="images", unit="patient")
+        frame = raw.draw_valid(frame, seed=seed)
+    return raw.finish(frame, source=f"manifest of {root}", seed=seed, failures=rows.failures, leaks=leaks)
 
 
 def _read_folders(root: Path) -> pd.DataFrame:
     """The same columns from the owner's tree; patients are read from the names."""
     if (root / "chest_xray").is_dir() and not (root / "train").is_dir():
         raise ManifestError(f"kermany: {root} holds the folder chest_xray; give {root / 'chest_xray'} as the root")
-    require(root, {name: what for name, what in NEEDS.items() if name != "index.csv"}, "kermany")
+    raw.require(root, NEEDS, "kermany")
     rows = []
     for split in ("train", "val", "test"):
-        for label in _KINDS:
-            folder = root / split / label
-            files = sorted(p.name for p in folder.glob("*") if p.suffix.lower() in PICTURES) if folder.is_dir() else []
+        for kind, label in KINDS.items():
+            files = raw.files_by_stem(root, [f"{split}/{kind}"], raw.PICTURES)
             if not files and split != "val":
-                raise ManifestError(f"kermany: {folder} has no image (.jpeg); unpack the owner's archive again")
-            rows += [(split, label, name) for name in files]
-    table = pd.DataFrame(rows, columns=["original", "label", "name"])
-    table["image"] = table["original"] + "/" + table["label"] + "/" + table["name"]
-    table["id"] = table["name"].str.rpartition(".")[0]
-    twice = table["id"].duplicated(keep=False)
+                raise ManifestError(f"kermany: {root / split / kind} has no image (.jpeg); unpack the archive again")
+            rows += [(name, path, label, split) for name, paths in files.items() for path in paths]
+    table = pd.DataFrame(rows, columns=["study_id", "images", LABEL, "meta_original_split"])
+    twice = table["study_id"].duplicated(keep=False)
     if twice.any():
-        first, second = table.loc[table["id"] == table.loc[twice, "id"].iloc[0], "image"].iloc[:2]
+        first, second = table.loc[table["study_id"] == table.loc[twice, "study_id"].iloc[0], "images"].iloc[:2]
         raise ManifestError(f"kermany: {root} has one name twice, {first} and {second}; remove one")
-    parts = [table["id"].str.extract(f"^{pattern}$") for pattern in _NAMES]
-    table["patient"] = parts[0]["person"].fillna(parts[1]["person"]).fillna(parts[2]["person"])
-    strange = table["patient"].isna()
+    matches = [table["study_id"].str.extract(f"^{pattern}$") for pattern in NAMES]
+    parts = matches[0].combine_first(matches[1]).combine_first(matches[2])
+    strange = parts["person"].isna()
     if strange.any():
         raise ManifestError(
-            f"kermany: {strange.sum()} names do not say their patient ({table.loc[strange, 'image'].iloc[0]}); "
+            f"kermany: {strange.sum()} names do not say their patient ({table.loc[strange, 'images'].iloc[0]}); "
             "the owner's are like person1_bacteria_1.jpeg, IM-0115-0001.jpeg or VIRUS-1006-0001.jpeg"
         )
-    kind = parts[0]["kind"].fillna(parts[2]["kind"]).map(_SUBTYPES)
-    return table.assign(mask="", matched="", subtype=kind.fillna("normal"))
-
-
-def _frame(table: pd.DataFrame) -> pd.DataFrame:
-    masks = [json.dumps([{"label": MASK, "image": 0, "path": path}]) if path else "" for path in table["mask"]]
-    return pd.DataFrame(
-        {
-            "study_id": table["id"],
-            "patient_id": table["patient"],
-            "images": table["image"],
-            "views": "AP",
-            LABEL: table["label"].map(_KINDS),
-            "masks": masks,
-            "meta_subtype": table["subtype"],
-            "meta_original_split": table["original"],
-            "meta_mask_matched_by": table["matched"],
-        }
-    )
+    subtype = parts["kind"].str.lower().replace("", "normal")
+    return table.assign(patient_id=parts["person"], mask="", meta_subtype=subtype, meta_mask_matched_by="")

@@ -3,45 +3,29 @@
 Reads the owner's tables and images and the reports of MIMIC-CXR (`mimic-cxr-reports.zip`, which is a download of its
 own). Labels are those that the CheXpert or NegBio labeler mined from the reports.
 
-Reports of MIMIC-CXR (Johnson et al. 2019, https://physionet.org/content/mimic-cxr/): a zip of texts, and sections.
-
-The rules are those of the makers (MIT-LCP, mimic-cxr code, section_parser): a heading is a line's beginning in
-capitals with a colon; its name is sorted into a few sections; view names ("PA AND LATERAL VIEWS") head findings; of a
-section that occurs twice the last counts. A report with neither findings nor impression has its last paragraph.
-The makers' hand-made exceptions for 54 studies are not applied.
+The rules for report sections are those of the makers (MIT-LCP, mimic-cxr code, section_parser): a heading is a line's
+beginning in capitals with a colon; its name is sorted into a few sections; view names ("PA AND LATERAL VIEWS") head
+findings; of a section that occurs twice the last counts. A report with neither findings nor impression has its last
+paragraph. The makers' hand-made exceptions for 54 studies are not applied.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
+import zipfile
+import zlib
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pandas as pd
+from pydantic import validate_call
 
-from gloria_core.data.manifest import CHEXPERT_LABELS, Failure, ManifestError, OnError
-from gloria_core.data.raw_folder import (
-    VIEW_RULES,
-    ViewRule,
-    absent,
-    check_cells,
-    check_options,
-    check_unique,
-    existing,
-    finish,
-    group_studies,
-    open_zip,
-    patient_leaks,
-    read_member,
-    read_table,
-    require,
-    settle,
-    unseen_studies,
-    wanted_views,
-)
+from gloria_core.data import raw_folder as raw
+from gloria_core.data.manifest import CHEXPERT_LABELS, ManifestError, OnError
 from gloria_core.data.reports import published_sentences, sentences
 from gloria_core.data.sources.ms_cxr import patients_of
 
@@ -49,37 +33,19 @@ _HEADING = re.compile(r"(?:^|\n)[ \t]*([A-Z][A-Z ()/,-]*):(?=\s|$)")
 _PARAGRAPH = re.compile(r"\n[ \t]*\n")
 _WRAPPED = re.compile(r"[ \t]*\n[ \t]*(?![ \t]*(?:\n|[-*•][ \t]))")
 _INDENT = re.compile(r"[ \t]*\n[ \t]*")
-_REPORT = re.compile(r"(?:^|/)s(\d+)\.txt$")
 
-_EXACT = {
-    "conclusion": "impression",
-    "conclusions": "impression",
-    "opinion": "impression",
-    "summary": "impression",
-    "assessment": "impression",
-    "interpretation": "impression",
-    "finding": "findings",
-    "observations": "findings",
-    "report": "findings",
-    "indication": "history",
-    "indications": "history",
-    "clinical information": "history",
-    "reason": "history",
-    "reason for exam": "history",
-    "reason for examination": "history",
-    "reason for the exam": "history",
-    "technique": "technique",
-    "procedure": "technique",
-    "examination": "examination",
-    "exam": "examination",
-    "study": "examination",
-    "type of examination": "examination",
+_SECTIONS = {
+    "impression": "conclusion, conclusions, opinion, summary, assessment, interpretation",
+    "findings": "finding, observations, report",
+    "history": "indication, indications, clinical information, reason, reason for exam, reason for examination, "
+    "reason for the exam",
+    "technique": "technique, procedure",
+    "examination": "examination, exam, study, type of examination",
     "wet read": "wet read",
-    "recommendation": "recommendation",
-    "recommendations": "recommendation",
-    "notification": "notification",
-    "notifications": "notification",
+    "recommendation": "recommendation, recommendations",
+    "notification": "notification, notifications",
 }
+_EXACT = {heading: section for section, headings in _SECTIONS.items() for heading in headings.split(", ")}
 _WITHIN = ("impression", "findings", "history", "comparison", "addendum")
 _VIEWS = re.compile(
     r"\b(?:views?|pa|ap|lateral|portable|upright|supine|semi-?upright|frontal|radiographs?|films?|chest|single|two)\b"
@@ -134,41 +100,56 @@ def unwrapped(text: str) -> str:
     return "\n\n".join(part for part in paragraphs if part)
 
 
-def read_mimic_reports(path: Path, studies: set[str]) -> dict[str, tuple[str, str, str]]:
-    """Study number -> (findings, impression, last paragraph) of the wanted studies, from the zip or a folder of it.
+def read_reports(root: Path, studies: pd.DataFrame) -> pd.DataFrame:
+    """Columns findings, impression and last_paragraph of the reports that are there, by study_id ("s50414267").
 
-    Raises ManifestError for a broken archive, and for a study that has two reports.
+    From `mimic-cxr-reports.zip`, or from the folder that it was unpacked to: below the root, in a folder there, or in
+    `files/` beside the images. studies: columns study_id and patient_id.
+    Raises ManifestError where there is neither, for a broken archive, and for a study that has two reports.
     """
-    found: dict[str, tuple[str, str, str]] = {}
-    for name, raw in _texts(path, studies):
-        if name in found:
-            raise ManifestError(f"{path}: the report of study {name} is there twice; keep one s{name}.txt")
-        parts = mimic_sections(raw.decode("utf-8", "replace").replace("\r\n", "\n"))
-        found[name] = tuple(parts.get(section, "") for section in ("findings", "impression", "last_paragraph"))
-    return found
+    sections = {}
+    for name, content in _report_texts(root, studies):
+        if name in sections:
+            raise ManifestError(f"{root / REPORTS}: the report of study {name} occurs twice; keep one {name}.txt")
+        parts = mimic_sections(content.decode("utf-8", "replace").replace("\r\n", "\n"))
+        sections[name] = [parts.get(section, "") for section in TEXTS]
+    return pd.DataFrame.from_dict(sections, orient="index", columns=TEXTS)
 
 
-def _texts(path: Path, studies: set[str]):
-    """Study number and bytes of each wanted report."""
-    if path.is_dir():
-        for file in sorted(path.rglob("s*.txt")):
-            match = _REPORT.search(file.name)
-            if match and match[1] in studies:
-                yield match[1], file.read_bytes()
+def _report_texts(root: Path, studies: pd.DataFrame) -> Iterator[tuple[str, bytes]]:
+    """Study id and bytes of each wanted report."""
+    path = root / REPORTS
+    if path.is_file():
+        wanted = set(studies["study_id"])
+        try:
+            with zipfile.ZipFile(path) as archive:
+                for member in archive.namelist():
+                    name = member.rpartition("/")[2].removesuffix(".txt")
+                    if member.endswith(".txt") and name in wanted:
+                        yield name, archive.read(member)
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError) as error:
+            raise ManifestError(
+                f"{path}: no readable zip archive ({error}; {path.stat().st_size} bytes); it is damaged or was cut "
+                "short, download it again"
+            ) from error
         return
-    with open_zip(path) as archive:
-        for info in archive.infolist():
-            match = _REPORT.search(info.filename)
-            if match and match[1] in studies:
-                yield match[1], read_member(archive, info)
+    patient, study = studies["patient_id"], studies["study_id"]
+    below = patient.str[:3] + "/" + patient + "/" + study + ".txt"
+    folders = sorted(folder.name for folder in root.iterdir() if folder.is_dir())
+    for folder in ("", *(f"{name}/" for name in folders), *(f"{name}/files/" for name in folders)):
+        if there := raw.existing(root, folder + below):
+            yield from ((Path(name).stem, (root / name).read_bytes()) for name in sorted(there))
+            return
+    what = "the reports, from https://physionet.org/content/mimic-cxr/ (a download of its own), or unpacked there as "
+    raw.require(root, {REPORTS: f"{what}mimic-cxr-reports/files/p10/p10000032/s50414267.txt"}, "MIMIC-CXR-JPG")
 
 
 WHERE = "from https://physionet.org/content/mimic-cxr-jpg/ (credentialed access)"
-SPLIT = "mimic-cxr-2*-split.csv.gz|mimic-cxr-2*-split.csv"
-META = "mimic-cxr-2*-metadata.csv.gz|mimic-cxr-2*-metadata.csv"
+TABLE = "mimic-cxr-2*-{}.csv"
 REPORTS = "mimic-cxr-reports.zip"
-_SPLITS = {"train": "train", "validate": "valid", "test": "test"}
-_VIEW_NAMES = {
+TEXTS = ["findings", "impression", "last_paragraph"]
+SPLITS = {"train": "train", "validate": "valid", "test": "test"}
+VIEWS = {
     "PA": "PA",
     "AP": "AP",
     "LATERAL": "LATERAL",
@@ -176,28 +157,26 @@ _VIEW_NAMES = {
     "RL": "LATERAL",
     "XTABLE LATERAL": "LATERAL",
 }
-_LABEL = {"": np.nan, "1.0": 1.0, "0.0": 0.0, "-1.0": -1.0, "1": 1.0, "0": 0.0, "-1": -1.0}
-
-TextRule = Literal["any", "none", "mgca", "prior"]
-_ALLOWED = {
-    "split_rule": ("patient", "published"),
-    "paper": ("mgca", "prior", "cxr_clip"),
-    "views": VIEW_RULES,
-    "text_rule": ("any", "none", "mgca", "prior"),
-    "labels": ("chexpert", "negbio"),
-    "on_error": ("raise", "exclude"),
+NUMBER = {"pattern": r"\d{8}", "remedy": "an id has eight digits"}
+COLUMNS = {
+    "dicom_id": raw.Column("dicom", unique=True, pattern=r"[\w-]+", remedy="an id has no other signs"),
+    "subject_id": raw.Column("patient_id", **NUMBER),
+    "study_id": raw.Column("study_id", **NUMBER),
+    "ViewPosition": "position",
 }
+OPTIONAL = {"StudyDate": "meta_date", "PerformedProcedureStepDescription": "meta_procedure"}
 MGCA_TOKENS = 3
 PRIOR_SENTENCES = 4
 
 
+@validate_call
 def prepare(
     root: Path | str,
     *,
     split_rule: Literal["patient", "published"] = "patient",
     paper: Literal["mgca", "prior", "cxr_clip"] = "mgca",
-    views: ViewRule = "frontal",
-    text_rule: TextRule = "any",
+    views: raw.ViewRule = "frontal",
+    text_rule: Literal["any", "none", "mgca", "prior"] = "any",
     labels: Literal["chexpert", "negbio"] = "chexpert",
     hold_out: str | Path = "",
     seed: int = 0,
@@ -223,156 +202,83 @@ def prepare(
     Raises ManifestError naming file, row, column and remedy; ValueError for an unknown option value.
     """
     root = Path(root)
-    given = {"split_rule": split_rule, "paper": paper, "views": views, "text_rule": text_rule, "labels": labels}
-    check_options(_ALLOWED, {**given, "on_error": on_error})
-    found = _tables(root, labels)
-    images, left = _wanted_images(root, found, views=views, on_error=on_error, check=check_images)
-    frame = group_studies(images, keep=["split", "is_ap_view", "meta_date", "meta_procedure", "row"])
-    frame = _with_labels(frame, found[labels])
-    frame, silent = _with_reports(
-        frame, _report_path(root), last_paragraph=text_rule in ("any", "none"), on_error=on_error
-    )
-    frame, short = _enough_text(frame, text_rule)
-    if frame.empty:
-        raise ManifestError(f"{root}: no study has text enough for text_rule={text_rule!r}; use 'none'")
-    frame, held = _without_held(frame, hold_out)
+    what = {"metadata": "a row an image", "split": "the official split", labels: "labels by study"}
+    needs = {TABLE.format(name): f"{text}, {WHERE}" for name, text in what.items()}
+    metadata, official, labeler = raw.require(root, needs, "MIMIC-CXR-JPG").values()
+    rows = raw.Rows(_read_images(metadata, official), source=metadata, cell=("dicom_id", "dicom"))
+    rows.keep_views(views, known="known")
+    if check_images:
+        there = rows.table["images"].isin(raw.existing(root, rows.table["images"]))
+        rows.exclude_missing(there, on_error, reason="listed, but no such file", cell=("dicom_id", "images"))
+    rows.check_rest("use views='all'")
+    rows.table["row"] = rows.table.index
+    rows.table = raw.group_studies(rows.table).set_index("row")
+    rows.cell = ("study_id", "study_id")
+    reports = read_reports(root, rows.table)
+    rows.source = f"{root}: the reports"
+    rows.exclude_missing(rows.table["study_id"].isin(reports.index), on_error, reason="no report in mimic-cxr-reports")
+    rows.table = rows.table.join(reports, on="study_id").join(_read_labels(labeler), on="study_id")
+    if text_rule in ("any", "none"):
+        impression = rows.table["impression"]
+        rows.table["impression"] = impression.where(impression != "", rows.table["last_paragraph"])
+    rows.exclude(*_too_short(rows.table, text_rule))
+    rows.check_rest(f"no study has text enough for text_rule={text_rule!r}; use 'none'")
+    if str(hold_out):
+        held = rows.table["patient_id"].isin(patients_of(Path(hold_out))) & (rows.table["split"] != "test")
+        rows.exclude(held, f"its patient is held out by {Path(hold_out).name}")
+    frame = raw.manifest_frame(rows.table, ["is_ap_view", *CHEXPERT_LABELS])
     frame, leaks = _published(frame, paper) if split_rule == "published" else (frame, {})
-    leaks = patient_leaks(frame["patient_id"], frame["split"]) | leaks
-    failures, source = [*left, *silent, *short, *held], f"manifest of {root}"
-    return finish(frame.drop(columns="row"), source=source, seed=seed, failures=failures, leaks=leaks)
+    leaks = raw.patient_leaks(frame["patient_id"], frame["split"]) | leaks
+    return raw.finish(frame, source=f"manifest of {root}", seed=seed, failures=rows.failures, leaks=leaks)
 
 
-def _tables(root: Path, labels: str) -> dict[str, Path]:
-    """The paths of the owner's tables, by META, SPLIT and the labeler's name."""
-    pattern = f"mimic-cxr-2*-{labels}.csv.gz|mimic-cxr-2*-{labels}.csv"
-    needs = {
-        META: f"a row an image, {WHERE}",
-        SPLIT: f"the official split, {WHERE}",
-        pattern: f"labels by study, {WHERE}",
-    }
-    found = require(root, needs, "MIMIC-CXR-JPG")
-    return found | {labels: found[pattern]}
-
-
-def _without_held(frame: pd.DataFrame, hold_out: str | Path) -> tuple[pd.DataFrame, list[Failure]]:
-    """The frame without training and validation studies of the listed patients, and a failure for each of those."""
-    if not str(hold_out):
-        return frame, []
-    gone = frame["patient_id"].isin(patients_of(Path(hold_out))) & (frame["split"] != "test")
-    return frame[~gone], _failures(frame[gone], f"its patient is held out by {Path(hold_out).name}")
-
-
-def _wanted_images(
-    root: Path, found: dict[str, Path], *, views: ViewRule, on_error: OnError, check: bool
-) -> tuple[pd.DataFrame, list[Failure]]:
-    """The images of the wanted views that are there, and a failure for each that is not and each study left without."""
-    images = _read_images(found[META], found[SPLIT])
-    kept = wanted_views(images["view"], views) & (images["known_view"].to_numpy(bool) | (views == "all"))
-    left = unseen_studies(images, kept, column="dicom", reason=f"no image of view {views!r}")
-    images = images[kept]
-    if check:
-        there = images["image"].isin(existing(root, images["image"].tolist()))
-        gone = absent(images, there, key="study", value="image", column="dicom_id", reason="listed, but no such file")
-        images = images[there]
-        settle(gone, source=str(found[META]), on_error=on_error, left=len(images))
-        left += gone
-    if images.empty:
-        raise ManifestError(f"{found[META]}: no image of view {views!r}; use views='all'")
-    return images, left
-
-
-def _read_images(meta: Path, split: Path) -> pd.DataFrame:
-    """One row an image: dicom, study, patient, image, view, known_view, split, and what goes into metadata."""
-    table = read_table(
-        meta,
-        {"dicom_id": "dicom", "subject_id": "subject", "study_id": "number", "ViewPosition": "position"},
-        optional={"StudyDate": "meta_date", "PerformedProcedureStepDescription": "meta_procedure"},
+def _read_images(metadata: Path, official: Path) -> pd.DataFrame:
+    """One row an image: dicom, study_id, patient_id, images (its path), view, known, split, is_ap_view, metadata."""
+    table = raw.read_table(metadata, COLUMNS, optional=OPTIONAL)
+    split = raw.Column("split", values=SPLITS, remedy="it is train, validate or test")
+    parts = raw.read_table(official, {"dicom_id": raw.Column("dicom", unique=True), "split": split})
+    table["split"] = table["dicom"].map(parts.set_index("dicom")["split"])
+    remedy = f"it is not in {official.name}; take both anew"
+    raw.check_cells(metadata, "dicom_id", table["dicom"], table["split"].notna(), remedy)
+    patient, study = "p" + table["patient_id"], "s" + table["study_id"]
+    view = table["position"].map(VIEWS)
+    return table.assign(
+        patient_id=patient,
+        study_id=study,
+        images="files/" + patient.str[:3] + "/" + patient + "/" + study + "/" + table["dicom"] + ".jpg",
+        view=view.fillna("FRONTAL"),
+        known=view.notna(),
+        is_ap_view=raw.ap_view(view),
     )
-    check_unique(meta, "dicom_id", table["dicom"])
-    check_cells(meta, "dicom_id", table["dicom"], table["dicom"].str.fullmatch(r"[\w-]+"), "an id has no other signs")
-    for column, name in (("subject_id", "subject"), ("study_id", "number")):
-        check_cells(meta, column, table[name], table[name].str.fullmatch(r"\d{8}"), "an id has eight digits")
-    parts = read_table(split, {"dicom_id": "dicom", "split": "split"})
-    check_unique(split, "dicom_id", parts["dicom"])
-    check_cells(split, "split", parts["split"], parts["split"].isin(list(_SPLITS)), "it is train, validate or test")
-    of = dict(zip(parts["dicom"], parts["split"].map(_SPLITS), strict=True))
-    table["split"] = table["dicom"].map(of)
-    check_cells(meta, "dicom_id", table["dicom"], table["split"].notna(), f"it is not in {split.name}; take both anew")
-    table["patient"], table["study"] = "p" + table["subject"], "s" + table["number"]
-    folder = "files/p" + table["subject"].str[:2] + "/" + table["patient"] + "/" + table["study"] + "/"
-    table["image"] = folder + table["dicom"] + ".jpg"
-    view = table["position"].map(_VIEW_NAMES)
-    table["view"], table["known_view"] = view.fillna("FRONTAL"), view.notna()
-    table["is_ap_view"] = view.map({"AP": 1.0, "PA": 0.0}).astype(float)
-    table["row"] = table.index + 2
-    return table
 
 
-def _with_labels(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
-    """The frame with the 14 labels in our order; studies that the labeler does not have stay blank."""
-    table = read_table(path, {"study_id": "study_id", **{name: name for name in CHEXPERT_LABELS}})
-    check_unique(path, "study_id", table["study_id"])
-    for name in CHEXPERT_LABELS:
-        check_cells(path, name, table[name], table[name].isin(list(_LABEL)), "a label is 1.0, 0.0, -1.0 or blank")
-        table[name] = table[name].map(_LABEL).astype(float)
-    table["study_id"] = "s" + table["study_id"]
-    return frame.merge(table, on="study_id", how="left", validate="one_to_one")
+def _read_labels(path: Path) -> pd.DataFrame:
+    """The 14 labels by study_id; studies that the labeler does not have stay blank."""
+    labels = {name: raw.Column(name, **raw.LABEL) for name in CHEXPERT_LABELS}
+    table = raw.read_table(path, {"study_id": raw.Column("study_id", unique=True), **labels})
+    return table.set_index("s" + table.pop("study_id"))
 
 
-def _report_path(root: Path) -> Path:
-    folder = next((path for name in ("mimic-cxr-reports", "reports") if (path := root / name).is_dir()), None)
-    if folder is not None and not (root / REPORTS).is_file():
-        return folder
-    what = "the reports, from https://physionet.org/content/mimic-cxr/ (a download of its own; or its unpacked folder)"
-    return require(root, {REPORTS: what}, "MIMIC-CXR-JPG")[REPORTS]
-
-
-def _with_reports(
-    frame: pd.DataFrame, path: Path, *, last_paragraph: bool, on_error: OnError
-) -> tuple[pd.DataFrame, list[Failure]]:
-    """The frame with findings and impression, and a failure for each study without a report."""
-    numbers = frame["study_id"].str[1:]
-    reports = read_mimic_reports(path, set(numbers))
-    there = numbers.isin(reports)
-    failures = _failures(frame[~there], f"no report in {path.name}")
-    settle(failures, source=str(path), on_error=on_error, left=int(there.sum()))
-    texts = [reports[number] for number in numbers[there]]
-    findings, impressions, rest = zip(*texts, strict=True)
-    frame = frame[there].assign(findings=findings, impression=impressions)
-    if last_paragraph:
-        frame["impression"] = frame["impression"].where(frame["impression"] != "", pd.Series(rest, index=frame.index))
-    return frame, failures
-
-
-def _failures(rows: pd.DataFrame, reason: str) -> list[Failure]:
-    return [
-        Failure(study, int(row), "study_id", repr(study), reason)
-        for study, row in zip(rows["study_id"], rows["row"], strict=True)
-    ]
-
-
-def _enough_text(frame: pd.DataFrame, rule: TextRule) -> tuple[pd.DataFrame, list[Failure]]:
-    """The studies with text enough, and a failure for each of the others."""
+def _too_short(frame: pd.DataFrame, rule: str) -> tuple[np.ndarray, str]:
+    """(n,) bool: the studies without text enough, and the reason."""
     both = list(zip(frame["impression"], frame["findings"], strict=True))
     if rule == "mgca":
         words = [sum(map(len, map(str.split, published_sentences(f"{first} {second}")))) for first, second in both]
-        enough, reason = np.array(words) >= MGCA_TOKENS, f"fewer than {MGCA_TOKENS} words (MGCA's rule)"
-    elif rule == "prior":
+        return np.array(words) < MGCA_TOKENS, f"fewer than {MGCA_TOKENS} words (MGCA's rule)"
+    if rule == "prior":
         counts = [len(sentences(first)) + len(sentences(second)) for first, second in both]
-        enough, reason = np.array(counts) >= PRIOR_SENTENCES, f"fewer than {PRIOR_SENTENCES} sentences (PRIOR's rule)"
-    else:
-        some = np.array([bool(first or second) for first, second in both])
-        enough, reason = some | (rule == "none"), "neither findings nor impression"
-    return frame[enough], _failures(frame[~enough], reason)
+        return np.array(counts) < PRIOR_SENTENCES, f"fewer than {PRIOR_SENTENCES} sentences (PRIOR's rule)"
+    silent = np.array([not first and not second for first, second in both])
+    return silent & (rule == "any"), "neither findings nor impression"
 
 
 def _published(frame: pd.DataFrame, paper: str) -> tuple[pd.DataFrame, dict[str, int]]:
-    official = frame["split"]
+    """The split of a paper, and how many official test (and valid) studies its training or selection sees."""
+    official = frame["split"].value_counts()
     if paper == "cxr_clip":
         return frame, {}
     if paper == "mgca":
-        return frame.assign(split=official.replace("test", "valid")), {
-            "official test studies that select the model": int((official == "test").sum())
-        }
-    seen = {f"official {name} studies in train": int((official == name).sum()) for name in ("valid", "test")}
-    return frame.assign(split="train"), seen
+        leaks = {"official test studies that select the model": int(official.get("test", 0))}
+        return frame.assign(split=frame["split"].replace("test", "valid")), leaks
+    leaks = {f"official {name} studies in train": int(official.get(name, 0)) for name in ("valid", "test")}
+    return frame.assign(split="train"), leaks

@@ -7,29 +7,16 @@ regions with the characters of the text that name them, which is what grounding 
 
 from __future__ import annotations
 
-import json
-import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pandas as pd
-from PIL import Image
+from pydantic import validate_call
 
-from gloria_core.data.manifest import Failure, ManifestError, OnError
-from gloria_core.data.raw_folder import (
-    absent,
-    check_cells,
-    check_option,
-    check_paths,
-    existing,
-    finish,
-    patient_leaks,
-    read_table,
-    require,
-    settle,
-)
+from gloria_core.data import raw_folder as raw
+from gloria_core.data.annotations import write_mask
+from gloria_core.data.manifest import ManifestError, OnError
 
 TABLE = "MS_CXR_Local_Alignment_v1.*.csv"
 TABLES = f"{TABLE}|ms-cxr*/{TABLE}|*/{TABLE}"
@@ -45,11 +32,17 @@ LABELS = (
     "Pneumothorax",
 )
 MASKS = "ms_cxr_masks"
-_SPLITS = {"train": "train", "val": "valid", "valid": "valid", "validate": "valid", "test": "test"}
-_COLUMNS = {"category_name": "label", "label_text": "phrase", "path": "path", "dicom_id": "dicom"}
-_NUMBERS = ("x", "y", "w", "h", "image_width", "image_height")
+SPLITS = {"train": "train", "val": "valid", "valid": "valid", "validate": "valid", "test": "test"}
+COLUMNS = {
+    "category_name": raw.Column("label", values=LABELS),
+    "label_text": raw.Column("phrase", filled=True, remedy="give the phrase"),
+    "path": raw.Column("images", path=True, filled=True),
+    "dicom_id": "study_id",
+}
+NUMBERS = {name: name for name in ("x", "y", "w", "h", "image_width", "image_height")}
 
 
+@validate_call
 def prepare(
     root: Path | str,
     *,
@@ -71,112 +64,80 @@ def prepare(
     for nobody looked for it. Raises ManifestError naming file, row, column and remedy.
     """
     root = Path(root)
-    check_option("split_rule", split_rule, ("patient", "published"))
-    check_option("on_error", on_error, ("raise", "exclude"))
-    path = Path(table) if table else require(root, {TABLES: f"phrases and boxes, {WHERE}"}, "MS-CXR")[TABLES]
-    rows = _read(path)
-    failures: list[Failure] = []
+    path = Path(table) if table else raw.require(root, {TABLES: f"phrases and boxes, {WHERE}"}, "MS-CXR")[TABLES]
+    source = f"{path} (images of MIMIC-CXR-JPG under {root})"
+    rows = raw.Rows(_read(path), source=source, cell=("path", "images"))
     if check_images:
-        there = rows["path"].isin(existing(root, rows["path"].unique().tolist()))
-        failures = absent(rows, there, key="dicom", value="path", column="path", reason="no such image file")
-        rows = rows[there]
-        settle(failures, source=f"{path} (images of MIMIC-CXR-JPG under {root})", on_error=on_error, left=len(rows))
-        rows = _scaled(rows, root, path)
+        there = raw.existing(root, rows.table["images"].unique().tolist())
+        rows.exclude_missing(rows.table["images"].isin(there), on_error)
+        rows.table = _scaled(rows.table, root, path)
     if split_rule == "published":
-        good = rows["split"].isin(list(_SPLITS))
-        check_cells(path, "split", rows["split"], good, "it is train, val or test (version 1.1.0); or use 'patient'")
-        rows["split"] = rows["split"].map(_SPLITS)
+        split, remedy = rows.table["split"], "it is train, val or test (version 1.1.0); or use 'patient'"
+        rows.table["split"] = raw.Column("split", values=SPLITS, remedy=remedy).checked(path, "split", split)
     else:
-        rows["split"] = "test"
-    frame = pd.DataFrame([_study(dicom, part) for dicom, part in rows.groupby("dicom", sort=True)])
-    masks = frame.pop("regions")
-    frame["masks"] = [_masks(root, found) for found in masks] if write_masks else ""
-    leaks = patient_leaks(frame["patient_id"], frame["split"]) | _seen_by_mimic(root, frame)
-    return finish(frame, source=f"manifest of {path}", seed=seed, failures=failures, leaks=leaks)
+        rows.table["split"] = "test"
+    studies = [_study(part, root, write_masks) for _, part in rows.table.groupby("study_id", sort=True)]
+    frame = raw.manifest_frame(pd.DataFrame(studies), LABELS)
+    leaks = raw.patient_leaks(frame["patient_id"], frame["split"]) | _seen_by_mimic(root, frame)
+    return raw.finish(frame, source=f"manifest of {path}", seed=seed, failures=rows.failures, leaks=leaks)
 
 
 def _read(path: Path) -> pd.DataFrame:
     """One row a box."""
-    table = read_table(path, {**_COLUMNS, **{name: name for name in _NUMBERS}}, optional=["split"])
-    check_cells(path, "category_name", table["label"], table["label"].isin(LABELS), f"it is one of {', '.join(LABELS)}")
-    check_cells(path, "label_text", table["phrase"], table["phrase"].str.strip() != "", "give the phrase")
-    check_paths(path, "path", table["path"])
-    for name in _NUMBERS:
-        numbers = pd.to_numeric(table[name], errors="coerce")
-        good = numbers.notna() & ((numbers >= 0) if name in ("x", "y") else (numbers > 0))
-        check_cells(path, name, table[name], good, "a box is x, y >= 0 and w, h > 0 in pixels of the image")
-        table[name] = numbers
-    parts = table["path"].str.extract(r"(p\d{8})/(s\d{8})/[^/]+$")
-    check_cells(path, "path", table["path"], parts[0].notna(), "a path is files/p10/p10000032/s50414267/<dicom_id>.jpg")
-    table["patient"], table["study"] = parts[0], parts[1]
-    repeated = table.duplicated(["dicom", "label", "phrase", "x", "y", "w", "h"])
-    check_cells(path, "dicom_id", table["dicom"], ~repeated, "the same box of the same phrase is there twice")
-    return table
+    table = raw.read_table(path, {**COLUMNS, **NUMBERS}, optional={"split": "split"})
+    table = raw.check_boxes(path, table, NUMBERS, remedy="a box is x, y >= 0 and w, h > 0 in pixels of the image")
+    parts = table["images"].str.extract(r"(p\d{8})/(s\d{8})/[^/]+$")
+    remedy = "a path is files/p10/p10000032/s50414267/<dicom_id>.jpg"
+    raw.check_cells(path, "path", table["images"], parts[0].notna(), remedy)
+    repeated = table.duplicated(["study_id", "label", "phrase", "x", "y", "w", "h"])
+    raw.check_cells(path, "dicom_id", table["study_id"], ~repeated, "the same box of the same phrase occurs twice")
+    return table.assign(patient_id=parts[0], meta_study=parts[1])
 
 
 def _scaled(rows: pd.DataFrame, root: Path, path: Path) -> pd.DataFrame:
     """Boxes in pixels of the files that are there."""
-    names = sorted(set(rows["path"]))
-    with ThreadPoolExecutor(8) as pool:
-        sizes = dict(zip(names, pool.map(lambda name: _size(root / name), names), strict=True))
-    unreadable = rows["path"].map(lambda name: sizes[name] is None)
-    check_cells(path, "path", rows["path"], ~unreadable, "the image file cannot be read; download it again")
-    across = rows["path"].map(lambda name: sizes[name][0]) / rows["image_width"]
-    down = rows["path"].map(lambda name: sizes[name][1]) / rows["image_height"]
-    scaled = {name: rows[name] * (across if name in ("x", "w", "image_width") else down) for name in _NUMBERS}
+    sizes = raw.file_sizes(root, rows["images"])
+    size = rows["images"].map(sizes)
+    raw.check_cells(path, "path", rows["images"], size.notna(), "the image file cannot be read; download it again")
+    across, down = size.str[0] / rows["image_width"], size.str[1] / rows["image_height"]
+    scaled = {name: rows[name] * (across if name in ("x", "w", "image_width") else down) for name in NUMBERS}
     return rows.assign(**{name: values.round(3) for name, values in scaled.items()})
 
 
-def _size(path: Path) -> tuple[int, int] | None:
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except OSError:
-        return None
-
-
-def _study(dicom: str, rows: pd.DataFrame) -> dict:
+def _study(rows: pd.DataFrame, root: Path, write_masks: bool) -> dict:
     """One image with all its phrases, in the order of the table."""
-    text, boxes, regions = "", [], []
-    for (label, phrase), part in rows.groupby(["label", "phrase"], sort=False):
+    first = rows.iloc[0]
+    text, boxes, masks = "", [], []
+    for number, ((label, phrase), part) in enumerate(rows.groupby(["label", "phrase"], sort=False)):
         words = " ".join(phrase.split())
         start = len(text) + bool(text)
         text += (" " if text else "") + words
-        span = ["impression", start, start + len(words)]
+        spans = [["impression", start, start + len(words)]]
         text += "" if words.endswith((".", "!", "?")) else "."
-        found = part[["x", "y", "w", "h"]].to_numpy(float).tolist()
-        boxes += [{"label": label, "image": 0, "xywh": box, "spans": [span]} for box in found]
-        regions.append((dicom, len(regions), label, span, found, part[["image_height", "image_width"]].iloc[0]))
-    first = rows.iloc[0]
-    labels = {name: 1.0 if (rows["label"] == name).any() else np.nan for name in LABELS}
+        corners = part[["x", "y", "w", "h"]].to_numpy(float).tolist()
+        boxes += [{"label": label, "xywh": box, "spans": spans} for box in corners]
+        if write_masks:
+            name = f"{MASKS}/{first['study_id']}_{number}.png"
+            # written anew each time: the table or the size of the images may have changed
+            (root / name).unlink(missing_ok=True)
+            shape = (round(first["image_height"]), round(first["image_width"]))
+            write_mask(root, name, lambda corners=corners, shape=shape: _filled(corners, shape))
+            masks.append({"label": label, "path": name, "spans": spans})
     return {
-        "study_id": dicom,
-        "patient_id": first["patient"],
-        "split": first["split"],
-        "images": first["path"],
-        "views": "FRONTAL",
+        **first[["study_id", "patient_id", "split", "images", "meta_study"]],
         "impression": text,
-        **labels,
-        "boxes": json.dumps(boxes),
-        "meta_study": first["study"],
-        "regions": regions,
+        "boxes": raw.cell(boxes),
+        "masks": raw.cell(masks),
+        **{name: 1.0 if (rows["label"] == name).any() else np.nan for name in LABELS},
     }
 
 
-def _masks(root: Path, regions: list[tuple]) -> str:
-    """Write the region of each phrase as a 1-bit PNG; the manifest's cell that lists them."""
-    entries = []
-    (root / MASKS).mkdir(exist_ok=True)
-    for dicom, number, label, span, boxes, (height, width) in regions:
-        name = f"{MASKS}/{dicom}_{number}.png"
-        mask = np.zeros((round(height), round(width)), bool)
-        for x, y, w, h in boxes:
-            mask[round(y) : max(round(y + h), round(y) + 1), round(x) : max(round(x + w), round(x) + 1)] = True
-        part = root / f"{name}.{os.getpid()}.part"
-        Image.fromarray(mask).save(part, format="PNG")
-        part.replace(root / name)
-        entries.append({"label": label, "image": 0, "path": name, "spans": [span]})
-    return json.dumps(entries)
+def _filled(boxes: list[list[float]], shape: tuple[int, int]) -> np.ndarray:
+    """The pixels of boxes [x, y, w, h], at least one each. Shape: `shape` bool."""
+    mask = np.zeros(shape, bool)
+    for x, y, w, h in boxes:
+        mask[round(y) : max(round(y + h), round(y) + 1), round(x) : max(round(x + w), round(x) + 1)] = True
+    return mask
 
 
 def _seen_by_mimic(root: Path, frame: pd.DataFrame) -> dict[str, int]:
@@ -184,7 +145,7 @@ def _seen_by_mimic(root: Path, frame: pd.DataFrame) -> dict[str, int]:
     tables = sorted(root.glob("mimic-cxr-2*-split.csv*"))
     if not tables:
         return {}
-    official = read_table(tables[0], {"subject_id": "subject", "split": "split"})
+    official = raw.read_table(tables[0], {"subject_id": "subject", "split": "split"})
     seen = set("p" + official.loc[official["split"] == "train", "subject"])
     test = frame["patient_id"][frame["split"] == "test"]
     return {"test patients in the official MIMIC-CXR train": int(test.drop_duplicates().isin(seen).sum())}
@@ -194,10 +155,11 @@ def patients_of(path: Path) -> set[str]:
     """The patients (p10000032) of an MS-CXR table, or of any csv with a column `path`, `subject_id` or `patient_id`."""
     if not path.is_file():
         raise ManifestError(f"{path}: no such table; give a csv with the patients to hold out")
-    header = read_table(path, [], optional=["subject_id", "path", "patient_id"])
+    header = raw.header_of(path)
     for name in ("subject_id", "patient_id", "path"):
-        found = header[name].str.extract(r"(?:^|/)p?(\d{8})(?:/|$)")[0] if (header[name] != "").any() else None
-        if found is not None:
-            check_cells(path, name, header[name], found.notna(), "a patient has eight digits")
-            return set("p" + found)
+        if name in header:
+            cells = raw.read_table(path, {name: "cell"})["cell"]
+            patients = cells.str.extract(r"(?:^|/)p?(\d{8})(?:/|$)")[0]
+            raw.check_cells(path, name, cells, patients.notna(), "a patient has eight digits")
+            return set("p" + patients)
     raise ManifestError(f"{path}: row 1 (the header) lacks subject_id, patient_id and path; one must name the patients")

@@ -7,38 +7,28 @@ shipped: 8,000 and 1,000 images, half of them with objects. An annotation is sha
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pandas as pd
 from PIL import Image, ImageDraw
+from pydantic import validate_call
 
+from gloria_core.data import raw_folder as raw
 from gloria_core.data.annotations import write_mask
 from gloria_core.data.manifest import ManifestError, OnError
-from gloria_core.data.raw_folder import (
-    absent,
-    check_option,
-    check_paths,
-    check_unique,
-    existing,
-    file_sizes,
-    finish,
-    read_table,
-    require,
-    settle,
-)
-from gloria_core.data.splits import assign_splits, drawn_once
+from gloria_core.data.splits import drawn_once
 
 LABEL = "Foreign Object"
 MASKS = "masks_object_cxr"
 HOW = "github.com/hlk-1135/object-CXR (link to the archive there)"
-NEEDS = {name: f"the {what}; {HOW}" for name, what in (("train.csv", "training shapes"), ("dev.csv", "test shapes"))}
+TABLES = {"train.csv": "train", "dev.csv": "test"}
 
 Shape = tuple[int, list[float]]
 
 
+@validate_call
 def prepare(
     root: Path | str,
     *,
@@ -58,60 +48,55 @@ def prepare(
     on_error="exclude" leaves out images that are not there and lists them in `attrs["excluded"]`.
     Raises ManifestError naming file, row, column and remedy.
     """
-    check_option("split_rule", split_rule, ("patient", "published"))
-    check_option("on_error", on_error, ("raise", "exclude"))
     root = Path(root)
-    paths = require(root, NEEDS, "object_cxr")
-    tables, gone = [], []
-    for name, split in (("train.csv", "train"), ("dev.csv", "test")):
-        table = _read(paths[name], root).assign(split=split)
-        if split_rule == "published" and split == "train":
-            table["split"] = drawn_once(len(table), held_out=0.1)
-        gone += absent(table, table["there"], key="study", value="image", column="image_path")
-        tables.append(table[table["there"]])
-    table = pd.concat(tables, ignore_index=True)
-    settle(gone, source=f"{paths['train.csv']} and dev.csv", on_error=on_error, left=len(table))
-    frame = _frame(table, _masks(table, root) if masks else {})
+    paths = raw.require(
+        root, {name: f"the shapes of the {split} images; {HOW}" for name, split in TABLES.items()}, "object_cxr"
+    )
+    table = pd.concat([_read(paths[name], root).assign(split=split) for name, split in TABLES.items()])
+    if split_rule == "published":
+        train = (table["split"] == "train").to_numpy()
+        table.loc[train, "split"] = drawn_once(int(train.sum()), held_out=0.1)
+    rows = raw.Rows(table, source=" and ".join(map(str, paths.values())), cell=("image_path", "cell"))
+    rows.exclude_missing(table["images"] != "", on_error)
+    table = rows.table
+    if masks:
+        table["masks"] = raw.mask_cells(LABEL, _masks(table, root))
+    table["boxes"] = [
+        raw.cell([{"label": LABEL, "xywh": _box(numbers)} for _, numbers in part]) for part in table["shapes"]
+    ]
+    table[LABEL] = (table["boxes"] != "").astype(float)
+    frame = raw.manifest_frame(table, [LABEL])
     if split_rule == "patient":
-        learn = frame["split"] == "train"
-        if learn.any():
-            parts = assign_splits(frame[learn], fractions={"train": 7 / 8, "valid": 1 / 8}, seed=seed)["split"]
-            frame["split"] = np.where(learn, parts.reindex(frame.index), frame["split"])
-    return finish(frame, source=f"manifest of {root}", seed=seed, failures=gone)
+        frame = raw.draw_valid(frame, seed=seed)
+    return raw.finish(frame, source=f"manifest of {root}", seed=seed, failures=rows.failures)
 
 
 def _read(path: Path, root: Path) -> pd.DataFrame:
-    """study, image (path below the root), there, shapes."""
-    header = path.open(encoding="utf-8-sig").readline()
-    column = "image_name" if "image_name" in header else "image_path"
-    table = read_table(path, {column: "cell", "annotation": "annotation"})
+    """study_id, images (path below the root, "" without a file), cell, shapes."""
+    split = path.name.partition(".")[0]
+    column = next((name for name in ("image_name", "image_path") if name in raw.header_of(path)), "image_path")
+    table = raw.read_table(path, {column: "cell", "annotation": "annotation"})
     # the owner's paths begin with a folder of theirs; the file's name says which image it is
-    table["name"] = table["cell"].str.replace(r"^/path/", "", regex=True)
-    check_paths(path, column, table["name"])
-    table["name"] = table["name"].str.rpartition("/")[2]
-    check_unique(path, column, table["name"])
-    places = [f"{path.stem}/" + table["name"], table["name"]]
-    files = existing(root, pd.concat(places).tolist())
-    table["there"] = places[0].isin(files) | places[1].isin(files)
-    table["image"] = places[0].where(~places[1].isin(files), places[1])
-    table["shapes"] = [_shapes(cell, path, row + 2) for row, cell in enumerate(table["annotation"])]
-    return table.assign(study=f"{path.stem}-" + table["name"].str.rpartition(".")[0])
+    names = table["cell"].str.replace(r"^/path/", "", regex=True)
+    raw.check_paths(path, column, names)
+    names = names.str.rpartition("/")[2]
+    raw.check_cells(path, column, names, ~names.duplicated(), "the image occurs twice; keep one row of it")
+    shapes = [_shapes(text, path, row + 2) for row, text in table["annotation"].items()]
+    images = raw.first_existing(root, [names, f"{split}/" + names])
+    return table.assign(study_id=f"{split}-" + names.str.rpartition(".")[0], images=images, shapes=shapes)
 
 
-def _shapes(cell: str, path: Path, row: int) -> list[Shape]:
+def _shapes(text: str, path: Path, row: int) -> list[Shape]:
     """The shapes of one cell. Raises ManifestError for what is none."""
     shapes = []
-    for part in filter(None, (text.strip() for text in cell.split(";"))):
+    for part in filter(None, (part.strip() for part in text.split(";"))):
         try:
             kind, *numbers = part.split()
             kind, numbers = int(kind), [float(number) for number in numbers]
         except ValueError:
             kind, numbers = -1, []
         good = (kind in (0, 1) and len(numbers) == 4) or (kind == 2 and len(numbers) >= 6 and len(numbers) % 2 == 0)
-        if good:
-            width, height = (max(numbers[i::2]) - min(numbers[i::2]) for i in (0, 1))
-            good = np.isfinite(numbers).all() and width > 0 and height > 0
-        if not good:
+        if not good or not np.isfinite(numbers).all() or min(_box(numbers)[2:]) <= 0:
             raise ManifestError(
                 f"{path}, row {row}, column 'annotation': {part[:60]!r} is no shape; shapes are '0 x1 y1 x2 y2' "
                 "(rectangle), 1 (ellipse) or '2 x1 y1 x2 y2 x3 y3 ...' (polygon)"
@@ -120,16 +105,22 @@ def _shapes(cell: str, path: Path, row: int) -> list[Shape]:
     return shapes
 
 
-def _masks(table: pd.DataFrame, root: Path) -> dict[str, str]:
-    """Study -> path of its mask."""
-    drawn = table[table["shapes"].map(len) > 0]
-    sizes = file_sizes(root, drawn["image"])
-    paths = {}
-    for study, image, shapes in zip(drawn["study"], drawn["image"], drawn["shapes"], strict=True):
-        size = sizes[image]
-        if size is None:
+def _box(numbers: list[float]) -> list[float]:
+    """[x, y, width, height] round the points x1 y1 x2 y2 ..."""
+    x, y = min(numbers[::2]), min(numbers[1::2])
+    return [x, y, round(max(numbers[::2]) - x, 3), round(max(numbers[1::2]) - y, 3)]
+
+
+def _masks(table: pd.DataFrame, root: Path) -> list[str]:
+    """The path of each image's mask, "" for an image without shapes."""
+    sizes = raw.file_sizes(root, table.loc[table["shapes"].map(len) > 0, "images"])
+    paths = []
+    for study, image, shapes in zip(table["study_id"], table["images"], table["shapes"], strict=True):
+        size = sizes.get(image)
+        if shapes and size is None:
             raise ManifestError(f"{root / image} cannot be read, so its mask has no size; copy it again")
-        paths[study] = write_mask(root, f"{MASKS}/{study}.png", lambda size=size, shapes=shapes: filled(shapes, size))
+        name = f"{MASKS}/{study}.png"
+        paths.append(write_mask(root, name, lambda size=size, part=shapes: filled(part, size)) if shapes else "")
     return paths
 
 
@@ -144,29 +135,3 @@ def filled(shapes: list[Shape], size: tuple[int, int]) -> np.ndarray:
         else:
             (draw.ellipse if kind == 1 else draw.rectangle)(corners, fill=1)
     return np.array(canvas)
-
-
-def _frame(table: pd.DataFrame, masks: dict[str, str]) -> pd.DataFrame:
-    cells = []
-    for shapes in table["shapes"]:
-        entries = []
-        for _, numbers in shapes:
-            x, y = min(numbers[::2]), min(numbers[1::2])
-            xywh = [x, y, round(max(numbers[::2]) - x, 3), round(max(numbers[1::2]) - y, 3)]
-            entries.append({"label": LABEL, "image": 0, "xywh": xywh})
-        cells.append(json.dumps(entries) if entries else "")
-    return pd.DataFrame(
-        {
-            "study_id": table["study"],
-            "patient_id": table["study"],
-            "split": table["split"],
-            "images": table["image"],
-            "views": "FRONTAL",
-            LABEL: table["shapes"].map(len).gt(0).astype(float),
-            "boxes": cells,
-            "masks": [
-                json.dumps([{"label": LABEL, "image": 0, "path": masks[name]}]) if name in masks else ""
-                for name in table["study"]
-            ],
-        }
-    )

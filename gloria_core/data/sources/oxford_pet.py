@@ -7,36 +7,33 @@ Dice above 0.9, so that a fault in the code shows. Read are `images/*.jpg`, `ann
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pandas as pd
 from PIL import Image
+from pydantic import Field, validate_call
 
+from gloria_core.data import raw_folder as raw
 from gloria_core.data.annotations import write_mask
 from gloria_core.data.manifest import ManifestError, OnError
-from gloria_core.data.raw_folder import (
-    PICTURES,
-    absent,
-    check_cells,
-    check_option,
-    check_paths,
-    check_unique,
-    finish,
-    locate,
-    require,
-)
-from gloria_core.data.raw_folder import settle as settle_failures
-from gloria_core.data.splits import assign_splits
 
 MASK, MASKS = "Pet", "masks_oxford_pet"
 HOW = "https://www.robots.ox.ac.uk/~vgg/data/pets/ (images.tar.gz, annotations.tar.gz)"
 LISTS = {"annotations/trainval.txt": "train", "annotations/test.txt": "test"}
+NAME = raw.Column("study_id", path=True, filled=True, unique=True)
+SPECIES = raw.Column("species", values={"1": "Cat", "2": "Dog"}, remedy="1 is a cat, 2 a dog")
 
 
+@validate_call
 def prepare(
-    root: Path | str, *, border: bool = True, limit: int = 0, seed: int = 0, on_error: OnError = "raise"
+    root: Path | str,
+    *,
+    border: bool = True,
+    limit: Annotated[int, Field(ge=0)] = 0,
+    seed: int = 0,
+    on_error: OnError = "raise",
 ) -> pd.DataFrame:
     """The checked manifest: one study a photograph, labels "Cat" and "Dog", mask "Pet" written to `masks_oxford_pet/`.
 
@@ -46,32 +43,31 @@ def prepare(
     on_error="exclude" leaves out photographs that are not there, or without a readable trimap, and lists them in
     `attrs["excluded"]`. Raises ManifestError naming file, row and remedy.
     """
-    check_option("on_error", on_error, ("raise", "exclude"))
-    if limit < 0:
-        raise ValueError(f"limit is {limit}; it is a number of photographs, or 0 for all")
     root = Path(root)
     needs = {**LISTS, "images/": "the photographs", "annotations/trimaps/": "the outlines"}
-    paths = require(root, {name: f"{what}; {HOW}" for name, what in needs.items()}, "oxford_pet")
+    paths = raw.require(root, {name: f"{what}; {HOW}" for name, what in needs.items()}, "oxford_pet")
     tables = []
     for name, split in LISTS.items():
         table = _read(paths[name]).assign(split=split)
         tables.append(table.sample(min(limit, len(table)), random_state=seed).sort_index() if limit else table)
     table = pd.concat(tables)
-    table["file"] = locate(root, table["name"], ["images"], PICTURES)
-    table["trimap"] = locate(root, table["name"], ["annotations/trimaps"], [".png"])
-    there = (table["file"] != "") & (table["trimap"] != "")
-    gone = absent(table, there, key="name", value="name", column="image", reason="no such photograph or trimap")
-    settle_failures(gone, source=" and ".join(LISTS), on_error=on_error, left=int(there.sum()))
-    frame = _frame(table[there].reset_index(drop=True), root, border)
-    learn = frame["split"] == "train"
-    if learn.any():
-        parts = assign_splits(frame[learn], fractions={"train": 7 / 8, "valid": 1 / 8}, seed=seed)["split"]
-        frame["split"] = np.where(learn, parts.reindex(frame.index), frame["split"])
-    return finish(frame, source=f"manifest of {root}", seed=seed, failures=gone)
+    table["images"] = raw.locate(root, table["study_id"], ["images"], raw.PICTURES)
+    table["trimap"] = raw.locate(root, table["study_id"], ["annotations/trimaps"], [".png"])
+    rows = raw.Rows(table, source=" and ".join(LISTS), cell=("image", "study_id"))
+    there = (table["images"] != "") & (table["trimap"] != "")
+    rows.exclude_missing(there, on_error, reason="no such photograph or trimap")
+    folder = MASKS if border else f"{MASKS}_inner"
+    masks = [
+        write_mask(root, f"{folder}/{name}.png", lambda path=root / trimap: _pet(path, border))
+        for name, trimap in zip(rows.table["study_id"], rows.table["trimap"], strict=True)
+    ]
+    labels = {name: (rows.table["species"] == name).astype(float) for name in ("Cat", "Dog")}
+    frame = raw.manifest_frame(rows.table.assign(masks=raw.mask_cells(MASK, masks), **labels), list(labels))
+    return raw.finish(raw.draw_valid(frame, seed=seed), source=f"manifest of {root}", seed=seed, failures=rows.failures)
 
 
 def _read(path: Path) -> pd.DataFrame:
-    """name, species ("1" cat, "2" dog) of a list; index + 2 is the line as if it had a header, like the tables'."""
+    """study_id and species of a list; index + 2 is the line as if it had a header, like the tables'."""
     try:
         lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines() if line and line[0] != "#"]
     except UnicodeDecodeError as error:
@@ -79,28 +75,10 @@ def _read(path: Path) -> pd.DataFrame:
     if not lines or any(len(line) != 4 for line in lines):
         raise ManifestError(f"{path}: lines are 'name class species breed'; unpack annotations.tar.gz again")
     table = pd.DataFrame([line[::2] for line in lines], columns=["name", "species"], index=range(-1, len(lines) - 1))
-    check_paths(path, "name", table["name"])
-    check_unique(path, "name", table["name"])
-    check_cells(path, "species", table["species"], table["species"].isin(["1", "2"]), "1 is a cat, 2 a dog")
-    return table
-
-
-def _frame(table: pd.DataFrame, root: Path, border: bool) -> pd.DataFrame:
-    folder = MASKS if border else f"{MASKS}_inner"
-    cells = []
-    for name, trimap in zip(table["name"], table["trimap"], strict=True):
-        path = write_mask(root, f"{folder}/{name}.png", lambda trimap=trimap: _pet(root / trimap, border))
-        cells.append(json.dumps([{"label": MASK, "image": 0, "path": path}]))
     return pd.DataFrame(
         {
-            "study_id": table["name"],
-            "patient_id": table["name"],
-            "split": table["split"],
-            "images": table["file"],
-            "views": "FRONTAL",
-            "Cat": (table["species"] == "1").astype(float),
-            "Dog": (table["species"] == "2").astype(float),
-            "masks": cells,
+            "study_id": NAME.checked(path, "name", table["name"]),
+            "species": SPECIES.checked(path, "species", table["species"]),
         }
     )
 

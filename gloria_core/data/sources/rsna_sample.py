@@ -11,26 +11,21 @@ of one person stay in one split. There are no reports: findings and impression a
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
-from PIL import Image
+from pydantic import validate_call
 
-from gloria_core.data.manifest import ExcludedRows, Failure, ManifestError, OnError, raise_failures, validate
-from gloria_core.data.sources.nih import find_table, read_columns, read_entries, read_extra, require
-from gloria_core.data.sources.rsna_pneumonia import nih_patient
+from gloria_core.data import raw_folder as raw
+from gloria_core.data.manifest import OnError
+from gloria_core.data.sources.nih import TABLE, read_entries, read_extra
+from gloria_core.data.sources.rsna_pneumonia import LABEL, LABELS, nih_patient, read_labels
 from gloria_core.data.splits import assign_label_ranks, assign_splits
 
-LABEL = "Pneumonia"
-ENTRIES = "Data_Entry_2017*.csv"
-BOX_PIXELS = 1024
-SUFFIXES = (".jpg", ".jpeg", ".png")
-_LABELS = {name: name for name in ("patientId", "x", "y", "width", "height", "Target")}
-_MATCHES = {"patientId": "patientId", "image_index": "image", "rsna_class": "rsna_class"}
+MATCHES = "rsna_to_nih.csv"
 
 
+@validate_call
 def prepare(root: Path | str, *, seed: int = 0, on_error: OnError = "raise") -> pd.DataFrame:
     """The checked manifest: label "Pneumonia" (RSNA's Target), boxes in pixels of the image files, one study an image.
 
@@ -43,109 +38,49 @@ def prepare(root: Path | str, *, seed: int = 0, on_error: OnError = "raise") -> 
     Raises ManifestError naming file, row, column and remedy.
     """
     root = Path(root)
-    if on_error not in ("raise", "exclude"):
-        raise ValueError(f"on_error must be 'raise' or 'exclude', not {on_error!r}")
-    path, matches = root / "stage_2_train_labels.csv", root / "rsna_to_nih.csv"
-    for table in (path, matches):
-        if not table.is_file():
-            raise ManifestError(f"{table} is missing; the root must hold RSNA's labels and the match to NIH's images")
-    labels, known = _read_labels(path), read_columns(matches, _MATCHES)
-    for name in ("patientId", "image"):
-        require(matches, _theirs(name), known[name], ~known[name].duplicated(), "a match must be one to one")
-    files = _files(root)
-    known["file"] = [files.get(image.rsplit(".", 1)[0], "") for image in known["image"]]
-    of_patient = known.set_index("patientId").to_dict("index")
-    rows, failures = [], []
-    boxed = dict(iter(labels[labels["Target"] == "1"].groupby("patientId")[["x", "y", "width", "height"]]))
-    for index, patient in labels["patientId"].drop_duplicates().items():
-        found = of_patient.get(patient, {})
-        # only boxes need the size of the file; whether the others can be read is asked when the images are cached
-        size = _size(root / found["file"]) if patient in boxed and found.get("file") else None
-        if not found.get("file") or (patient in boxed and size is None):
-            why = "its image is missing or unreadable" if found else "no such patient in rsna_to_nih.csv"
-            failures.append(Failure(patient, int(index) + 2, "patientId", repr(patient), why))
-            continue
-        rows.append(_row(patient, found, boxed.get(patient), size))
-    if on_error == "raise" or not rows:
-        raise_failures(failures, source=f"{path} (on_error='exclude' keeps the images that are there)")
-    frame = pd.DataFrame(rows)
-    sources = read_extra(root / "image_source.csv", "image_index", "source")
-    if sources:
-        frame["meta_source"] = [sources.get(image, "") for image in frame["image"]]
-    frame = assign_label_ranks(assign_splits(frame.drop(columns="image"), seed=seed), seed=seed)
-    frame = validate(_with_entries(frame, root), source=f"manifest of {root}")
-    frame.attrs["excluded"] = ExcludedRows.of(failures)
-    return frame
+    needs = {LABELS: "RSNA's labels; Kaggle", MATCHES: "the match of RSNA's ids to NIH's images"}
+    path, matches = raw.require(root, needs, "rsna_sample").values()
+    images, boxes = read_labels(path)
+    columns = {
+        "patientId": raw.Column("meta_rsna_patient", unique=True),
+        "image_index": raw.Column("image", unique=True),
+        "rsna_class": "meta_rsna_class",
+    }
+    known = raw.read_table(matches, columns)
+    images = images.rename(columns={"study_id": "meta_rsna_patient"})
+    table = images.reset_index().merge(known, on="meta_rsna_patient", how="left").set_index("index")
+    rows = raw.Rows(table, source=path, cell=("patientId", "meta_rsna_patient"), key="meta_rsna_patient")
+    rows.exclude_missing(table["image"].notna(), None, reason=f"no such patient in {MATCHES}")
+    stem = rows.table["image"].str.rsplit(".", n=1).str[0]
+    # patients are named as the nih source names them, so that leaks between the two show
+    rows.table = rows.table.assign(study_id=stem, patient_id=rows.table["image"].map(nih_patient))
+    rows.table["images"] = raw.locate(root, stem, ["images"], raw.PICTURES)
+    # only boxes need the size of the file; whether the others can be read is asked when the images are cached
+    boxed = rows.table.set_index("meta_rsna_patient")["images"]
+    boxed = boxed[boxed.index.isin(boxes["study_id"]) & (boxed != "")]
+    sizes = raw.file_sizes(root, boxed)
+    sizes = {patient: sizes[file] for patient, file in boxed.items()}
+    broken = [patient for patient, size in sizes.items() if size is None]
+    there = (rows.table["images"] != "") & ~rows.table["meta_rsna_patient"].isin(broken)
+    rows.exclude_missing(there, on_error, reason="its image is missing or unreadable")
+    table = rows.table.assign(boxes=raw.box_cells(boxes, rows.table["meta_rsna_patient"], sizes=sizes))
+    sources = read_extra(root, "image_source.csv", "source", table["image"])
+    if sources is not None:
+        table["meta_source"] = sources
+    frame = assign_label_ranks(assign_splits(raw.manifest_frame(table, [LABEL]), seed=seed), seed=seed)
+    frame = _with_entries(frame, root)
+    return raw.finish(frame, source=f"manifest of {root}", seed=seed, failures=rows.failures)
 
 
 def _with_entries(frame: pd.DataFrame, root: Path) -> pd.DataFrame:
     """The frame with what NIH's table says of each image; added after the splits, which it does not move."""
-    if not any(root.glob(ENTRIES)):
+    path = raw.optional_table(root, TABLE, "rsna_sample")
+    if path is None:
         return frame
-    of = read_entries(find_table(root, ENTRIES)).set_index("study").reindex(frame["study_id"])
-    view = of["view"].to_numpy(object)
+    of = read_entries(path).set_index("study_id").reindex(frame["study_id"]).reset_index()
     return frame.assign(
-        views=np.where(pd.isna(view), frame["views"], view),
-        is_ap_view=of["view"].map({"AP": 1.0, "PA": 0.0}).to_numpy(float),
-        is_male=of["sex"].map({"M": 1.0, "F": 0.0}).to_numpy(float),
-        meta_age=of["age"].fillna("").to_numpy(object),
+        views=of["view"].fillna(frame["views"]),
+        is_ap_view=raw.ap_view(of["view"]),
+        is_male=raw.male(of["sex"]),
+        meta_age=of["age"].fillna(""),
     )
-
-
-def _theirs(name: str) -> str:
-    return next(theirs for theirs, ours in _MATCHES.items() if ours == name)
-
-
-def _read_labels(path: Path) -> pd.DataFrame:
-    """One row a box (or a patient without one); numbers as numbers, index + 2 is the row of the file."""
-    table = read_columns(path, _LABELS)
-    require(path, "Target", table["Target"], table["Target"].isin(["0", "1"]), "a target is 0 or 1")
-    positive = table["Target"] == "1"
-    for name in ("x", "y", "width", "height"):
-        numbers = pd.to_numeric(table[name], errors="coerce")
-        good = numbers.notna() & (numbers > 0 if name in ("width", "height") else numbers >= 0)
-        remedy = "target 1 has a box of x, y >= 0 and width, height > 0; target 0 has none"
-        require(path, name, table[name], good.where(positive, table[name] == ""), remedy)
-        table[name] = numbers
-    both = table.groupby("patientId")["Target"].transform("nunique") == 1
-    require(path, "Target", table["Target"], both, "a patient is target 1 or target 0, not both")
-    return table
-
-
-def _row(
-    patient: str, match: dict[str, str], boxes: pd.DataFrame | None, size: tuple[int, int] | None
-) -> dict[str, object]:
-    """One study of the manifest, without split, rank and source; `image` is NIH's name."""
-    entries = []
-    for box in [] if boxes is None else boxes.to_numpy(float):
-        scaled = box * np.array([*size, *size]) / BOX_PIXELS
-        entries.append({"label": LABEL, "image": 0, "xywh": [round(float(value), 3) for value in scaled]})
-    stem = match["image"].rsplit(".", 1)[0]
-    return {
-        "study_id": stem,
-        "patient_id": nih_patient(match["image"]),  # as the nih source names them, so that leaks between the two show
-        "image": match["image"],
-        "images": match["file"],
-        "views": "FRONTAL",
-        "findings": "",
-        "impression": "",
-        LABEL: float(len(entries) > 0),
-        "boxes": json.dumps(entries) if entries else "",
-        "masks": "",
-        "meta_rsna_patient": patient,
-        "meta_rsna_class": match["rsna_class"],
-    }
-
-
-def _files(root: Path) -> dict[str, str]:
-    """Stem -> path relative to `root`, of every image in images/."""
-    found = sorted(p for p in (root / "images").glob("*") if p.suffix.lower() in SUFFIXES)
-    return {path.stem: path.relative_to(root).as_posix() for path in found}
-
-
-def _size(path: Path) -> tuple[int, int] | None:
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except OSError:
-        return None
