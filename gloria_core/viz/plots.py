@@ -17,10 +17,11 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
+from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 _OBJECTIVES = {"": 0, "gloria": 0, "convirt": 1, "mgca": 2, "prior": 4, "cxr_clip": 9, "imagenet": 8, "random": 7}
 _GRAYS = {"empty": "0.85", "centre_prior": "0.6"}
@@ -199,19 +200,12 @@ def intervals(rows: pd.DataFrame) -> np.ndarray:
 
 
 def draw_bars(
-    axis: Axes,
-    places: np.ndarray,
-    rows: pd.DataFrame,
-    *,
-    colour: object,
-    height: float = 0.8,
-    start: float = 0.0,
-    label: str = "",
-) -> None:
+    axis: Axes, places: np.ndarray, rows: pd.DataFrame, *, colour: object, height: float = 0.8, start: float = 0.0
+) -> BarContainer:
     """Horizontal bars from `start` to `value` with their intervals, one a row, at the places of the y axis."""
     value = rows["value"].to_numpy(dtype=float)
-    axis.barh(places, value - start, height, left=start, color=colour, label=label)
-    axis.errorbar(value, places, xerr=intervals(rows), fmt="none", color="black", capsize=2, linewidth=1)
+    error_bars = {"xerr": intervals(rows), "capsize": 2, "error_kw": {"linewidth": 1}}
+    return axis.barh(places, value - start, height, left=start, color=colour, **error_bars)
 
 
 def metric_bars(
@@ -234,8 +228,7 @@ def metric_bars(
     for number, (name, colour) in enumerate(zip(names, palette, strict=True)):
         part = rows[rows[by] == name].set_index("target").reindex(targets)
         places = np.arange(len(targets)) - 0.4 + (number + 0.5) * thickness
-        label = name.replace("_", " ")
-        draw_bars(axis, places, part, colour=colour, height=thickness, start=start, label=label)
+        draw_bars(axis, places, part, colour=colour, height=thickness, start=start).set_label(name.replace("_", " "))
         ends = np.nanmax([part["value"], part["ci_high"], np.full(len(part), start)], axis=0)
         for place, value, end in zip(places, part["value"], ends, strict=True):
             axis.text(end + 0.01, place, f"{value:.2f}" if np.isfinite(value) else "-", va="center", fontsize=8)
@@ -295,11 +288,10 @@ def label_efficiency(
             else:
                 label = f"{name.replace('_', ' ')} ({value:.3g})"
                 axis.axhline(value, color="0.35", linestyle=style, linewidth=1, label=label)
-        axis.set_xscale("log")
-        axis.xaxis.set_major_locator(FixedLocator(sorted(part["label_fraction"].unique())))
-        axis.xaxis.set_minor_locator(NullLocator())
-        axis.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
-        axis.set(xlabel="share of training labels", ylabel=f"{name_of(metric)} ({target})")
+        fractions = sorted(part["label_fraction"].unique())
+        axis.set(xscale="log", xlabel="share of training labels", ylabel=f"{name_of(metric)} ({target})")
+        axis.set_xticks(fractions, [f"{100 * fraction:g} %" for fraction in fractions])
+        axis.minorticks_off()
         if metric not in _CHANCE:
             axis.set_ylim(bottom=-0.01)
         axis.legend(frameon=False, fontsize=8)

@@ -9,7 +9,7 @@ import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
 from gloria_core.viz.plots import new_figure, show_image, wrapped
 
@@ -25,9 +25,8 @@ def recall_curves(
         axis.plot(ks, recall, color=colour, marker="o", markersize=3.5, label=name.replace("_", " "))
         axis.plot(ks, chance, color=colour, linestyle="--", linewidth=1)
     axis.set(xscale="log", ylim=(0, 1), xlabel="K (dashed: a random order)", ylabel="right one among the first K")
-    axis.xaxis.set_major_locator(FixedLocator(list(ks)))
-    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axis.xaxis.set_minor_locator(NullLocator())
+    axis.set_xticks(ks, [str(k) for k in ks])
+    axis.minorticks_off()
     axis.yaxis.set_major_formatter(PercentFormatter(1.0))
     axis.set_title(f"{title} (n = {n} studies)")
     axis.legend(frameon=False, loc="upper left")

@@ -10,6 +10,7 @@ import ipywidgets
 
 from gloria_core.checkpoints import native
 from gloria_core.data.dataset import open_dataset
+from gloria_core.viz.explorer.subject import known_studies
 from gloria_core.viz.explorer.widget import Explorer
 
 RUNS = "GLORIA_EXPLORE"
@@ -69,8 +70,6 @@ def study_page(folder: str | Path | None = None) -> ipywidgets.Widget:
     runs = {path.parent.parent.name.removeprefix("02_pretraining-"): path for path in reversed(checkpoints)}
     models = {name.split("-")[0]: native.load(path) for name, path in runs.items()}
     order = sorted(models, key=lambda name: (name in ("random", "imagenet"), name))
-    test = data.split("test")
-    known = test[(test["masks"] != "") | (test["boxes"] != "")]
-    studies = [str(study) for study in (known if len(known) else test)["study_id"][:CHOICES]]
+    studies = known_studies(data)[:CHOICES]
     explorer = Explorer({name: models[name] for name in order}, data=data, study=studies[0], studies=studies)
     return with_own_study(explorer)

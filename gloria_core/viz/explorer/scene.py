@@ -39,13 +39,7 @@ SHOWN_SIDE = 1024
 COLOUR_MAPS = {"viridis": "viridis", "cividis": "cividis", "gray": "gray", "orange-purple": "PuOr_r"}
 """Name on screen -> matplotlib's. All keep their order for colour-blind readers; the last is for maps with a sign."""
 
-_PATH_LETTER = {
-    Outline.MOVETO: "M",
-    Outline.LINETO: "L",
-    Outline.CURVE3: "Q",
-    Outline.CURVE4: "C",
-    Outline.CLOSEPOLY: "Z",
-}
+_LETTER = {Outline.MOVETO: "M", Outline.LINETO: "L", Outline.CURVE3: "Q", Outline.CURVE4: "C", Outline.CLOSEPOLY: "Z"}
 _NORMALISATION = {"softmax": "softmax over the regions", "sigmoid": "sigmoid of each region by itself"}
 _KINDS = {
     "word_softmax": (r"s_{rt} = \mathrm{softmax}_t\,(v_r \cdot w_t)", "softmax over the words at each region"),
@@ -183,8 +177,7 @@ def _entry(text: Text, batch: TextBatch, row: int, subject: Subject) -> dict[str
 
     Places in the text count characters (code points), as Python does; the page counts them alike.
     """
-    known = torch.where(batch.word_ids[row] >= 0, batch.sentence_ids[row], -1)
-    sentence_of = dict(zip(batch.word_ids[row].tolist(), known.tolist(), strict=True))
+    sentence_of = dict(zip(batch.word_ids[row].tolist(), batch.sentence_ids[row].tolist(), strict=True))
     chosen = [
         [start, end, sentence_of[column]]
         for column, (start, end) in enumerate(batch.spans[row])
@@ -261,16 +254,10 @@ def _describe(name: str, image: EncodedImage) -> dict[str, Any]:
         else:
             (latex, norm), unit, label = _KINDS[kind], "word", kind.replace("_", " ")
         rows = f"Rows: one a {unit}, {norm}."
-        described = {"name": kind, "label": label, "signed": kind == "cosine", "unit": unit, "rows": rows}
-        kinds.append(described | {"latex": latex, "formula": formula(latex) if latex else ""})
-    return {
-        "name": name,
-        "objective": config.objective,
-        "behavior": config.behavior,
-        "section": config.text_section,
-        "frame": image.frame,
-        "kinds": kinds,
-    }
+        shown = {"name": kind, "label": label, "signed": kind == "cosine", "unit": unit, "rows": rows}
+        kinds.append(shown | {"latex": latex, "formula": formula(latex) if latex else ""})
+    described = {"name": name, "objective": config.objective, "behavior": config.behavior}
+    return described | {"section": config.text_section, "frame": image.frame, "kinds": kinds}
 
 
 def base64(data: bytes) -> str:
@@ -306,7 +293,7 @@ def formula(latex: str) -> str:
         pairs = (
             "" if code == Outline.CLOSEPOLY else " ".join(f"{v:.2f}" for v in (points.reshape(-1, 2) * (1, -1)).flat)
         )
-        parts.append(_PATH_LETTER[code] + pairs)
+        parts.append(_LETTER[code] + pairs)
     left, top, width, height = box.x0 - 1, -box.y1 - 1, box.width + 2, box.height + 2
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{left:.2f} {top:.2f} {width:.2f} {height:.2f}" '

@@ -59,6 +59,14 @@ class Subject:
             raise ReportError(f"{self.title or 'the study'} has no text: type a report, or choose another study")
 
 
+def known_studies(data: PreparedDataset) -> list[str]:
+    """The test studies with a mask or a box; all test studies where none has one, all studies without a test split."""
+    test = data.frame[data.frame["split"] == "test"]
+    known = test[(test["masks"] != "") | (test["boxes"] != "")]
+    frame = next(frame for frame in (known, test, data.frame) if len(frame))
+    return frame["study_id"].astype(str).tolist()
+
+
 def study_subject(data: PreparedDataset, study: str) -> Subject:
     """A study of a prepared dataset by its study_id, with the truths of its masks and boxes.
 

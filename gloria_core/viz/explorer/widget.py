@@ -23,8 +23,8 @@ from torch import nn
 from gloria_core.data.dataset import PreparedDataset
 from gloria_core.viz.attention import attention_row
 from gloria_core.viz.explorer.page import PROGRAM, STYLE, export_page
-from gloria_core.viz.explorer.scene import SceneMaker, base64, unit_map, units
-from gloria_core.viz.explorer.subject import Subject, Text, own_subject, study_subject
+from gloria_core.viz.explorer.scene import SceneMaker, base64, unit_map
+from gloria_core.viz.explorer.subject import Subject, Text, known_studies, own_subject, study_subject
 
 
 class Explorer(anywidget.AnyWidget):
@@ -64,7 +64,7 @@ class Explorer(anywidget.AnyWidget):
         if data is None:
             self.show_own(image, report)
         else:
-            self.show_study(study or _first_known(data))
+            self.show_study(study or known_studies(data)[0])
         self.on_msg(self._on_message)
 
     def show_study(self, study: str) -> None:
@@ -96,15 +96,16 @@ class Explorer(anywidget.AnyWidget):
 
     def figure(self) -> Figure:
         """What is chosen at first as a static figure: the attention and the cosine of each model."""
-        entry, place = self._start()
-        words = units(entry)[place]
+        start = self._start()
+        entry = next(entry for entry in self._maker.texts if entry["id"] == start["text"])
+        words = [start["index"]] if start["type"] == "word" else entry["phrases"][start["index"]]["words"]
         first, last = entry["words"][words[0]], entry["words"][words[-1]]
         maps = {}
         for number, (name, image) in enumerate(self._maker.encoded.items()):
             key = f"{number}/{entry['id']}"
             grids = np.frombuffer(self.maps[key], "<f4").reshape(self.scene["shapes"][key])
-            for place, kind in enumerate(image.kinds):
-                grid = unit_map(grids, place, words)
+            for index, kind in enumerate(image.kinds):
+                grid = unit_map(grids, index, words)
                 if kind in ("attention", "cosine") and grid is not None:
                     maps[f"{name}\n{kind}"] = image.geometry.map_to_original(grid, crop=image.crop)
         subject = self._maker.subject
@@ -127,28 +128,22 @@ class Explorer(anywidget.AnyWidget):
         self._send_scene()
 
     def _send_scene(self) -> None:
-        entry, place = self._start()
-        words = len(entry["words"])
-        kind, index = ("word", place) if place < words else ("phrase", place - words - entry["sentences"])
-        start = {"text": entry["id"], "type": kind, "index": index}
-        chosen = {"study": self._study, "studies": self._studies, "start": start}
+        chosen = {"study": self._study, "studies": self._studies, "start": self._start()}
         with self.hold_sync():
             self.scene, self.maps = self._maker.scene() | chosen, dict(self._maker.maps)
             self.revision += 1
 
-    def _start(self) -> tuple[dict[str, Any], int]:
-        """The text and the unit that are chosen at first: the asked word, else a phrase with a known region."""
+    def _start(self) -> dict[str, Any]:
+        """What is chosen at first, as `selection`: the given word, else a phrase with a known region."""
         texts = [entry for entry in self._maker.texts if not entry["hidden"] and entry["words"]]
         section = next(iter(self._models.values())).config.text_section
         texts.sort(key=lambda entry: (entry["own"], entry["id"] != section))
-        for entry in texts if self._word else ():
+        for entry in texts:
             for number, (start, end, _) in enumerate(entry["words"]):
                 if entry["text"][start:end].lower() == self._word.lower():
-                    return entry, number
-        for entry in texts:
-            if entry["phrases"]:
-                return entry, len(entry["words"]) + entry["sentences"]
-        return texts[0], 0
+                    return {"text": entry["id"], "type": "word", "index": number}
+        named = [entry["id"] for entry in texts if entry["phrases"]]
+        return {"text": (named or [texts[0]["id"]])[0], "type": "phrase" if named else "word", "index": 0}
 
     def _on_message(self, _: object, content: dict[str, Any], __: object) -> None:
         """Requests of the page. An error is shown on the page."""
@@ -165,10 +160,3 @@ class Explorer(anywidget.AnyWidget):
             self.send({"type": "error", "text": str(error.args[0] if error.args else error)})
             if not isinstance(error, ValueError | KeyError | OSError):
                 raise
-
-
-def _first_known(data: PreparedDataset) -> str:
-    """The first test study with a mask or a box; the first study where there is none."""
-    frame = data.frame
-    known = frame[(frame["split"] == "test") & ((frame["masks"] != "") | (frame["boxes"] != ""))]
-    return str((known if len(known) else frame)["study_id"].iloc[0])
