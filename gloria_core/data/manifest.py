@@ -58,7 +58,7 @@ Split = Literal["train", "valid", "test"]
 View = Literal["PA", "AP", "FRONTAL", "LATERAL"]
 SPLITS, VIEWS = Split.__args__, View.__args__
 META = "meta_"
-SPLIT_MARK = " ({split})"  # follows the id of a patient whom a published split has in two splits: `torn_patients`
+SPLIT_MARK = " ({split})"  # follows the id of a patient whom a published split has in two splits: `ids_by_split`
 _LABEL_TEXT = {"": np.nan, "1": 1.0, "0": 0.0, "-1": -1.0, "1.0": 1.0, "0.0": 0.0, "-1.0": -1.0}
 _FAILURES_SHOWN = 10
 

@@ -38,7 +38,7 @@ from pydicom import dcmread
 from gloria_core.data.files import did_you_mean
 from gloria_core.data.manifest import META, ExcludedRows, Failure, ManifestError, path_problem, raise_failures, validate
 from gloria_core.data.prompts import PromptError, PromptSet, report_from_labels
-from gloria_core.data.splits import assign_label_ranks, assign_splits, seen_in_training, torn_patients
+from gloria_core.data.splits import assign_label_ranks, assign_splits, seen_in_training, ids_by_split
 
 ViewRule = Literal["frontal", "AP", "PA", "lateral", "all"]
 Unit = Literal["study", "image"]
@@ -567,4 +567,4 @@ def patient_leaks(units: Sequence[str], splits: Sequence[str], *, what: str = "p
 def tear(units: pd.Series, splits: Sequence[str], *, rows: str, unit: str) -> tuple[pd.Series, dict[str, int]]:
     """Ids for a published split that is not disjoint in `units` ("p (train)", "p (test)"), and its leaks, counted."""
     leaks = patient_leaks(units, splits, what=f"{unit}s") | seen_in_training(units, splits, rows=rows, unit=unit)
-    return torn_patients(units, splits), leaks
+    return ids_by_split(units, splits), leaks

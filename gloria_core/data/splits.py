@@ -1,8 +1,6 @@
-"""Who is in which subset: patient-disjoint splits, nested label subsets, and the exclusive test set.
+"""Patient-disjoint splits, nested label subsets, the exclusive test set, and splits as papers made them.
 
-Everything here depends on (seed, patient or study id, labels) and never on the order of the rows.
-
-Splits as papers drew them, and how much of the test set their training had seen.
+`assign_splits` and `assign_label_ranks` depend on (seed, patient or study id, labels) and never on the order of rows.
 
 GLoRIA (Huang et al. 2021), MGCA (Wang et al. 2022) and CXR-CLIP (You et al. 2023) call scikit-learn's
 `train_test_split` twice with `random_state=0`; the first part of the second call is the test set. What they give to it
@@ -196,27 +194,19 @@ def _pick(table: np.ndarray, target: np.ndarray, *, keep: np.ndarray | None = No
     return taken
 
 
-def drawn_twice(n: int, *, held_out: float | int, seed: int = 0) -> np.ndarray:
-    """Split of each of n rows: "train", or of the `held_out` rows (share or number) one half "test", the other "valid".
+def random_split(n: int, *, held_out: float | int, test: bool = False, seed: int = 0) -> np.ndarray:
+    """Split of each of n rows by `train_test_split`: "train", and "valid" for the `held_out` rows (share or number).
+
+    With `test`, one half of the held-out rows is "test", the other "valid".
 
     Shape: (n,) text. Raises ManifestError where there are too few rows.
     """
-    rows = np.arange(n)
     split = np.full(n, "train", dtype=object)
     try:
-        _, rest = train_test_split(rows, test_size=held_out, random_state=seed)
-        test, valid = train_test_split(rest, test_size=0.5, random_state=seed)
-    except ValueError as error:
-        raise ManifestError(f"the published split does not fit {n} rows ({error}); use split_rule='patient'") from None
-    split[test], split[valid] = "test", "valid"
-    return split
-
-
-def drawn_once(n: int, *, held_out: float, seed: int = 0) -> np.ndarray:
-    """Split of each of n rows: "train", or "valid" for a share of `held_out`. Shape: (n,) text."""
-    split = np.full(n, "train", dtype=object)
-    try:
-        split[train_test_split(np.arange(n), test_size=held_out, random_state=seed)[1]] = "valid"
+        _, rest = train_test_split(np.arange(n), test_size=held_out, random_state=seed)
+        split[rest] = "valid"
+        if test:
+            split[train_test_split(rest, test_size=0.5, random_state=seed)[0]] = "test"
     except ValueError as error:
         raise ManifestError(f"the published split does not fit {n} rows ({error}); use split_rule='patient'") from None
     return split
@@ -225,7 +215,7 @@ def drawn_once(n: int, *, held_out: float, seed: int = 0) -> np.ndarray:
 def seen_in_training(units: Sequence[str], split: Sequence[str], *, rows: str, unit: str) -> dict[str, int]:
     """{"test images": n, "test images whose patient is in train": m} with `rows`="images", `unit`="patient".
 
-    units, split: (n,) what must not be torn apart, and the split, of each row. A row whose unit is "" is not counted.
+    units, split: (n,) what belongs in one split, and the split, of each row. A row whose unit is "" is not counted.
     """
     table = pd.DataFrame({"unit": np.asarray(units, object), "split": np.asarray(split, object)})
     table = table[table["unit"] != ""]
@@ -234,13 +224,12 @@ def seen_in_training(units: Sequence[str], split: Sequence[str], *, rows: str, u
     return {f"test {rows}": len(test), f"test {rows} whose {unit} is in train": int(test.isin(trained).sum())}
 
 
-def torn_patients(patients: pd.Series, split: Sequence[str]) -> pd.Series:
-    """Patient ids for a published split that is not patient-disjoint: "p" becomes "p (train)" and "p (test)".
+def ids_by_split(ids: pd.Series, split: Sequence[str]) -> pd.Series:
+    """Ids (of patients) for a published split that is not disjoint: "p" in two splits becomes "p (train)", "p (test)".
 
-    A manifest has no patient in two splits; so what was torn apart gets two names, and the leak is counted instead. An
-    image may then be in two splits, too, where all its studies are of one patient torn apart.
+    A manifest has no patient in two splits; so such a patient gets two names, and the leak is counted instead. The
+    manifest then accepts an image in two splits, too, where all its studies are of that patient.
     """
-    split = pd.Series(np.asarray(split, object), index=patients.index)
-    torn = split.groupby(patients.to_numpy(object)).nunique()
-    apart = patients.isin(torn.index[torn > 1])
-    return patients.mask(apart, patients + split.map(lambda name: SPLIT_MARK.format(split=name)))
+    split = pd.Series(np.asarray(split, object), index=ids.index)
+    in_two = split.groupby(ids.to_numpy(object)).transform("nunique") > 1
+    return ids.mask(in_two, ids + split.map(lambda name: SPLIT_MARK.format(split=name)))

@@ -22,7 +22,7 @@ from gloria_core.data.manifest import (
     validate,
     write_manifest,
 )
-from gloria_core.data.splits import torn_patients
+from gloria_core.data.splits import ids_by_split
 
 
 def make_frame(n: int = 6) -> pd.DataFrame:
@@ -135,7 +135,7 @@ def test_several_images_and_views_are_fine():
     assert len(validate(frame, source="x")) == 6
 
 
-def torn_frame(*rows: tuple[str, str, str]) -> pd.DataFrame:
+def frame_of(*rows: tuple[str, str, str]) -> pd.DataFrame:
     """Studies of (patient, split, images)."""
     frame = make_frame(len(rows))
     frame["patient_id"], frame["split"], frame["images"] = zip(*rows, strict=True)
@@ -143,11 +143,11 @@ def torn_frame(*rows: tuple[str, str, str]) -> pd.DataFrame:
     return frame.assign(label_rank=0.0)
 
 
-def test_an_image_may_be_in_two_splits_where_its_patient_was_torn_apart():
-    torn = torn_patients(pd.Series(["x", "y", "x"]), ["train", "valid", "test"]).tolist()
-    assert torn == ["x (train)", "y", "x (test)"]
-    rows = [(torn[0], "train", "x.png;only.png"), (torn[1], "valid", "y.png"), (torn[2], "test", "x.png")]
-    validate(torn_frame(*rows, (torn[0], "train", "x.png")), source="my.csv")
+def test_an_image_may_be_in_two_splits_where_its_patient_has_an_id_per_split():
+    ids = ids_by_split(pd.Series(["x", "y", "x"]), ["train", "valid", "test"]).tolist()
+    assert ids == ["x (train)", "y", "x (test)"]
+    rows = [(ids[0], "train", "x.png;only.png"), (ids[1], "valid", "y.png"), (ids[2], "test", "x.png")]
+    validate(frame_of(*rows, (ids[0], "train", "x.png")), source="my.csv")
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_an_image_may_be_in_two_splits_where_its_patient_was_torn_apart():
     ],
 )
 def test_otherwise_an_image_is_in_one_split(rows, bad):
-    text = problem(torn_frame(*rows))
+    text = problem(frame_of(*rows))
     assert text.startswith("my.csv: 1 problem") and f"row {bad} " in text and "image is in two splits" in text
 
 

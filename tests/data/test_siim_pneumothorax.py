@@ -15,7 +15,7 @@ from PIL import Image
 from gloria_core.data.annotations import decode_rle
 from gloria_core.data.manifest import masks_of
 from gloria_core.data.sources.siim_pneumothorax import prepare
-from gloria_core.data.splits import drawn_twice
+from gloria_core.data.splits import random_split
 
 RUNS = ("1024 3 1021 2", "20 5", "300000 10 1014 10")
 
@@ -98,7 +98,7 @@ def test_the_published_draw_tears_images_and_their_masks_apart(tmp_path):
     whole = prepare(root).set_index("study_id")
     frame = prepared_twice(prepare, root, tmp_path, split_rule="published")
     drawn = pd.DataFrame([row.replace(", ", ",").split(",") for row in rows], columns=["name", "runs"])
-    drawn["split"] = drawn_twice(len(drawn), held_out=0.3)
+    drawn["split"] = random_split(len(drawn), held_out=0.3, test=True)
     torn = drawn.groupby("name")["split"].nunique()
     torn = set(torn.index[torn > 1])
     leaks = frame.attrs["leaks"]

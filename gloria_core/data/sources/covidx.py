@@ -16,7 +16,7 @@ from pydantic import validate_call
 
 from gloria_core.data import raw_folder as raw
 from gloria_core.data.manifest import ManifestError, OnError
-from gloria_core.data.splits import drawn_once
+from gloria_core.data.splits import random_split
 
 CLASSES = {
     "normal": {"Normal": 1.0, "Pneumonia": 0.0, "COVID-19": 0.0},
@@ -63,7 +63,7 @@ def prepare(
     leaks: dict[str, int] = {}
     if split_rule == "published":
         learn = (table["split"] == "train").to_numpy()
-        table.loc[learn, "split"] = drawn_once(int(learn.sum()), held_out=0.2)
+        table.loc[learn, "split"] = random_split(int(learn.sum()), held_out=0.2)
         table["patient_id"], leaks = raw.tear(table["patient_id"], table["split"], rows="images", unit="patient")
     # in the folder of its list, or below data/, where COVID-Net's scripts put it
     table["images"] = raw.first_existing(root, [folder + table["place"] for folder in ("", "data/")])

@@ -18,7 +18,7 @@ from pydantic import validate_call
 from gloria_core.data import raw_folder as raw
 from gloria_core.data.annotations import write_mask
 from gloria_core.data.manifest import ManifestError, OnError
-from gloria_core.data.splits import drawn_once
+from gloria_core.data.splits import random_split
 
 LABEL = "Foreign Object"
 MASKS = "masks_object_cxr"
@@ -55,7 +55,7 @@ def prepare(
     table = pd.concat([_read(paths[name], root).assign(split=split) for name, split in TABLES.items()])
     if split_rule == "published":
         train = (table["split"] == "train").to_numpy()
-        table.loc[train, "split"] = drawn_once(int(train.sum()), held_out=0.1)
+        table.loc[train, "split"] = random_split(int(train.sum()), held_out=0.1)
     rows = raw.Rows(table, source=" and ".join(map(str, paths.values())), cell=("image_path", "cell"))
     rows.exclude_missing(table["images"] != "", on_error)
     table = rows.table

@@ -19,7 +19,7 @@ from pydicom import dcmread
 
 from gloria_core.data import raw_folder as raw
 from gloria_core.data.manifest import ManifestError, OnError
-from gloria_core.data.splits import assign_splits, drawn_twice
+from gloria_core.data.splits import assign_splits, random_split
 
 CLASSES = ("Lung Opacity", "No Lung Opacity / Not Normal", "Normal")
 LABEL = "Pneumonia"
@@ -92,7 +92,7 @@ def prepare(
     )
     leaks = {}
     if split_rule != "patient":
-        table["split"] = drawn_twice(len(table), held_out=HELD_OUT[split_rule])
+        table["split"] = random_split(len(table), held_out=HELD_OUT[split_rule], test=True)
         known = patient != ""
         if known.any():
             rows = "images with a known patient"

@@ -22,7 +22,7 @@ from gloria_core.data import raw_folder as raw
 from gloria_core.data.annotations import SIIM_SIDE, RleError, decode_rle, write_mask
 from gloria_core.data.files import content_hash
 from gloria_core.data.manifest import ManifestError, OnError
-from gloria_core.data.splits import assign_splits, drawn_twice
+from gloria_core.data.splits import assign_splits, random_split
 
 LABEL = "Pneumothorax"
 MASKS = "masks_siim_pneumothorax"
@@ -71,7 +71,7 @@ def prepare(
     leaks: dict[str, int] = {}
     rows["study_id"] = rows["name"]
     if split_rule == "published" and not pictures:
-        rows["split"] = drawn_twice(len(rows), held_out=0.3)
+        rows["split"] = random_split(len(rows), held_out=0.3, test=True)
         rows["study_id"], leaks = raw.tear(rows["name"], rows["split"], rows="rows", unit="image")
     positive = rows.groupby("study_id")["positive"].any()
     images = raw.Rows(rows.drop_duplicates("study_id"), source=path, cell=("ImageId", "name"))

@@ -17,7 +17,7 @@ from scipy.sparse.csgraph import connected_components
 
 from gloria_core.data import raw_folder as raw
 from gloria_core.data.manifest import ManifestError, OnError
-from gloria_core.data.splits import assign_splits, drawn_once
+from gloria_core.data.splits import assign_splits, random_split
 
 Readers = Literal["union", "majority"]
 
@@ -83,7 +83,7 @@ def prepare(
         entries = merged_boxes(boxes[boxes["label"].isin(names)], readers, overlap)
         part = part[names].rename_axis("study_id").reset_index()
         part = part.assign(
-            split=drawn_once(len(part), held_out=0.2) if (split_rule, split) == ("published", "train") else split,
+            split=random_split(len(part), held_out=0.2) if (split_rule, split) == ("published", "train") else split,
             images=raw.locate(root, part["study_id"], [split], (*raw.DICOM, *raw.PICTURES)),
             views="PA",
             boxes=[raw.cell(entries.get(name, [])) for name in part["study_id"]],
