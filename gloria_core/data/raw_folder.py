@@ -38,7 +38,7 @@ from pydicom import dcmread
 from gloria_core.data.files import did_you_mean
 from gloria_core.data.manifest import META, ExcludedRows, Failure, ManifestError, path_problem, raise_failures, validate
 from gloria_core.data.prompts import PromptError, PromptSet, report_from_labels
-from gloria_core.data.splits import assign_label_ranks, assign_splits, seen_in_training, ids_by_split
+from gloria_core.data.splits import assign_label_ranks, assign_splits, ids_by_split, seen_in_training
 
 ViewRule = Literal["frontal", "AP", "PA", "lateral", "all"]
 Unit = Literal["study", "image"]
