@@ -40,7 +40,10 @@ class LabelEfficiency:
     test_sets: Mapping[str, pd.DataFrame] | None = None
 
     def run(
-        self, frame: pd.DataFrame, fit: Callable[[np.ndarray, int], tuple[Fitted, Score]]
+        self,
+        frame: pd.DataFrame,
+        fit: Callable[[np.ndarray, int], tuple[Fitted, Score]],
+        progress: Callable[[str], None] | None = None,
     ) -> tuple[pd.DataFrame, dict[tuple[float, int], Fitted]]:
         """Call `fit(train, subset)` for every subset and score what it returns; `train`: row numbers of `frame`.
 
@@ -62,6 +65,8 @@ class LabelEfficiency:
                 train = label_subset(frame, fraction, subset).index.to_numpy()
                 if not len(train):
                     raise ValueError(f"no training study at fraction {fraction}, subset {subset}")
+                if progress is not None:
+                    progress(f"{100 * fraction:g} % of the labels, subset {subset}: {len(train)} studies")
                 fits[float(fraction), subset], score = fit(train, subset)
                 about = {"label_fraction": fraction, "seed": subset + self.subsets * self.seed, "split": "test"}
                 for name, rows in sets.items():

@@ -9,22 +9,17 @@ from PIL import Image
 
 from gloria_core.data.cache import ImageCache
 from gloria_core.data.manifest import ManifestError
-from gloria_core.tasks.segmentation.data import (
-    FeatureStore,
-    augmented,
-    mask_counts,
-    segmentation_data,
-    shuffled_batches,
-)
+from gloria_core.tasks.label_efficiency import LabelEfficiency
+from gloria_core.tasks.segmentation.data import augmented, mask_counts, segmentation_data
 from gloria_core.tasks.segmentation.metrics import THRESHOLDS
 from gloria_core.tasks.segmentation.training import (
-    Recipe,
+    SegmentationConfig,
     best_median_worst,
     feature_store,
-    fit,
     label_efficiency,
     mean_mask_counts,
     score,
+    train_segmenter,
 )
 
 SQUARE, DOT = "Lung Opacity", "Lung Lesion"
@@ -142,7 +137,7 @@ def test_a_bad_mask_is_named_with_its_row(drawn, make_model, tmp_path):
         bad = with_masks(frame, "s2", [{"label": SQUARE, "image": 0, "path": path}])
         with pytest.raises(ManifestError, match=says):
             segmentation_data(make_model(), bad, cache, root, [SQUARE])
-    with pytest.raises(ValueError, match="no study has a mask of 'Edema'; masks there are: Lung Lesion, Lung Opacity"):
+    with pytest.raises(ValueError, match="mask of 'Edema'; there are masks of: Lung Lesion, Lung Opacity"):
         segmentation_data(make_model(), frame, cache, root, ["Edema"])
     with pytest.raises(ValueError, match="no label is given"):
         segmentation_data(make_model(), frame, cache, root, [])
@@ -152,9 +147,9 @@ def test_a_bad_mask_is_named_with_its_row(drawn, make_model, tmp_path):
 
 
 def test_the_store_gives_what_the_encoder_gives_and_asks_once(data, encoder):
-    recipe = Recipe(**SMALL)
-    plain = feature_store(copy.deepcopy(encoder), data, Recipe(**SMALL, memory=0))
-    store, asked = feature_store(encoder, data, recipe), []
+    config = SegmentationConfig(**SMALL)
+    plain = feature_store(copy.deepcopy(encoder), data, SegmentationConfig(**SMALL, memory=0))
+    store, asked = feature_store(encoder, data, config), []
     encode = store.encode
     store.encode = lambda rows: asked.append(list(rows)) or encode(rows)
     for rows in ([3, 1, 3], [1, 2], [2, 3, 1]):
@@ -162,21 +157,6 @@ def test_the_store_gives_what_the_encoder_gives_and_asks_once(data, encoder):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert asked == [[3, 1], [2]]
     assert (len(store), len(plain)) == (3, 0)
-
-
-def test_a_full_store_still_answers():
-    encode = lambda rows: (torch.tensor(rows, dtype=torch.float32)[:, None],)  # noqa: E731 (four bytes a row)
-    store = FeatureStore(encode, limit=8)
-    for rows in ([5, 6, 7], [7, 5], [9], [9, 9, 6]):
-        assert store(rows)[0][:, 0].tolist() == rows
-    assert len(store) == 2
-
-
-def test_batches_are_whole_passes():
-    found = list(shuffled_batches(np.arange(5), batch_size=4, steps=5, rng=np.random.default_rng(0)))
-    assert [len(batch) for batch in found] == [4] * 5
-    stream = np.concatenate(found)
-    assert all(sorted(stream[first : first + 5]) == list(range(5)) for first in range(0, 20, 5))
 
 
 def test_augmentation_moves_image_and_mask_together():
@@ -197,8 +177,10 @@ def test_augmentation_moves_image_and_mask_together():
 
 
 def fitted(encoder, data, train=range(12), **options):
-    recipe = Recipe(**SMALL | {"steps": 60, "validate_every": 20, "batch_size": 4, "learning_rate": 5e-3} | options)
-    return fit(encoder, data, list(train), data.rows("valid"), recipe=recipe)
+    config = SegmentationConfig(
+        **SMALL | {"steps": 60, "validate_every": 20, "batch_size": 4, "learning_rate": 5e-3} | options
+    )
+    return train_segmenter(encoder, data, list(train), data.rows("valid"), config=config)
 
 
 def test_it_learns_and_keeps_the_best_step(data, encoder):
@@ -223,7 +205,7 @@ def test_same_seed_same_network_and_the_store_changes_nothing(data, encoder):
     short = {"steps": 6, "validate_every": 3}
     a, b = fitted(encoder, data, **short), fitted(encoder, data, **short)
     assert all(torch.equal(x, b.net.state_dict()[name]) for name, x in a.net.state_dict().items())
-    other = fit(encoder, data, range(12), data.rows("valid"), recipe=a.recipe, seed=1)
+    other = train_segmenter(encoder, data, range(12), data.rows("valid"), config=a.config, seed=1)
     assert not np.allclose(a.probabilities([0]), other.probabilities([0]))
     without = fitted(encoder, data, **short, memory=0)
     assert without.probabilities([0]) == pytest.approx(a.probabilities([0]), abs=1e-3)
@@ -240,7 +222,14 @@ def test_other_ways_to_train(data, encoder, options):
     assert bool(moved & weights) == ("frozen" in options)
     assert bool(moved) == ("augment" not in options)
     with pytest.raises(ValueError, match="a feature store needs"):
-        fit(encoder, data, [0], [12], recipe=found.recipe, store=feature_store(encoder, data, Recipe(**SMALL)))
+        train_segmenter(
+            encoder,
+            data,
+            [0],
+            [12],
+            config=found.config,
+            store=feature_store(encoder, data, SegmentationConfig(**SMALL)),
+        )
 
 
 def test_patience_ends_a_training_that_does_not_improve(data, encoder):
@@ -252,7 +241,8 @@ def test_patience_ends_a_training_that_does_not_improve(data, encoder):
 def test_a_class_without_masks_in_the_subset_is_noted_and_left_out_of_the_macro(data, encoder):
     found = fitted(encoder, data, train=[2, 3, 4, 5], steps=2, validate_every=2)
     assert found.notes == ("", "not fitted: no mask in 4 training studies")
-    rows = score(found, [2, 3, 4, 5], macro=[SQUARE, DOT], n_bootstrap=20).set_index(["target", "metric"])
+    rows = score(found, [2, 3, 4, 5], data.rows("test"), macro=[SQUARE, DOT], n_bootstrap=20)
+    rows = rows.set_index(["target", "metric"])
     for metric in ("dice_positives", "dice_all", "dice_pooled", "dice_positives_prior"):
         assert np.isnan(rows.loc[(DOT, metric), "value"])
         assert rows.loc[(DOT, metric), "note"] == "not fitted: no mask in 4 training studies"
@@ -262,29 +252,30 @@ def test_a_class_without_masks_in_the_subset_is_noted_and_left_out_of_the_macro(
 
 
 def test_nothing_to_learn_or_to_choose_by_raises(data, encoder):
-    recipe = Recipe(**SMALL, steps=1)
+    config = SegmentationConfig(**SMALL, steps=1)
     with pytest.raises(ValueError, match="no mask in 2 training studies; labels: Lung Opacity, Lung Lesion"):
-        fit(encoder, data, [3, 5], data.rows("valid"), recipe=recipe)
+        train_segmenter(encoder, data, [3, 5], data.rows("valid"), config=config)
     with pytest.raises(ValueError, match="validation split has no mask of what 2"):
-        fit(encoder, data, [0, 2], [13, 15], recipe=recipe)
+        train_segmenter(encoder, data, [0, 2], [13, 15], config=config)
     for wrong in ({"loss": "dize"}, {"steps": 0}, {"batch_norm": "frozen"}, {"patience": 0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
-            Recipe(**wrong)
+            SegmentationConfig(**wrong)
 
 
 # --- the protocol --------------------------------------------------------------------------------------------------
 
 
 def test_fractions_and_seeds(data, encoder):
-    recipe, state = Recipe(**SMALL, steps=2, validate_every=2, batch_size=4), copy.deepcopy(encoder.state_dict())
-    rows, found = label_efficiency(
-        encoder, data, fractions=(0.5, 1.0), seeds=(0, 3), macro=[SQUARE], recipe=recipe, n_bootstrap=10
-    )
-    assert list(found) == [(0.5, 0), (0.5, 3), (1.0, 0)]
+    config = SegmentationConfig(**SMALL, steps=2, validate_every=2, batch_size=4)
+    state, test = copy.deepcopy(encoder.state_dict()), data.rows("test")
+    sets = {"all": data.frame, "part": data.frame.iloc[test[:4]]}
+    protocol = LabelEfficiency((0.5, 1.0), subsets=2, macro=[SQUARE], n_bootstrap=10, test_sets=sets)
+    rows, found = label_efficiency(encoder, data, protocol, config)
+    assert list(found) == [(0.5, 0), (0.5, 1), (1.0, 0)]
     assert [found[key].n_train for key in found] == [6, 6, 12]
     assert len({id(one.store) for one in found.values()}) == 1 and len(found[0.5, 0].store) > 12
     assert all(torch.equal(value, state[name]) for name, value in encoder.state_dict().items()) and not encoder.frozen
-    assert not rows.duplicated(["target", "metric", "label_fraction", "seed"]).any()
+    assert not rows.duplicated(["target", "metric", "label_fraction", "seed", "dataset"]).any()
     assert set(rows["target"]) == {SQUARE, DOT, "macro"}
     assert {
         "dice_positives",
@@ -294,9 +285,12 @@ def test_fractions_and_seeds(data, encoder):
         "dice_published",
         "dice_pooled_prior",
     } <= set(rows["metric"])
-    again = score(found[0.5, 3], range(12), macro=[SQUARE], n_bootstrap=10)
-    first = rows[(rows["seed"] == 3) & (rows["metric"] == "dice_all")]["value"].to_numpy()
-    assert again[again["metric"] == "dice_all"]["value"].to_numpy() == pytest.approx(first, nan_ok=True)
+    for name, part in (("all", test), ("part", test[:4])):
+        again = score(found[0.5, 1], range(12), part, macro=[SQUARE], n_bootstrap=10)
+        first = rows[(rows["seed"] == 1) & (rows["metric"] == "dice_all") & (rows["dataset"] == name)]
+        assert again[again["metric"] == "dice_all"]["value"].tolist() == pytest.approx(
+            first["value"].tolist(), nan_ok=True
+        )
 
 
 def test_a_subset_without_any_mask_has_rows_that_say_so(drawn, make_model, encoder):
@@ -305,9 +299,9 @@ def test_a_subset_without_any_mask_has_rows_that_say_so(drawn, make_model, encod
     frame.loc[0, "label_rank"], frame.loc[3, "label_rank"] = 0.99, 0.0
     frame["label_rank"] = np.where(frame["study_id"] == "s1", 0.99, frame["label_rank"])
     data = segmentation_data(make_model(), frame, cache, root, [SQUARE, DOT])
-    recipe = Recipe(**SMALL, steps=1)
+    config = SegmentationConfig(**SMALL, steps=1)
     rows, found = label_efficiency(
-        encoder, data, fractions=[0.01, 1.0], macro=data.labels, recipe=recipe, n_bootstrap=5
+        encoder, data, LabelEfficiency((0.01, 1.0), macro=data.labels, n_bootstrap=5), config
     )
     assert list(found) == [(1.0, 0)]
     none = rows[rows["label_fraction"] == 0.01].set_index(["target", "metric"])
@@ -328,7 +322,8 @@ def test_a_subset_of_what_validation_does_not_show_has_rows_that_say_so(drawn, m
     frame = with_masks(frame, "s16", [{"label": DOT, "image": 0, "path": "d16.png"}])
     frame["label_rank"] = np.where(frame["study_id"] == "s2", 0.0, 0.5)  # a square
     data = segmentation_data(make_model(), frame, cache, root, [SQUARE, DOT])
-    rows, found = label_efficiency(encoder, data, fractions=[0.01], recipe=Recipe(**SMALL, steps=1), n_bootstrap=5)
+    config = SegmentationConfig(**SMALL, steps=1)
+    rows, found = label_efficiency(encoder, data, LabelEfficiency((0.01,), n_bootstrap=5), config)
     assert not found
     assert "the validation split has no mask of what 1 training studies show" in rows["note"].iloc[0]
 

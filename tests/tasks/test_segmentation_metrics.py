@@ -4,6 +4,7 @@ import segmentation_models_pytorch as smp
 import torch
 from torchmetrics.segmentation import DiceScore, MeanIoU
 
+from gloria_core.tasks.metrics import resamples
 from gloria_core.tasks.segmentation.metrics import (
     PUBLISHED_THRESHOLD,
     THRESHOLDS,
@@ -211,8 +212,6 @@ def test_thresholds_are_per_class():
 
 
 def test_interval_is_the_bootstrap_over_patients():
-    from gloria_core.tasks.metrics import resamples
-
     probabilities, truth = blobs(7, n=12)
     counts, patients = count(probabilities, truth), [f"p{i // 3}" for i in range(12)]
     row = rows_of(counts, groups=patients, n_bootstrap=60, seed=4).loc[("a", "dice_positives")]

@@ -330,4 +330,4 @@ def label_efficiency(
 
         return tuned, score
 
-    return protocol.run(frame, fit)
+    return protocol.run(frame, fit, progress)

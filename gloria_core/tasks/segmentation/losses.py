@@ -6,13 +6,21 @@ Every loss takes logits and truth of one class, (M, H, W) each, and gives a scal
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal, get_args
 
 import segmentation_models_pytorch.losses as smp
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+LossName = Literal["gloria", "mgca", "bce", "dice", "jaccard", "focal", "tversky", "lovasz", "bce_dice"]
+_SMP: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "dice": smp.DiceLoss(mode="binary"),
+    "jaccard": smp.JaccardLoss(mode="binary"),
+    "focal": smp.FocalLoss(mode="binary"),
+    "tversky": smp.TverskyLoss(mode="binary"),
+    "lovasz": smp.LovaszLoss(mode="binary"),
+}
 
 
 def soft_dice(logits: Tensor, truth: Tensor, *, smooth: float = 1.0) -> Tensor:
@@ -34,48 +42,33 @@ def focal(logits: Tensor, truth: Tensor, *, gamma: float = 2.0) -> Tensor:
 def mixed(logits: Tensor, truth: Tensor, *, alpha: float = 10.0, gamma: float = 2.0) -> Tensor:
     """alpha * focal - log(soft Dice of the whole batch): `MixedLoss` of the released GLoRIA and MGCA code.
 
-    A batch without foreground has -log(1 / (sum p + 1)), which asks for an empty prediction.
+    A batch without foreground has -log(1 / (sum p + 1)), which trains towards an empty prediction.
     """
     return alpha * focal(logits, truth, gamma=gamma) - torch.log(soft_dice(logits, truth))
 
 
-def _smp(loss: Loss) -> Loss:
-    """A loss of segmentation-models-pytorch, which wants a channel axis. Dice and Jaccard skip an empty batch."""
-    return lambda logits, truth: loss(logits[:, None], truth[:, None])
+def _of_class(name: LossName, logits: Tensor, truth: Tensor) -> Tensor:
+    if name in ("gloria", "mgca"):
+        return mixed(logits, truth)
+    if name in _SMP:  # with a channel axis; Dice and Jaccard are zero for a batch without foreground
+        return _SMP[name](logits[:, None], truth[:, None])
+    entropy = F.binary_cross_entropy_with_logits(logits, truth)
+    return entropy if name == "bce" else entropy + _of_class("dice", logits, truth)
 
 
-_dice, _jaccard = smp.DiceLoss(mode="binary"), smp.JaccardLoss(mode="binary")
-_LOSSES: dict[str, Loss] = {
-    "gloria": mixed,
-    "mgca": mixed,
-    "bce": F.binary_cross_entropy_with_logits,
-    "dice": _smp(_dice),
-    "jaccard": _smp(_jaccard),
-    "focal": _smp(smp.FocalLoss(mode="binary")),
-    "tversky": _smp(smp.TverskyLoss(mode="binary")),
-    "lovasz": _smp(smp.LovaszLoss(mode="binary")),
-    "bce_dice": lambda logits, truth: F.binary_cross_entropy_with_logits(logits, truth) + _smp(_dice)(logits, truth),
-}
-
-
-def available() -> tuple[str, ...]:
-    """Names that `segmentation_loss` knows."""
-    return tuple(_LOSSES)
-
-
-def segmentation_loss(name: str, logits: Tensor, truth: Tensor, known: Tensor) -> Tensor:
-    """Mean over the classes that are known in this batch of the loss `name`; zero where none is.
+def segmentation_loss(name: LossName, logits: Tensor, truth: Tensor, known: Tensor) -> Tensor:
+    """Mean of the loss `name` over the classes that are known in this batch; zero where none is.
 
     "gloria", "mgca": `mixed`, the same function in both papers' code. "bce": cross-entropy. "bce_dice": its sum with
-    smp's Dice loss. The rest is smp's: "dice", "jaccard", "focal", "tversky", "lovasz".
+    smp's Dice loss. The others are smp's: "dice", "jaccard", "focal", "tversky", "lovasz".
 
     Shape: logits, truth (B, K, H, W) float; known (B, K) bool, False = this pair is left out
     Raises: ValueError for an unknown name.
     """
-    if name not in _LOSSES:
-        raise ValueError(f"unknown segmentation loss {name!r}; available: {', '.join(_LOSSES)}")
+    if name not in get_args(LossName):
+        raise ValueError(f"unknown segmentation loss {name!r}; available: {', '.join(get_args(LossName))}")
     losses = [
-        _LOSSES[name](logits[known[:, k], k], truth[known[:, k], k])
+        _of_class(name, logits[known[:, k], k], truth[known[:, k], k])
         for k in range(logits.shape[1])
         if bool(known[:, k].any())
     ]

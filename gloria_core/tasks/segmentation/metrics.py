@@ -1,19 +1,19 @@
-"""Dice and IoU of masks, with their limits said: per image, over images, over pixels, and as the papers' code counts.
+"""Dice and IoU of masks: per image, over images, over pixels, and as the papers' code reports them.
 
-What is kept of a prediction is how many of its pixels pass each of a few thresholds, and how many of those lie in the
-truth. Every number here follows from these counts: no map has to be kept, and the threshold can be chosen afterwards.
-A pixel is predicted where its probability is greater than the threshold.
+A prediction is reduced to how many of its pixels pass each of a few thresholds, and how many of those lie in the truth.
+Every metric here follows from these counts: no map is stored, and the threshold can be chosen afterwards. A pixel is
+predicted where its probability is greater than the threshold.
 
 An image whose truth and prediction are both empty scores 1, one where only the truth is empty 0 (the rule of GLoRIA's
-and MGCA's released `get_dice`, of MONAI's `ignore_empty=False` in the first case). On data where most images are empty
-the mean over all images is then mostly a number about emptiness: an empty prediction everywhere scores the share of
-empty images. So it never stands alone here; beside it stand that share and the mean over images with foreground.
+and MGCA's released `get_dice`). On data where most images are empty, the mean over all images then mostly measures
+emptiness: an empty prediction everywhere scores the share of empty images. So that share, and the mean over images with
+foreground, are always reported with it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import numpy as np
@@ -21,15 +21,15 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from gloria_core.tasks.metrics import interval, resamples
+from gloria_core.tasks.metrics import bootstrap_rows, ratio_of_sums
 
 THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))
-"""Probabilities a threshold is chosen from: 0.05, 0.10 ... 0.95. Published code has 0.5 always."""
+"""Probabilities from which a threshold is chosen: 0.05, 0.10 ... 0.95. Published code always has 0.5."""
 PUBLISHED_THRESHOLD = THRESHOLDS.index(0.5)
 
 Overlap = Literal["dice", "iou"]
 EMPTY = "dice_all_empty"
-"""Name of the baseline that draws nothing."""
+"""Name of the baseline that predicts nothing."""
 
 
 def dice(predicted: np.ndarray, truth: np.ndarray) -> float:
@@ -66,32 +66,28 @@ class MaskCounts:
         return len(self.truth)
 
     def at(self, chosen: Sequence[int]) -> MaskCounts:
-        """Counts at one threshold a class (K numbers of `THRESHOLDS`). Shape: (n, K, 1)."""
-        index = np.asarray(chosen)[None, :, None]
-        pick = [np.take_along_axis(part, np.broadcast_to(index, (*self.truth.shape, 1)), 2) for part in self._pair]
-        return MaskCounts(*pick, self.truth, self.known)
+        """Counts at one threshold a class (K indices into `THRESHOLDS`). Shape: (n, K, 1)."""
+        index = np.broadcast_to(np.asarray(chosen)[None, :, None], (*self.truth.shape, 1))
+        predicted, overlap = (np.take_along_axis(part, index, 2) for part in (self.predicted, self.overlap))
+        return MaskCounts(predicted, overlap, self.truth, self.known)
 
-    def per_image(self, kind: Overlap = "dice") -> np.ndarray:
+    def per_image(self, metric: Overlap = "dice") -> np.ndarray:
         """Dice or IoU of every image and class at every threshold, NaN where not known. Shape: (n, K, T)."""
         both = self.predicted + self.truth[..., None]
-        above, below = (2 * self.overlap, both) if kind == "dice" else (self.overlap, both - self.overlap)
+        above, below = (2 * self.overlap, both) if metric == "dice" else (self.overlap, both - self.overlap)
         scores = np.divide(above, below, out=np.ones(above.shape), where=below > 0)
         return np.where(self.known[..., None], scores, np.nan)
 
     def pooled(self) -> np.ndarray:
         """Dice of all pixels of all images as if they were one image; NaN with neither. Shape: (K, T)."""
-        above = (2 * self.overlap * self.known[..., None]).sum(axis=0)
-        below = ((self.predicted + self.truth[..., None]) * self.known[..., None]).sum(axis=0)
-        return np.divide(above, below, out=np.full(above.shape, np.nan), where=below > 0)
-
-    @property
-    def _pair(self) -> tuple[np.ndarray, np.ndarray]:
-        return self.predicted, self.overlap
+        above, below = 2 * self.overlap, self.predicted + self.truth[..., None]
+        known = self.known[..., None]
+        return ratio_of_sums(above * known, below * known)(np.ones((1, len(self))))[0]
 
     @classmethod
     def joined(cls, parts: Sequence[MaskCounts]) -> MaskCounts:
         """Counts of all images of all parts, in order."""
-        return cls(*(np.concatenate([getattr(p, name) for p in parts]) for name in cls.__dataclass_fields__))
+        return cls(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
 
 def count(probabilities: Tensor, truth: Tensor, known: np.ndarray | None = None) -> MaskCounts:
@@ -109,28 +105,26 @@ def count(probabilities: Tensor, truth: Tensor, known: np.ndarray | None = None)
     bins = len(THRESHOLDS) + 1
     place = passed + bins * torch.arange(b * classes, device=passed.device)[:, None]
     inside = truth.reshape(b * classes, -1)
-    found = []
+    counts = []
     for chosen in (place.flatten(), place[inside]):
         histogram = torch.bincount(chosen, minlength=b * classes * bins).view(b, classes, bins)
-        found.append(histogram.flip(-1).cumsum(-1).flip(-1)[..., 1:].cpu().numpy())
+        counts.append(histogram.flip(-1).cumsum(-1).flip(-1)[..., 1:].cpu().numpy())
     total = inside.sum(dim=1).view(b, classes).cpu().numpy()
-    return MaskCounts(*found, total, np.ones((b, classes), bool) if known is None else np.asarray(known, bool))
+    return MaskCounts(*counts, total, np.ones((b, classes), bool) if known is None else np.asarray(known, bool))
 
 
 def best_thresholds(counts: MaskCounts) -> np.ndarray:
     """For each class the threshold of the highest pooled Dice (of several, the one nearest 0.5). Shape: (K,) int.
 
-    Pooled, because a mean over positive images asks for no care on the others, and a mean over all images is won by
-    drawing nothing. A class without a mask has no best threshold and gets 0.5.
+    Pooled, because a mean over positive images demands no care on the others, and a mean over all images is best for a
+    prediction of nothing. A class without a mask has no best threshold and gets 0.5.
     """
-    pooled, chosen = counts.pooled(), []
-    for values, area in zip(pooled, (counts.truth * counts.known).sum(axis=0), strict=True):
-        if not area:
-            chosen.append(PUBLISHED_THRESHOLD)
-            continue
-        ties = np.flatnonzero(values >= np.nanmax(values) - 1e-12)
-        chosen.append(int(ties[np.abs(ties - PUBLISHED_THRESHOLD).argmin()]))
-    return np.array(chosen)
+    chosen = np.full(counts.truth.shape[1], PUBLISHED_THRESHOLD)
+    for k, values in enumerate(counts.pooled()):
+        if counts.truth[counts.known[:, k], k].any():
+            ties = np.flatnonzero(values >= np.nanmax(values) - 1e-12)
+            chosen[k] = ties[np.abs(ties - PUBLISHED_THRESHOLD).argmin()]
+    return chosen
 
 
 def published_dice(counts: MaskCounts, *, batch_size: int) -> np.ndarray:
@@ -139,13 +133,12 @@ def published_dice(counts: MaskCounts, *, batch_size: int) -> np.ndarray:
     A last batch that is smaller weighs as much as a whole one. Images are batched in their order; pairs that are not
     known are left out first.
     """
-    scores = counts.per_image()[..., PUBLISHED_THRESHOLD]
-    found = []
-    for column in scores.T:
+    values = []
+    for column in counts.per_image()[..., PUBLISHED_THRESHOLD].T:
         column = column[~np.isnan(column)]
         batches = [column[first : first + batch_size].mean() for first in range(0, len(column), batch_size)]
-        found.append(np.mean(batches) if batches else np.nan)
-    return np.array(found)
+        values.append(np.mean(batches) if batches else np.nan)
+    return np.array(values)
 
 
 def segmentation_rows(
@@ -160,81 +153,48 @@ def segmentation_rows(
     n_bootstrap: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """One row per label and metric, and `macro`: the mean over the labels named there.
+    """One row per label and metric with 95 % interval, and `macro`; see `metrics.bootstrap_rows`.
 
     "dice_positives", "iou_positives": mean over images with foreground. "dice_all", "iou_all": over all images, by the
     rule above. "dice_all_empty": what an empty prediction scores in dice_all. "dice_pooled": all pixels as one image.
-    "dice_published": `published_dice`, which has no interval. `thresholds`: K numbers of `THRESHOLDS`, chosen on other
-    data. Patients (`groups`) are resampled whole, the same for all labels. `notes` (K,): why a label was not fitted, or
-    ""; a label with a note has NaN throughout, and the macro leaves it out.
+    "dice_published": `published_dice`, without interval. `thresholds`: K indices into `THRESHOLDS`, chosen on other
+    data. `notes` (K,): why a label was not fitted, or ""; a label with a note has NaN, except in dice_all_empty.
 
     `n` is the number of images that count. A label without foreground has NaN for the first two and for pooled.
-    Columns: target, metric, value, ci_low, ci_high, n, threshold, note.
+    Columns: target, metric, value, ci_low, ci_high, n, note, threshold.
     """
-    labels, unfit = list(labels), np.array([bool(note) for note in notes] or [False] * len(labels))
-    columns, known, foreground = [labels.index(label) for label in macro], counts.known, _foreground(counts)
-    sums = _sums(counts.at(thresholds))
-    point = {name: _ratio(np.ones((1, len(counts))), *parts)[0] for name, parts in sums.items()}
-    drawn = {name: [np.full((0, len(labels)), np.nan)] for name in sums}
-    for weights in resamples(len(counts), groups=groups, n_bootstrap=n_bootstrap, seed=seed):
-        for name, parts in sums.items():
-            drawn[name].append(_ratio(weights, *parts))
-    point["dice_published"] = published_dice(counts, batch_size=batch_size)
-    drawn["dice_published"] = [np.full((0, len(labels)), np.nan)]
-    why, table = dict(zip(labels, notes, strict=False)), []
-    for name, values in point.items():
-        values = values if name == EMPTY else np.where(unfit, np.nan, values)  # a baseline needs no fit
-        asked = foreground if name.endswith("_positives") else known
-        table += _rows(name, labels, columns, values, np.concatenate(drawn[name]), asked)
-    rows = pd.DataFrame(table, columns=["target", "metric", "value", "ci_low", "ci_high", "n", "note"])
-    level = dict(zip(labels, (THRESHOLDS[number] for number in thresholds), strict=True))
-    pairs = list(zip(rows["target"], rows["metric"], strict=True))
-    rows["threshold"] = [0.5 if m == "dice_published" else level.get(t, np.nan) for t, m in pairs]
-    rows["note"] = [(m != EMPTY and why.get(t)) or note for (t, m), note in zip(pairs, rows["note"], strict=True)]
-    return rows
+    labels, notes = list(labels), np.array(list(notes) or [""] * len(labels), dtype=object)
+    chosen, known, foreground = counts.at(thresholds), counts.known, counts.known & (counts.truth > 0)
+    dice_of, iou_of = (chosen.per_image(metric)[..., 0] for metric in ("dice", "iou"))
 
+    def mean(values: np.ndarray, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return np.where(images, values, 0.0), images, images
 
-def _foreground(counts: MaskCounts) -> np.ndarray:
-    """(n, K) bool: images with something to find."""
-    return counts.known & (counts.truth > 0)
-
-
-def _sums(chosen: MaskCounts) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """For each metric what is summed over images above and below the line, (n, K) each; `chosen` has one threshold."""
-    known, foreground = chosen.known, _foreground(chosen)
-    score = {kind: chosen.per_image(kind)[..., 0] for kind in ("dice", "iou")}
-    means = {
-        "dice_positives": (score["dice"], foreground),
-        "iou_positives": (score["iou"], foreground),
-        "dice_all": (score["dice"], known),
-        "iou_all": (score["iou"], known),
-        EMPTY: (1.0 * (chosen.truth == 0), known),
+    # without foreground in any image a pooled Dice could only say that something was predicted
+    pooled = known & foreground.any(axis=0)
+    both = (chosen.predicted[..., 0] + counts.truth) * pooled
+    sums = {  # metric -> what is summed over images above and below the line, and which images count
+        "dice_positives": mean(dice_of, foreground),
+        "iou_positives": mean(iou_of, foreground),
+        "dice_all": mean(dice_of, known),
+        "iou_all": mean(iou_of, known),
+        EMPTY: mean(counts.truth == 0, known),
+        "dice_pooled": (2 * chosen.overlap[..., 0] * pooled, both, known),
     }
-    sums = {name: (np.where(asked, value, 0.0), 1.0 * asked) for name, (value, asked) in means.items()}
-    # with no foreground in any image a pooled Dice could only say that something was drawn
-    some = 1.0 * known * foreground.any(axis=0)
-    predicted, overlap = chosen.predicted[..., 0], chosen.overlap[..., 0]
-    return sums | {"dice_pooled": (2 * overlap * some, (predicted + chosen.truth) * some)}
-
-
-def _ratio(weights: np.ndarray, above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    """Weighted sum of `above` over that of `below`, NaN for nothing. Shape: (b, n), (n, K), (n, K) -> (b, K)."""
-    above, below = weights @ above, weights @ below
-    return np.divide(above, below, out=np.full(above.shape, np.nan), where=below > 0)
-
-
-def _rows(name, labels, macro, point, drawn, asked) -> list[tuple]:
-    """Table rows of one metric: K values `point`, resamples `drawn` (b, K), which images count `asked` (n, K)."""
-    rows = []
-    for column, label in enumerate(labels):
-        low, high = interval(drawn[:, column] if np.isfinite(point[column]) else np.array([]))
-        n = int(asked[:, column].sum())
-        note = "" if np.isfinite(point[column]) else "no image has a mask" if n == 0 else "no foreground"
-        rows.append((label, name, float(point[column]), low, high, n, note))
-    defined = [column for column in macro if np.isfinite(point[column])]
-    if macro:
-        low, high = interval(drawn[:, defined].mean(axis=1) if defined else np.array([]))
-        value = float(point[defined].mean()) if defined else float("nan")
-        note = f"mean over {len(defined)} of {len(macro)} labels"
-        rows.append(("macro", name, value, low, high, int(asked[:, macro].any(axis=1).sum()), note))
-    return rows
+    above, below, counted = (np.stack(part, axis=2) for part in zip(*sums.values(), strict=True))
+    scored = (notes == "")[:, None] | (np.array(list(sums)) == EMPTY)  # a baseline needs no fit
+    below = below * scored
+    missing = np.where(counted.any(axis=0), "no foreground", "no image has a mask")
+    why = np.where(scored, np.where(below.any(axis=0), "", missing), notes[:, None])
+    options = {"macro": macro, "groups": groups, "seed": seed}
+    rows = bootstrap_rows(
+        ratio_of_sums(above, below), counted, labels, list(sums), notes=why, n_bootstrap=n_bootstrap, **options
+    )
+    values = np.where(notes == "", published_dice(counts, batch_size=batch_size), np.nan)
+    why = np.where(notes == "", np.where(known.any(axis=0), "", "no image has a mask"), notes)
+    published = bootstrap_rows(
+        lambda weights: values[None, :, None], known, labels, ["dice_published"], notes=why, n_bootstrap=0, **options
+    )
+    level = dict(zip(labels, (THRESHOLDS[index] for index in thresholds), strict=True))
+    rows = pd.concat([rows.assign(threshold=rows["target"].map(level)), published.assign(threshold=0.5)])
+    return rows.reset_index(drop=True)
