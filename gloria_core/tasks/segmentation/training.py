@@ -339,7 +339,7 @@ def _with_prior(table: pd.DataFrame, prior: pd.DataFrame) -> pd.DataFrame:
 def best_median_worst(scores: Sequence[float], each: int = 1) -> dict[str, list[int]]:
     """Positions of the highest, middle and lowest scores, `each` of them; NaN is left out, ties go to the first.
 
-    No position occurs twice; with fewer scores the later groups are shorter. Raises ValueError where all scores are NaN.
+    No position occurs twice; with fewer scores the later groups are shorter. Raises ValueError if all are NaN.
     """
     scores = np.asarray(scores, float)
     order = [int(place) for place in np.argsort(-scores, kind="stable") if np.isfinite(scores[place])]
