@@ -144,7 +144,7 @@ def original_maps(
 ) -> list[dict[Kind, np.ndarray | None]]:
     """For each phrase its maps in pixels of the original image: kind -> (H, W), NaN outside what the model saw.
 
-    `phrases.original_region` is the truth in the same pixels. None where the words are beyond the token limit.
+    `phrases.region` gives the truth in the same pixels. None where the words are beyond the token limit.
     """
     results: list[dict[Kind, np.ndarray | None]] = [{} for _ in phrases]
     for images, on_images in phrases_by_batch(model, frame, cache, phrases, batch_size=64, precision=precision):

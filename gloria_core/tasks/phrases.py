@@ -95,28 +95,19 @@ def phrases_from_boxes(frame: pd.DataFrame, prompts: Mapping[str, str]) -> list[
     return found
 
 
-def region(phrase: Phrase, geometry: Geometry, root: Path | str, crop: int) -> np.ndarray:
-    """(crop, crop) bool: where the phrase's finding lies in the pixels that the model saw; empty if outside them."""
-    found = np.zeros((crop, crop), dtype=bool)
+def region(phrase: Phrase, geometry: Geometry, root: Path | str, crop: int | None = None) -> np.ndarray:
+    """Bool (height, width): the phrase's region in pixels of the original image.
+
+    With `crop`: (crop, crop), in the pixels that the model saw; empty where it lies outside them.
+    """
+    mask = np.zeros((geometry.height, geometry.width) if crop is None else (crop, crop), dtype=bool)
     for path in phrase.masks:
-        found |= geometry.mask_from_original(read_gray(Path(root) / path) > 0, crop=crop)
+        original = read_gray(Path(root) / path) > 0
+        mask |= original if crop is None else geometry.mask_from_original(original, crop=crop)
     for box in phrase.boxes:
-        x, y, width, height = geometry.box_from_original(box, crop=crop)
-        # a pixel belongs to the box if its centre does; a box thinner than a pixel keeps the pixel it starts in
-        columns, rows = (_covered(start, length, crop) for start, length in ((x, width), (y, height)))
-        found |= rows[:, None] & columns[None, :]
-    return found
-
-
-def original_region(phrase: Phrase, geometry: Geometry, root: Path | str) -> np.ndarray:
-    """(height, width) bool: the same region on the pixels of the original image, for figures."""
-    found = np.zeros((geometry.height, geometry.width), dtype=bool)
-    for path in phrase.masks:
-        found |= read_gray(Path(root) / path) > 0
-    for x, y, width, height in phrase.boxes:
-        columns, rows = _covered(x, width, geometry.width), _covered(y, height, geometry.height)
-        found |= rows[:, None] & columns[None, :]
-    return found
+        x, y, width, height = box if crop is None else geometry.box_from_original(box, crop=crop)
+        mask |= _covered(y, height, mask.shape[0])[:, None] & _covered(x, width, mask.shape[1])
+    return mask
 
 
 def seen(geometry: Geometry, crop: int) -> np.ndarray:
@@ -178,7 +169,8 @@ def _other_side(match: re.Match[str]) -> str:
     return other.upper() if word.isupper() else other.capitalize() if word[0].isupper() else other
 
 
-def _covered(start: float, length: float, crop: int) -> np.ndarray:
-    centres = np.arange(crop) + 0.5
+def _covered(start: float, length: float, pixels: int) -> np.ndarray:
+    """(pixels,) bool: those whose centre lies in the interval; of one without a centre, the pixel where it starts."""
+    centres = np.arange(pixels) + 0.5
     inside = (centres >= start) & (centres < start + length)
-    return inside if inside.any() else np.floor(start) == np.arange(crop)
+    return inside if inside.any() else np.floor(start) == np.arange(pixels)

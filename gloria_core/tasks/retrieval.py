@@ -24,7 +24,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -345,68 +345,46 @@ def recall_table(
     return pd.concat(tables, ignore_index=True)
 
 
-def precision_rows(
-    scores: Scores,
+def precision_table(
+    scores: Mapping[str, Scores],
     targets: pd.DataFrame,
+    patients: Sequence[object],
     *,
     ks: Sequence[int] = (5, 10, 100),
-    patients: Sequence[object],
-    other_patients: bool = False,
-    suffix: str = "",
     n_bootstrap: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
     """Precision@K by class: of the first K candidates of a query that has the class, the share that has it, too.
 
-    Queries and candidates are the same n studies; targets: (n, K), 1 present, anything else absent. Where each study
-    has exactly one class (5 x 200) this is the papers' number; where studies have several, a query counts once for
-    each. `macro` is the mean over classes. `other_patients`: the query's own patient is no candidate (for images that
-    search images; the papers' text candidates include the query's own report).
+    `scores`: by direction ("image_to_text", "text_to_image", "image_to_image"), whose queries and candidates are the
+    same n studies; in "image_to_image" the query's own patient is no candidate (in the papers the query's own report
+    is). targets: (n, K), 1 present, anything else absent. Where each study has exactly one class (5 x 200) this is the
+    papers' number; where studies have several, a query counts once for each. `macro` is the mean over classes.
     Chance is the share of candidates with the class. A class without a query is NaN.
+    Metrics of image to text have plain names, others the direction as a suffix. Columns: `COLUMNS` and direction.
     A K that is not below the number of candidates is left out; ValueError where that leaves none.
     """
-    labels, has = list(targets.columns), targets.to_numpy() == 1
-    most = len(has) - (max(Counter(patients).values()) if other_patients else 0)
-    ks = [k for k in ks if k < most]
-    if not ks:
-        raise ValueError(f"every K is beyond {most}, the smallest number of candidates of a query")
-    shares, chance = label_shares(scores, has, ks, patients=patients if other_patients else None)
-    rows = bootstrap_rows(
-        ratio_of_sums(shares * has[..., None], np.repeat(has[..., None], len(ks), axis=2)),
-        has,
-        labels,
-        [f"precision_at_{k}{suffix}" for k in ks],
-        macro=labels,
-        columns={"chance": ratio_of_sums(chance * has, has)(np.ones((1, len(has))))[0]},
-        groups=patients,
-        n_bootstrap=n_bootstrap,
-        seed=seed,
-    )
-    return rows[COLUMNS]
-
-
-def precision_table(
-    images: np.ndarray,
-    texts: np.ndarray,
-    targets: pd.DataFrame,
-    patients: Sequence[object],
-    *,
-    ks: Sequence[int] = (5, 10, 100),
-    n_bootstrap: int = 1000,
-    seed: int = 0,
-) -> pd.DataFrame:
-    """`precision_rows` of image to text, text to image, and image to image, as a further column `direction`.
-
-    Shape: embeddings images (n, D) and texts (n, D); targets (n, K); patients (n,). Image to image excludes the
-    query's patient. Metrics of image to text have plain names, the others the direction as a suffix.
-    """
-    between, tables = cosine(images, texts), []
-    directions = {"image_to_text": between, "text_to_image": between.T, "image_to_image": cosine(images, images)}
-    for direction, scores in directions.items():
-        suffix, other = "" if scores is between else f"_{direction}", direction == "image_to_image"
-        options = {"ks": ks, "patients": patients, "suffix": suffix, "n_bootstrap": n_bootstrap, "seed": seed}
-        rows = precision_rows(scores, targets, other_patients=other, **options)
-        tables.append(rows.assign(direction=direction))
+    labels, has, tables = list(targets.columns), targets.to_numpy() == 1, []
+    for direction, matrix in scores.items():
+        other_patients = direction == "image_to_image"
+        most = len(has) - (max(Counter(patients).values()) if other_patients else 0)
+        below = [k for k in ks if k < most]
+        if not below:
+            raise ValueError(f"every K is beyond {most}, the smallest number of candidates of a query")
+        shares, chance = label_shares(matrix, has, below, patients=patients if other_patients else None)
+        suffix = "" if direction == "image_to_text" else f"_{direction}"
+        rows = bootstrap_rows(
+            ratio_of_sums(shares * has[..., None], np.repeat(has[..., None], len(below), axis=2)),
+            has,
+            labels,
+            [f"precision_at_{k}{suffix}" for k in below],
+            macro=labels,
+            columns={"chance": ratio_of_sums(chance * has, has)(np.ones((1, len(has))))[0]},
+            groups=patients,
+            n_bootstrap=n_bootstrap,
+            seed=seed,
+        )
+        tables.append(rows[COLUMNS].assign(direction=direction))
     return pd.concat(tables, ignore_index=True)
 
 

@@ -17,6 +17,8 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
+from gloria_core.data.cache import ImageCache
+from gloria_core.data.files import atomic_file
 from gloria_core.tasks.maps import Kind, kinds_of, original_maps
 from gloria_core.tasks.phrases import Phrase
 
@@ -31,13 +33,6 @@ def one_phrase_per_label(phrases: Sequence[Phrase], labels: Sequence[str], n: in
 
 
 @dataclass(frozen=True)
-class Snapshot:
-    """Maps after `epoch`, one (H, W) for each phrase in pixels of its original image, NaN outside the crop."""
-
-    epoch: int
-    maps: tuple[np.ndarray, ...]
-
-
 class MapSnapshots:
     """Called with (epoch, model) after every epoch; saves the maps of `phrases` every `every` epochs.
 
@@ -45,20 +40,16 @@ class MapSnapshots:
     beyond the token limit has a map of NaN. No random number is drawn, so the training run is the same without it.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        frame: pd.DataFrame,
-        cache,
-        phrases: Sequence[Phrase],
-        *,
-        kind: Kind = "cosine",
-        every: int = 1,
-    ) -> None:
-        if every < 1:
-            raise ValueError(f"every is {every}; it must be at least 1")
-        self.folder, self.frame, self.cache, self.kind, self.every = Path(folder), frame, cache, kind, every
-        self.phrases = tuple(phrases)
+    folder: Path
+    frame: pd.DataFrame
+    cache: ImageCache
+    phrases: Sequence[Phrase]
+    kind: Kind = "cosine"
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"every is {self.every}; it must be at least 1")
 
     def __call__(self, epoch: int, model: nn.Module) -> None:
         if not self.phrases or epoch % self.every or self.kind not in kinds_of(model):
@@ -68,17 +59,13 @@ class MapSnapshots:
         for phrase, by_kind in zip(self.phrases, by_phrase, strict=True):
             geometry, values = self.cache.geometry(phrase.image), by_kind[self.kind]
             maps.append(np.full((geometry.height, geometry.width), np.nan) if values is None else values)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.folder / f"epoch_{epoch:04d}.npz.tmp"
-        with temporary.open("wb") as file:
+        with atomic_file(self.folder / f"epoch_{epoch:04d}.npz") as file:
             np.savez_compressed(file, *(values.astype(np.float32) for values in maps))
-        temporary.replace(temporary.with_suffix(""))
 
-    def load(self) -> list[Snapshot]:
-        """All saved snapshots in the order of epochs."""
-        snapshots = []
+    def load(self) -> dict[int, list[np.ndarray]]:
+        """By epoch, in their order: one map (H, W) for each phrase in pixels of its image, NaN outside the crop."""
+        snapshots = {}
         for path in sorted(self.folder.glob("epoch_*.npz")):
             with np.load(path, allow_pickle=False) as stored:
-                maps = tuple(stored[f"arr_{number}"] for number in range(len(stored.files)))
-            snapshots.append(Snapshot(int(path.stem.removeprefix("epoch_")), maps))
+                snapshots[int(path.stem.removeprefix("epoch_"))] = list(stored.values())
         return snapshots

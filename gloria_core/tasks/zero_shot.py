@@ -353,32 +353,25 @@ def multiclass_rows(
         raise ValueError(f"study {study} has {truth[wrong[0]].sum()} of the {len(labels)} labels; it must have one")
     k = len(labels)
     cells = np.eye(k * k)[truth.argmax(axis=1) * k + answer]
-    chance = _of_confusion(np.tile(truth.sum(axis=0)[:, None] / k, (1, k))[None])
-    options = {"groups": frame["patient_id"].astype(str), "n_bootstrap": n_bootstrap, "seed": seed}
-    of_class = bootstrap_rows(
-        lambda weights: _of_confusion((weights @ cells).reshape(-1, k, k))[0],
+    rows = bootstrap_rows(
+        lambda weights: _of_confusion((weights @ cells).reshape(-1, k, k)),
         truth,
         labels,
-        ["sensitivity", "precision", "f1"],
+        ["sensitivity", "precision", "f1", "accuracy", "kappa"],
         macro=labels,
         notes=["" if any_study else "no study of this class" for any_study in truth.any(axis=0)],
-        columns={"chance": chance[0][0]},
+        columns={"chance": _of_confusion(np.tile(truth.sum(axis=0)[:, None] / k, (1, k))[None])[0]},
+        groups=frame["patient_id"].astype(str),
+        n_bootstrap=n_bootstrap,
+        seed=seed,
         skip_undefined=True,
-        **options,
     )
-    overall = bootstrap_rows(
-        lambda weights: _of_confusion((weights @ cells).reshape(-1, k, k))[1],
-        np.ones((len(truth), 1), dtype=bool),
-        ["macro"],
-        ["accuracy", "kappa"],
-        columns={"chance": chance[1][0]},
-        **options,
-    )
-    return pd.concat([of_class, overall], ignore_index=True)[MULTICLASS_COLUMNS]
+    overall = rows["metric"].isin(["accuracy", "kappa"])
+    return rows.loc[(rows["target"] == "macro") | ~overall, MULTICLASS_COLUMNS].reset_index(drop=True)
 
 
-def _of_confusion(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Counts of truth by answer (b, K, K) -> sensitivity, precision and F1 (b, K, 3), accuracy and kappa (b, 1, 2)."""
+def _of_confusion(counts: np.ndarray) -> np.ndarray:
+    """Counts of truth by answer (b, K, K) -> (b, K, 5): sensitivity, precision, F1, overall accuracy and kappa."""
     with np.errstate(invalid="ignore", divide="ignore"):
         total, truth, said = counts.sum(axis=(1, 2)), counts.sum(axis=2), counts.sum(axis=1)
         correct = np.diagonal(counts, axis1=1, axis2=2)
@@ -387,4 +380,5 @@ def _of_confusion(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         f1 = np.where(truth > 0, 2 * correct / (truth + said), np.nan)
         accuracy, expected = correct.sum(axis=1) / total, (truth * said).sum(axis=1) / total**2
         kappa = np.where(expected < 1, (accuracy - expected) / (1 - expected), np.nan)
-    return np.stack([sensitivity, precision, f1], axis=2), np.stack([accuracy, kappa], axis=1)[:, None]
+    overall = (np.broadcast_to(values[:, None], truth.shape) for values in (accuracy, kappa))
+    return np.stack([sensitivity, precision, f1, *overall], axis=2)

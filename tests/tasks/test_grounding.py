@@ -9,7 +9,7 @@ import torch
 
 from gloria_core.tasks.grounding import SCORES, centre_prior, inverted, score_map, score_phrases, summarise
 from gloria_core.tasks.maps import original_maps
-from gloria_core.tasks.phrases import original_region, phrases_from_boxes, phrases_from_masks, region
+from gloria_core.tasks.phrases import phrases_from_boxes, phrases_from_masks, region
 from gloria_core.types import ImageFeatures
 
 
@@ -174,7 +174,7 @@ def test_original_maps_lie_on_the_file_and_know_what_was_not_seen(bright, frame,
     found = original_maps(bright, frame, cache, phrases, kinds=("cosine",))
     for phrase, by_kind in zip(phrases, found, strict=True):
         geometry = cache.geometry(phrase.image)
-        truth = original_region(phrase, geometry, root)
+        truth = region(phrase, geometry, root)
         assert by_kind["cosine"].shape == truth.shape == (geometry.height, geometry.width)
         assert np.isnan(by_kind["cosine"][0]).all()  # the crop of 56 of 64 rows cuts the first four
         assert score_map(by_kind["cosine"], truth)["cnr"] > 2

@@ -9,7 +9,6 @@ from gloria_core.data.geometry import Geometry
 from gloria_core.tasks.phrases import (
     Phrase,
     another_text,
-    original_region,
     phrases_from_boxes,
     phrases_from_masks,
     region,
@@ -82,7 +81,7 @@ def test_region_of_masks_and_boxes(tmp_path):
     expected[18:20, 13:15] = True
     np.testing.assert_array_equal(found, expected)
     np.testing.assert_array_equal(region(phrase, geometry, tmp_path, 16), expected[2:18, 2:18])
-    original = original_region(phrase, geometry, tmp_path)
+    original = region(phrase, geometry, tmp_path)
     np.testing.assert_array_equal(original, expected[:, 5:15])
     np.testing.assert_array_equal(seen(geometry, 20)[0], [False] * 5 + [True] * 10 + [False] * 5)
 

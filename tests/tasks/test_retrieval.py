@@ -18,7 +18,6 @@ from gloria_core.tasks.retrieval import (
     fingerprint,
     label_shares,
     load_index,
-    precision_rows,
     precision_table,
     probability_of_none,
     rank_partners,
@@ -283,7 +282,7 @@ def classes(names):
 
 
 def precision(scores, names, **options):
-    rows = precision_rows(scores, classes(names), patients=distinct(len(names)), n_bootstrap=20, **options)
+    rows = precision_table({"image_to_text": scores}, classes(names), distinct(len(names)), n_bootstrap=20, **options)
     return rows.set_index(["metric", "target"])
 
 
@@ -306,14 +305,15 @@ def test_a_class_without_queries_is_undefined_and_left_out_of_the_macro():
 def test_own_patient_is_left_out_of_images_and_of_chance():
     vectors = np.array([[1.0, 0], [1, 0.01], [0.9, 0.3], [0.99, 0.05]])
     targets, patients = classes("AAAB"), ["p", "p", "q", "r"]
-    table = precision_table(vectors, vectors[::-1], targets, patients, ks=(1,), n_bootstrap=10)
-    assert table["direction"].unique().tolist() == ["image_to_text", "text_to_image", "image_to_image"]
+    scores = {"image_to_image": cosine(vectors, vectors), "text_to_image": cosine(vectors[::-1], vectors)}
+    table = precision_table(scores, targets, patients, ks=(1,), n_bootstrap=10)
+    assert table["direction"].unique().tolist() == ["image_to_image", "text_to_image"]
     row = table.set_index(["metric", "target"]).loc[("precision_at_1_image_to_image", "A")]
     # each A of patient p finds the B of r first; the A of q finds r, too
     assert row["value"] == 0 and row["n"] == 3
     assert row["chance"] == pytest.approx((1 / 2 + 1 / 2 + 2 / 3) / 3)
     with pytest.raises(ValueError, match="every K is beyond 2"):
-        precision_rows(cosine(vectors, vectors), targets, ks=(5,), patients=patients, other_patients=True)
+        precision_table(scores, targets, patients, ks=(5,))
 
 
 def test_chance_has_rows_of_its_own():

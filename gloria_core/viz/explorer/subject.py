@@ -15,7 +15,7 @@ from gloria_core.data.images import decode_gray, read_gray
 from gloria_core.data.manifest import boxes_of, masks_of
 from gloria_core.data.reports import ReportError, sections
 from gloria_core.tasks.features import frontal_image
-from gloria_core.tasks.phrases import Phrase, Span, original_region, swap_sides
+from gloria_core.tasks.phrases import Phrase, Span, region, swap_sides
 
 SWAPPED = "~swapped"
 """Ends the name of a text whose sides were exchanged."""
@@ -121,12 +121,12 @@ def _truths(row: Mapping, number: int, image: NDArray, root: Path) -> tuple[Trut
         for text, start, end in words:
             spans.setdefault(text, []).append((start, end))
         phrase = Phrase(0, label, "", "", (), "", masks=tuple(mask["path"] for mask in masks))
-        truths.append(Truth(name, original_region(phrase, geometry, root), spans=spans))
+        truths.append(Truth(name, region(phrase, geometry, root), spans=spans))
     boxes: dict[str, list[tuple[float, ...]]] = {}
     for box in boxes_of(row):
         if box["image"] == number and box["label"] not in labels:
             boxes.setdefault(box["label"], []).append(tuple(float(value) for value in box["xywh"]))
     for label, several in boxes.items():
         phrase = Phrase(0, label, "", "", (), "", boxes=tuple(several))
-        truths.append(Truth(label, original_region(phrase, geometry, root), boxes=tuple(several)))
+        truths.append(Truth(label, region(phrase, geometry, root), boxes=tuple(several)))
     return tuple(truths)
