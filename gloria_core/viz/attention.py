@@ -63,7 +63,8 @@ def attention_row(
     titles = [wrapped(text, 34) for text in titles]
     lines = max(text.count("\n") for text in titles)
     height = np.clip(2.9 * image.shape[0] / image.shape[1], 1.8, 5.0)
-    figure, (axes,) = new_figure(1, len(titles), width=3.1 * len(titles), height=height + 1.7 + 0.16 * lines)
+    height += 1.1 + 0.16 * lines
+    figure, axes = new_figure(len(titles), columns=len(titles), width=3.1, height=height)
     marks = [Mark("truth", mask=mask) for mask in outlines] + [Mark("truth", box=box) for box in boxes]
     for axis, text, name in zip(axes, titles, [None, *maps], strict=True):
         show_image(axis, image)
@@ -128,8 +129,7 @@ def control_bars(
     """
     if rows.empty or rows["target"].nunique() != 1:
         raise ValueError("control_bars takes the rows of one target, for example rows[rows['target'] == 'macro']")
-    height = 0.27 * len(rows) / len(metrics) + 1.6
-    figure, (axes,) = new_figure(1, len(metrics), width=4.6 * len(metrics) + 1.2, height=height)
+    figure, axes = new_figure(len(metrics), width=5.2, height=0.27 * len(rows) / len(metrics) + 1.0)
     colours = dict(zip(dict.fromkeys(rows["kind"]), ("gloria", "convirt", "mgca", "prior"), strict=False))
     for axis, metric in zip(axes, metrics, strict=True):
         part = rows[rows["metric"].str.startswith(f"{metric}_")]

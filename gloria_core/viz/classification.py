@@ -38,12 +38,8 @@ def confusion(
     title: str = "Decisions",
 ) -> Figure:
     """Counts of truth against decision, one axis a label; "-" for a label without a threshold."""
-    columns = min(5, len(labels))
-    rows = -(-len(labels) // columns)
-    figure, axes = new_figure(rows, columns, width=2.1 * columns, height=2.3 * rows + 0.4)
-    for axis in axes.flat[len(labels) :]:
-        axis.set_axis_off()
-    for axis, label in zip(axes.flat, labels, strict=False):
+    figure, axes = new_figure(len(labels), columns=5, width=2.1, height=2.3)
+    for axis, label in zip(axes, labels, strict=True):
         threshold = thresholds.get(label, float("nan"))
         if np.isnan(threshold) or probabilities[label].isna().any():
             axis.text(0.5, 0.5, "-", ha="center", va="center", transform=axis.transAxes)
@@ -86,7 +82,7 @@ def reliability_plot(tables: Mapping[str, pd.DataFrame], *, title: str = "Calibr
 
 
 def _unit_square(xlabel: str, ylabel: str, title: str) -> tuple[Figure, Axes]:
-    figure, ((axis,),) = new_figure(1, 1, width=5.6, height=4.2)
+    figure, (axis,) = new_figure(width=5.6, height=4.2)
     axis.plot([0, 1], [0, 1], color="0.6", linestyle=":", linewidth=1)
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title, aspect="equal", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     return figure, axis

@@ -22,7 +22,7 @@ class BoxesLike(Protocol):
 
 def iou_pair(a: Sequence[float], b: Sequence[float], *, value: float) -> Figure:
     """Two boxes (x1, y1, x2, y2), their intersection shaded, and their IoU in the title."""
-    figure, ((axis,),) = new_figure(1, 1, width=4, height=3.2)
+    figure, (axis,) = new_figure(width=4, height=3.2)
     for (x1, y1, x2, y2), objective, name in ((a, "gloria", "a"), (b, "convirt", "b")):
         axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour_of(objective), linewidth=1.6))
         axis.text(x1 + 1, y1 + 1, name, color=colour_of(objective), fontsize=10, va="top")

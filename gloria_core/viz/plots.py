@@ -30,12 +30,17 @@ _CHANCE = {"auroc": 0.5}
 Colour = tuple[float, float, float]
 
 
-def new_figure(rows: int, columns: int, *, width: float, height: float) -> tuple[Figure, np.ndarray]:
-    """A figure of `width` x `height` inches with a (rows, columns) array of axes, closed in pyplot."""
-    figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False, layout="constrained")
+def new_figure(count: int = 1, *, width: float, height: float, columns: int = 3) -> tuple[Figure, list[Axes]]:
+    """A figure, closed in pyplot, with `count` axes of `width` x `height` inches in rows of at most `columns`."""
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    size = (width * columns, height * rows + (0.6 if count > 1 else 0.0))
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     plt.close(figure)
+    for axis in axes.flat[count:]:
+        axis.set_axis_off()
     sns.despine(figure)
-    return figure, axes
+    return figure, list(axes.flat[:count])
 
 
 def colour_of(objective: str) -> Colour:
@@ -99,20 +104,18 @@ def image_grid(
     labels = sorted({mark.label for several in marks for mark in several})
     legend = {"facecolor": "0.25", "edgecolor": "0.25", "labelcolor": "white"} if colours else {"frameon": False}
     colours = colours or dict(zip(labels, _distinct_colours(len(labels)), strict=True))
-    columns = min(columns, len(images))
-    rows = -(-len(images) // columns)
     texts = [wrapped(text, 30) for text in titles]
-    width = side * columns + 0.3
     # a constrained layout makes room for the legend, but lets one that is too wide run over the edges
-    across = min(max(int(width / (0.6 + 0.075 * max(map(len, labels), default=1))), 1), 4)
+    across = min(max(int(side * min(columns, len(images)) / (0.6 + 0.075 * max(map(len, labels), default=1))), 1), 4)
     tall = side * np.clip(max(h / w for h, w in shapes), 0.6, 1.5)
-    height = rows * (tall + 0.14 * max((len(text.splitlines()) for text in texts), default=0))
-    figure, axes = new_figure(rows, columns, width=width, height=height + 0.19 * -(-len(labels) // across) + 0.6)
-    for axis in axes.flat:
+    height = tall + 0.14 * max((len(text.splitlines()) for text in texts), default=0)
+    figure, axes = new_figure(len(images), columns=columns, width=side, height=height)
+    figure.set_figheight(figure.get_figheight() + 0.3 + 0.19 * -(-len(labels) // across))
+    for axis in axes:
         axis.set(xticks=[], yticks=[], frame_on=False)
-    for axis, label in zip(axes[:, 0], row_labels, strict=False):
+    for axis, label in zip(axes[::columns], row_labels, strict=False):
         axis.set_ylabel(wrapped(label, 30), fontsize=9)
-    for number, (axis, image) in enumerate(zip(axes.flat, images, strict=False)):
+    for number, (axis, image) in enumerate(zip(axes, images, strict=True)):
         if image is not None:
             show_image(axis, image)
             axis.set_title(texts[number] if texts else "", fontsize=8)
@@ -222,7 +225,7 @@ def metric_bars(
     targets, names = list(dict.fromkeys(rows["target"])), list(dict.fromkeys(rows[by]))
     if rows.empty or rows.duplicated(["target", by]).any():
         raise ValueError(f"metric_bars takes one row per target and {by} of metric {metric!r}, and at least one")
-    figure, ((axis,),) = new_figure(1, 1, width=8, height=(0.22 * len(names) + 0.16) * len(targets) + 1.3)
+    figure, (axis,) = new_figure(width=8, height=(0.22 * len(names) + 0.16) * len(targets) + 1.3)
     palette = [colour_of(name) for name in names] if by == "objective" else sns.color_palette("colorblind", len(names))
     start, thickness = _CHANCE.get(metric, 0.0), 0.8 / len(names)
     for number, (name, colour) in enumerate(zip(names, palette, strict=True)):
@@ -268,7 +271,7 @@ def label_efficiency(
     missing = [metric for metric in metrics if metric not in set(rows["metric"])]
     if missing or not metrics:
         raise ValueError(f"no row of metric {', '.join(missing) or 'any'!r} for target {target!r}")
-    figure, (axes,) = new_figure(1, len(metrics), width=4.4 * len(metrics) + 1.6, height=3.9)
+    figure, axes = new_figure(len(metrics), width=5.2, height=3.7)
     for axis, (metric, baselines) in zip(axes, metrics.items(), strict=True):
         part = rows[rows["metric"] == metric]
         for objective, one in part.groupby("objective", sort=False):
@@ -312,13 +315,9 @@ def training_curves(
     title: str,
 ) -> Figure:
     """One axis a column (name -> title), one line a history over the column `x`; a ring marks where `kept` says."""
-    across = min(3, len(columns))
-    rows = -(-len(columns) // across)
-    figure, axes = new_figure(rows, across, width=3.6 * across + 0.4, height=2.5 * rows + 0.9)
-    for axis in axes.flat[len(columns) :]:
-        axis.set_axis_off()
+    figure, axes = new_figure(len(columns), width=3.7, height=2.6)
     palette = sns.color_palette("colorblind", len(histories))
-    for axis, (column, text) in zip(axes.flat, columns.items(), strict=False):
+    for axis, (column, text) in zip(axes, columns.items(), strict=True):
         for (name, history), colour in zip(histories.items(), palette, strict=True):
             if column not in history:
                 continue
@@ -329,7 +328,7 @@ def training_curves(
         axis.set_xlabel(x)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.suptitle(title + ("; ring: kept" if kept else ""))
-    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 
@@ -358,7 +357,7 @@ def label_prevalence(frame: pd.DataFrame, labels: Sequence[str], *, title: str =
     palette = sns.color_palette("colorblind")
     kinds = {"positive": values == 1, "uncertain": values == -1, "negative": values == 0, "blank": values.isna()}
     share = pd.DataFrame({name: mask.mean() for name, mask in kinds.items()}).fillna(0.0)
-    figure, ((axis,),) = new_figure(1, 1, width=8, height=0.28 * len(labels) + 1.3)
+    figure, (axis,) = new_figure(width=8, height=0.28 * len(labels) + 1.3)
     colours = [palette[0], palette[1], "0.75", "white"]
     share.plot.barh(stacked=True, ax=axis, color=colours, width=0.8, edgecolor="0.4", linewidth=0.4, legend=False)
     for row, count in enumerate((values == 1).sum()):
@@ -372,7 +371,7 @@ def label_prevalence(frame: pd.DataFrame, labels: Sequence[str], *, title: str =
 
 def report_lengths(frame: pd.DataFrame, *, title: str = "Report length") -> Figure:
     """Histogram of the words in findings and impression; empty sections are counted in the axis title, not drawn."""
-    figure, (axes,) = new_figure(1, 2, width=9, height=3)
+    figure, axes = new_figure(2, width=4.5, height=2.6)
     for axis, section in zip(axes, ("findings", "impression"), strict=True):
         words = frame[section].fillna("").astype(str).str.split().str.len()
         used = words[words > 0]

@@ -20,7 +20,7 @@ def recall_curves(
     """Recall@K over K (log axis), for each name its (recall, chance); chance is dashed in the same colour."""
     if not curves or not len(ks):
         raise ValueError("recall_curves takes at least one curve and one K")
-    figure, ((axis,),) = new_figure(1, 1, width=6.5, height=4)
+    figure, (axis,) = new_figure(width=6.5, height=4)
     for (name, (recall, chance)), colour in zip(curves.items(), sns.color_palette("colorblind"), strict=False):
         axis.plot(ks, recall, color=colour, marker="o", markersize=3.5, label=name.replace("_", " "))
         axis.plot(ks, chance, color=colour, linestyle="--", linewidth=1)
@@ -67,9 +67,10 @@ def neighbours(
         + 0.16 * max(len(shown.lines().splitlines()) for shown in row)
         for row in rows
     ]
-    figure, axes = new_figure(len(rows), len(rows[0]), width=2.3 * len(rows[0]), height=sum(ratios) + 0.6)
-    axes[0, 0].get_gridspec().set_height_ratios(ratios)
-    for axis, (place, shown) in zip(axes.flat, (cell for row in rows for cell in enumerate(row)), strict=True):
+    columns = len(rows[0])
+    figure, axes = new_figure(len(rows) * columns, columns=columns, width=2.3, height=sum(ratios) / len(rows))
+    axes[0].get_gridspec().set_height_ratios(ratios)
+    for axis, (place, shown) in zip(axes, (cell for row in rows for cell in enumerate(row)), strict=True):
         _draw(axis, shown, place)
     known = [shown.right for row in answers for shown in row if shown.right is not None]
     count = f", {sum(known)} of {len(known)} right" if known else ""

@@ -24,7 +24,7 @@ def wording_spread(wording: pd.DataFrame, *, together: pd.Series | None = None, 
     spread = known.groupby("label")["auroc"].agg(["min", "max", "count"])
     spread = spread.loc[(spread["max"] - spread["min"]).sort_values(ascending=False, kind="stable").index]
     places = pd.Series(range(len(spread)), index=spread.index)
-    figure, ((axis,),) = new_figure(1, 1, width=8.5, height=0.34 * len(spread) + 2.2)
+    figure, (axis,) = new_figure(width=8.5, height=0.34 * len(spread) + 2.2)
     axis.hlines(places, spread["min"], spread["max"], color="0.7", linewidth=2, zorder=1)
     axis.scatter(known["auroc"], known["label"].map(places), color=colour_of(""), s=28, alpha=0.75, zorder=2)
     if together is not None:
@@ -58,7 +58,7 @@ def answer_figure(
     if values is not None and np.shape(values) != image.shape:
         raise ValueError(f"the map has {np.shape(values)} pixels, the image {image.shape}")
     pictures = 1 if values is None else 2
-    figure, (axes,) = new_figure(1, pictures + 1, width=3.2 * pictures + 5.2, height=max(3.4, 0.27 * len(table) + 1.2))
+    figure, axes = new_figure(pictures + 1, width=4.0, height=max(2.8, 0.27 * len(table) + 0.6))
     axes[0].get_gridspec().set_width_ratios([1] * pictures + [1.3])
     for axis in axes[:pictures]:
         show_image(axis, image)
