@@ -1,18 +1,14 @@
-"""Radiology reports as text: sections, sentences, and the cleaning that GLoRIA's released code applies.
+"""Radiology reports as text: sections, sentences, GLoRIA's cleaning, and the texts that a study is trained with.
 
 GLoRIA: Huang et al., ICCV 2021, https://github.com/marshuang80/gloria (`gloria_model.py::process_text` and
-`datasets/pretraining_dataset.py`). Everything here works on character positions of the text as it was written, so that
-a word under an attention map can be found again in the report.
-
-The texts of studies: which section is read, in which wording, and which part of it; or a report made from labels.
-
-`StudyDataset` is the door to this module. Two texts a study follow CXR-CLIP (You et al. 2023, section 2.1).
+`datasets/pretraining_dataset.py`). Sentences are character ranges of the text as it was written, so that a word under
+an attention map can be found again in the report. Two texts a study follow CXR-CLIP (You et al. 2023, section 2.1).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -94,11 +90,13 @@ def sections(text: str) -> dict[Section, str]:
 _NEVER = {"dr", "drs", "mr", "mrs", "ms", "prof", "st", "vs", "e.g", "i.e", "approx", "fig", "resp", "cf", "incl"}
 # Abbreviations that close a sentence only before a capital.
 _SOFT = {"a.m", "p.m", "etc", "u.s", "b.i.d", "p.o", "inc", "jr", "sr", "min", "max", "wk", "wks", "yr"}
+_PUBLISHED_STOP = re.compile(r"[0-9]+\.|\.")
 _STOP = re.compile(r"[.!?]+[\"'”’)\]]*|\n[ \t\r]*\n\s*|\n\s*(?=[-*•]\s|\(?[0-9]{1,2}[.)](?![0-9]))")
 _MARKER = re.compile(r"\s*\(?([0-9]{1,2})[.)](?![0-9])")
 _ITEM = re.compile(r"(?:^|(?<=\s))([0-9]{1,2})[.)]\s*(?=[A-Z])")
 _WORD_BEFORE = re.compile(r"[\w.]+$")
-_NEXT = re.compile(r"\S")
+_TRIMMED = re.compile(r"\S(?:.*\S)?", re.DOTALL)
+_GAP_BEFORE = re.compile(r"[\s(]*\Z")
 _TITLE_BEFORE = re.compile(r"\b(?:Dr|Mr|Mrs|Ms|Prof)\.\s*$")
 
 
@@ -116,17 +114,15 @@ def sentences(text: str, behavior: Behavior = "corrected") -> list[Span]:
     Raises: ValueError for another behavior.
     """
     if behavior == "published":
-        return [span for span in _published_pieces(text) if len(_WORDS.findall(text[slice(*span)].lower())) > 1]
+        cuts = [match.span() for match in _PUBLISHED_STOP.finditer(text)]
+        spans = _trimmed(text, [0, *(end for _, end in cuts)], [*(start for start, _ in cuts), len(text)])
+        return [span for span in spans if len(_WORDS.findall(text[slice(*span)].lower())) > 1]
     if behavior != "corrected":
         raise ValueError(f"behavior is {behavior!r}; it must be 'corrected' or 'published'")
-    cuts = _list_cuts(text) | {match.end() for match in _STOP.finditer(text) if _is_boundary(text, match)}
+    stops = {match.end() for match in _STOP.finditer(text) if _is_boundary(text, match)}
+    cuts = sorted(stops | _list_cuts(text))
     spans: list[Span] = []
-    start = 0
-    for cut in [*sorted(cuts), len(text)]:
-        span = _stripped(text, start, cut)
-        start = cut
-        if span is None:
-            continue
+    for span in _trimmed(text, [0, *cuts], [*cuts, len(text)]):
         # A piece without a letter or with a list number only is no sentence: it joins the one before, or the next.
         if spans and (_is_fragment(text, spans[-1]) or not _WORDS.search(text, *span)):
             spans[-1] = (spans[-1][0], span[1])
@@ -138,12 +134,10 @@ def sentences(text: str, behavior: Behavior = "corrected") -> list[Span]:
     return spans
 
 
-def _stripped(text: str, start: int, end: int) -> Span | None:
-    while start < end and text[start].isspace():
-        start += 1
-    while end > start and text[end - 1].isspace():
-        end -= 1
-    return (start, end) if start < end else None
+def _trimmed(text: str, starts: Sequence[int], ends: Sequence[int]) -> list[Span]:
+    """The pieces of the text without the blanks around them; those of blanks only are left out."""
+    pieces = (_TRIMMED.search(text, start, end) for start, end in zip(starts, ends, strict=True))
+    return [piece.span() for piece in pieces if piece]
 
 
 def _is_fragment(text: str, span: Span) -> bool:
@@ -166,8 +160,8 @@ def _is_boundary(text: str, match: re.Match[str]) -> bool:
         return True
     if _MARKER.fullmatch(word + ".") and _opens_sentence(text, before.start()):
         return False
-    after = _NEXT.search(text, end)
-    following = after.group() if after else ""
+    after = _TRIMMED.search(text, end)
+    following = after.group()[0] if after else ""
     lowered = word.lower()
     if lowered in _NEVER:
         return False
@@ -182,9 +176,7 @@ def _is_boundary(text: str, match: re.Match[str]) -> bool:
 
 def _opens_sentence(text: str, position: int) -> bool:
     """Whether a line, a sentence or the text begins at `position`, so that a number there is a list number."""
-    start = position
-    while start > 0 and (text[start - 1].isspace() or text[start - 1] == "("):
-        start -= 1
+    start = _GAP_BEFORE.search(text, 0, position).start()
     return start == 0 or text[start - 1] in ".!?:;)" or "\n" in text[start:position]
 
 
@@ -199,16 +191,6 @@ def _list_cuts(text: str) -> set[int]:
 
 # ------------------------------------------------------------------------------------------- GLoRIA's own rules
 
-_NUMBER_POINT = re.compile(r"[0-9]+\.")
-
-
-def _published_pieces(text: str) -> list[Span]:
-    """Pieces between `[0-9]+\\.` and `.`, stripped; empty ones left out."""
-    cuts = [match.span() for match in re.finditer(r"[0-9]+\.|\.", text)]
-    starts = [0] + [end for _, end in cuts]
-    ends = [start for start, _ in cuts] + [len(text)]
-    return [span for pair in zip(starts, ends, strict=True) if (span := _stripped(text, *pair)) is not None]
-
 
 def published_sentences(text: str, *, word_limit: int | None = None) -> list[str]:
     """Cleaned sentences of a report by GLoRIA's released rule (lower case, `\\w+` words, ASCII only).
@@ -217,19 +199,16 @@ def published_sentences(text: str, *, word_limit: int | None = None) -> list[str
     reading stops after the sentence at which the running number of words *equals* the limit, as
     `pretraining_dataset.py` does with 5; a count that jumps over the limit does not stop it.
     """
-    kept: list[str] = []
+    cleaned: list[str] = []
     count = 0
-    for point in _NUMBER_POINT.split(text.replace("\n", " ")):
-        for piece in point.split("."):
-            words = _WORDS.findall(piece.replace("\ufffd\ufffd", " ").lower())
-            if len(words) <= 1:
-                continue
-            ascii_words = [word for word in (w.encode("ascii", "ignore").decode() for w in words) if word]
-            kept.append(" ".join(ascii_words))
-            count += len(ascii_words)
-            if count == word_limit:
-                return kept
-    return kept
+    for start, end in sentences(text, "published"):
+        ascii_words = [word.encode("ascii", "ignore").decode() for word in _WORDS.findall(text[start:end].lower())]
+        words = [word for word in ascii_words if word]
+        cleaned.append(" ".join(words))
+        count += len(words)
+        if count == word_limit:
+            break
+    return cleaned
 
 
 def clean_report(text: str) -> str:
@@ -245,8 +224,8 @@ def legacy_cap_len(text: str) -> int:
     return len(text) - text.count("[")
 
 
+# Column of a section's other wording, such as its translation to another language and back.
 AUGMENTED = "meta_{section}_augmented"
-"""Column of a section's other wording, such as its translation to another language and back."""
 
 
 class StudyTexts:
@@ -278,54 +257,52 @@ class StudyTexts:
         self.sentence, self.prompts, self.n_negative, self.fixed = sentence, prompts, n_negative, fixed
         if sentence == "published" and (augmented or prompts is not None):
             raise ValueError("sentence='published' cuts reports only; it takes no augmented_texts and no prompts")
-        self._sections = _sections(frame, columns)
-        self._other = _other_wordings(frame, columns) if augmented else None
+        self._sections = _wordings(frame, columns, augmented=augmented)
         self._labels: dict[int, dict[str, float]] = {}
         if prompts is None:
             remedy = "use text='both', or exclude them" if len(columns) == 1 else "give them text or exclude them"
             _refuse_empty(self._sections, frame, f"the {' and '.join(columns)} of", remedy)
         else:
-            self._labels = _labels(frame, [not row for row in self._sections])
-            _check_prompts(prompts, self._labels.values(), n_negative=n_negative, fixed=fixed)
+            names = finding_columns(frame)
+            values = frame[names].to_numpy(float)
+            empty = [i for i, row in enumerate(self._sections) if not row]
+            self._labels = {i: dict(zip(names, values[i].tolist(), strict=True)) for i in empty}
+            labelled = ~np.isnan(values).all(axis=1)
+            known = [bool(row) or labelled[i] for i, row in enumerate(self._sections)]
+            _refuse_empty(known, frame, "text and labels of", "give them either, or exclude them")
+            self._check_prompts()
         if sentence == "published":
-            self._sections = _published(self._sections, frame)
+            self._sections = [
+                [(one, "") for own, _ in row for one in published_sentences(own, word_limit=5) if one]
+                for row in self._sections
+            ]
+            remedy = "exclude them, or use sentence='random'"
+            _refuse_empty(self._sections, frame, "after GLoRIA's cleaning the text of", remedy)
 
     def draw(self, index: int, count: int, rng: np.random.Generator) -> list[tuple[str, tuple[Span, ...]]]:
         """`count` texts of study `index`, each with the spans of its sentences."""
         return [self._cut(text, rng) for text in self._whole(index, count, rng)]
 
     def _whole(self, index: int, count: int, rng: np.random.Generator) -> Iterator[str]:
-        """The texts before a sentence is cut from them; each is drawn when it is asked for."""
-        parts = self._sections[index]
-        if not parts:
-            for _ in range(count):
-                yield self._from_labels(index, rng)
-        elif self.sentence == "published":
-            for _ in range(count):
-                yield parts[rng.integers(len(parts))]
-        elif self.sentence == "all" and count > 1:
-            order, other = rng.permutation(len(parts)).tolist(), {}
+        """The texts before a sentence is cut from them, one after the other: cutting draws from `rng`, too."""
+        sections = self._sections[index]
+        if sections and self.sentence == "all" and count > 1:
+            order, other = rng.permutation(len(sections)).tolist(), {}
             for number in (order * count)[:count]:
                 other[number] = not other[number] if number in other else rng.random() < 0.5
-                yield self._wording(index, number, other=other[number])
-        else:
-            for _ in range(count):
+                own, second = sections[number]
+                yield second if second and other[number] else own
+            return
+        for _ in range(count):
+            if not sections:
+                yield report_from_labels(
+                    self._labels[index], self.prompts, rng=rng, n_negative=self.n_negative, deterministic=self.fixed
+                )
+            elif self.sentence == "published":
+                yield sections[rng.integers(len(sections))][0]
+            else:
                 # a blank line ends a sentence, so no sentence runs across sections
-                yield "\n\n".join(self._wording(index, number, rng=rng) for number in range(len(parts)))
-
-    def _wording(self, index: int, number: int, *, rng: np.random.Generator | None = None, other: bool = False) -> str:
-        """Section `number`, in its other wording if `other`, or if the generator says so."""
-        second = self._other[index][number] if self._other is not None else ""
-        if not second:
-            return self._sections[index][number]
-        if rng is not None:
-            other = rng.random() < 0.5
-        return second if other else self._sections[index][number]
-
-    def _from_labels(self, index: int, rng: np.random.Generator) -> str:
-        if self.fixed:
-            return report_from_labels(self._labels[index], self.prompts, deterministic=True)
-        return report_from_labels(self._labels[index], self.prompts, rng=rng, n_negative=self.n_negative)
+                yield "\n\n".join(second if second and rng.random() < 0.5 else own for own, second in sections)
 
     def _cut(self, text: str, rng: np.random.Generator) -> tuple[str, tuple[Span, ...]]:
         if self.sentence == "published":
@@ -336,61 +313,36 @@ class StudyTexts:
             return text[start:end], ((0, end - start),)
         return text, tuple(spans)
 
+    def _check_prompts(self) -> None:
+        """Raise PromptError now for a sentence that would be missing in the middle of an epoch."""
+        kinds = {1.0: "pos"} if self.fixed else {1.0: "pos", -1.0: "unc"} | ({0.0: "neg"} if self.n_negative else {})
+        needed = set()
+        for labels in self._labels.values():
+            said = {(name, kinds[value]) for name, value in labels.items() if value in kinds and name != NO_FINDING}
+            needed |= said if any(kind != "neg" for _, kind in said) else said | {(NO_FINDING, "pos")}
+        for name, kind in sorted(needed):
+            zero_shot_prompts(self.prompts, name, kind=kind)
 
-def _cells(frame: pd.DataFrame, column: str) -> list[str]:
-    return frame[column].fillna("").astype(str).tolist() if column in frame else [""] * len(frame)
 
-
-def _sections(frame: pd.DataFrame, columns: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """The sections of every study that have text."""
-    rows = zip(*(_cells(frame, column) for column in columns), strict=True)
-    return [tuple(part for part in row if part.strip()) for row in rows]
-
-
-def _other_wordings(frame: pd.DataFrame, columns: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """For every section that `_sections` keeps its other wording, "" where it has none."""
+def _wordings(frame: pd.DataFrame, columns: tuple[str, ...], *, augmented: bool) -> list[list[tuple[str, str]]]:
+    """For each study its sections that have text, each with its other wording ("" where there is none)."""
     names = [AUGMENTED.format(section=column) for column in columns]
-    if not set(names) & set(frame.columns):
+    if augmented and not set(names) & set(frame.columns):
         raise ValueError(f"augmented_texts: the manifest has no column {' or '.join(names)}")
-    found: list[tuple[str, ...]] = [()] * len(frame)
+    rows: list[list[tuple[str, str]]] = [[] for _ in range(len(frame))]
     for column, name in zip(columns, names, strict=True):
-        cells = zip(_cells(frame, column), _cells(frame, name), strict=True)
-        for i, (own, other) in enumerate(cells):
+        texts = frame.reindex(columns=[column, name] if augmented else [column]).fillna("").astype(str)
+        others = texts[name] if augmented else [""] * len(frame)
+        for row, study, own, other in zip(rows, frame["study_id"], texts[column], others, strict=True):
             if own.strip():
-                found[i] += (other if other.strip() else "",)
+                row.append((own, other if other.strip() else ""))
             elif other.strip():
-                study = frame["study_id"].iloc[i]
                 raise ReportError(f"study {study}: {name} has text, but {column} is empty; give it or clear {name}")
-    return found
-
-
-def _published(parts: list[tuple[str, ...]], frame: pd.DataFrame) -> list[tuple[str, ...]]:
-    cleaned = [tuple(s for part in row for s in published_sentences(part, word_limit=5) if s) for row in parts]
-    _refuse_empty(cleaned, frame, "after GLoRIA's cleaning the text of", "exclude them, or use sentence='random'")
-    return cleaned
-
-
-def _labels(frame: pd.DataFrame, wanted: list[bool]) -> dict[int, dict[str, float]]:
-    """Row -> labels by name, of the studies that get a report from them."""
-    names = finding_columns(frame)
-    values = frame[names].to_numpy(float)
-    known = ~np.isnan(values).all(axis=1) | ~np.array(wanted, bool)
-    _refuse_empty(known.tolist(), frame, "text and labels of", "give them either, or exclude them")
-    return {i: dict(zip(names, values[i].tolist(), strict=True)) for i in np.flatnonzero(wanted).tolist()}
-
-
-def _check_prompts(prompts: PromptSet, studies: Iterable[Mapping[str, float]], *, n_negative: int, fixed: bool) -> None:
-    """Raise PromptError now for what would be lacking in the middle of an epoch."""
-    kinds = {1.0: "pos"} if fixed else {1.0: "pos", -1.0: "unc"} | ({0.0: "neg"} if n_negative else {})
-    wanted = set()
-    for labels in studies:
-        said = {(name, kinds[value]) for name, value in labels.items() if value in kinds and name != NO_FINDING}
-        wanted |= said if any(kind != "neg" for _, kind in said) else said | {(NO_FINDING, "pos")}
-    for name, kind in sorted(wanted):
-        zero_shot_prompts(prompts, name, kind=kind)
+    return rows
 
 
 def _refuse_empty(rows: Sequence[object], frame: pd.DataFrame, what: str, remedy: str) -> None:
+    """Raise ReportError naming the studies whose entry of `rows` is empty or False."""
     empty = [str(study) for row, study in zip(rows, frame["study_id"], strict=True) if not row]
     if empty:
         listed = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
