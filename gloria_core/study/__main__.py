@@ -5,7 +5,8 @@
     python -m gloria_core.study plan quickstart              only print the runs, and which of them are done
     python -m gloria_core.study one quickstart <run_id>      run one notebook (what Snakemake calls)
 
-Exit codes: 0 everything is done; 1 a run failed; 2 the study file or its parameters are wrong; 130 interrupted.
+Exit codes: 0 everything is done; 1 a run failed; 2 the study file, its parameters or its data folder are wrong;
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -19,17 +20,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gloria_core.study.driver import Options, run_study
-from gloria_core.study.parameters import ParameterError
-from gloria_core.study.plan import Plan, StudyError, load_study, parse, study_file
-from gloria_core.study.report import duration
-from gloria_core.study.run import EXECUTED, run_one, status_of
+# jsonschema, which reads notebooks, would build a grammar for international addresses at every start: two seconds
+sys.modules.setdefault("rfc3987_syntax", None)
+
+from gloria_core.study.driver import Options, duration, end_with_study, run_study, to_do  # noqa: E402
+from gloria_core.study.parameters import ParameterError  # noqa: E402
+from gloria_core.study.paths import repository_root  # noqa: E402
+from gloria_core.study.plan import Plan, StudyError, load_study, parse, study_file  # noqa: E402
+from gloria_core.study.run import EXECUTED, run_one, status_of  # noqa: E402
 
 COMMANDS = ("run", "plan", "one")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code."""
+    """Run the command line; return the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments and arguments[0] not in (*COMMANDS, "-h", "--help"):
         arguments.insert(0, "run")
@@ -41,10 +45,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             overrides["data_root"] = _from_root(given.data, file)
         data_root = given.data_root or _from_root(os.environ.get("GLORIA_DATA", ""), file)
         plan = load_study(file, overrides=overrides, data_root=data_root)
-        if given.command == "plan":
-            return _print_plan(plan)
         if given.command == "one":
             return _one(plan, given.run_id, given.threads)
+        if given.command == "plan":
+            for run in plan:
+                print(f"{status_of(plan, run):8} {run.run_id}  after {len(run.needs)}")
+            plan.check_data(to_do(plan))
+            return 0
         options = Options(overrides, data_root, given.cores, given.force, tuple(shlex.split(given.snakemake)))
         return run_study(plan, options)
     except (StudyError, ParameterError) as error:
@@ -78,8 +85,7 @@ def _one(plan: Plan, run_id: str, threads: int | None) -> int:
     # a job that is cancelled gets SIGTERM: end as after Ctrl-C, which shuts the kernel down
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
-    # jsonschema, which reads notebooks, would build a grammar for international addresses at every start: a second
-    sys.modules.setdefault("rfc3987_syntax", None)
+    end_with_study()
     place = f"[{[run.run_id for run in plan].index(plan[run_id].run_id) + 1:>{len(str(len(plan)))}}/{len(plan)}]"
     print(f"{place} {run_id} starts", flush=True)
     record = run_one(plan, run_id, threads=threads)
@@ -93,12 +99,6 @@ def _one(plan: Plan, run_id: str, threads: int | None) -> int:
     return 1
 
 
-def _print_plan(plan: Plan) -> int:
-    for run in plan:
-        print(f"{status_of(plan, run):8} {run.run_id}  after {len(run.needs)}")
-    return 0
-
-
 def _assignment(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
@@ -107,11 +107,9 @@ def _assignment(text: str) -> tuple[str, Any]:
 
 
 def _from_root(path: str, study: Path) -> str:
-    """A relative path was typed where the user is; in a plan it hangs from the repository root."""
+    """A relative path was typed where the user is; in a plan it is relative to the repository root."""
     if not path or Path(path).expanduser().is_absolute():
         return path
-    from gloria_core.study.paths import repository_root
-
     return os.path.relpath(Path(path).resolve(), repository_root(study.parent))
 
 

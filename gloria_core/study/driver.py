@@ -1,25 +1,33 @@
-"""Runs a whole study: finds what is missing or stale, hands it to Snakemake, ends everything on Ctrl-C."""
+"""Runs a whole study: finds what is missing or stale, hands it to Snakemake, and reports results and costs."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import ctypes
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from datetime import UTC, datetime
 from typing import Any
 
+import psutil
+
+from gloria_core.data.files import atomic_write
 from gloria_core.study.parameters import unknown
-from gloria_core.study.paths import PACKAGE_PARENT
-from gloria_core.study.plan import Plan, Run, StudyError
-from gloria_core.study.report import measured_study, report, summarise
-from gloria_core.study.run import is_done, status_of
+from gloria_core.study.paths import PACKAGE_PARENT, read_json
+from gloria_core.study.plan import Plan, PlannedRun, StudyError
+from gloria_core.study.provenance import package_hash
+from gloria_core.study.run import EXECUTED, is_done, locked, package_path, status_of
+
+PARENT = "GLORIA_STUDY_PROCESS"
+"""Environment variable with the host and process id of a running study; its runs end when that process has ended."""
 
 
 @dataclass(frozen=True)
@@ -38,30 +46,46 @@ class Options:
 
 
 def run_study(plan: Plan, options: Options) -> int:
-    """Does what is missing or stale; returns 0 when every run is done and 1 when not. Prints as it goes.
+    """Do what is missing or stale; return 0 when every run is done and 1 when not. Prints as it goes.
 
     Raises `StudyError` when the study is already being run, or when its data folder is not there.
     """
-    plan.folder.mkdir(parents=True, exist_ok=True)
-    with _only_one(plan) as lock:
-        _forget(plan, options.force)
-        missing = _to_do(plan)
-        _check_data(plan, missing)
+    with locked(plan.folder, f"study {plan.study}") as lock:
+        missing = to_do(plan, options.force)
+        plan.check_data(missing)
         plan.write()
         print(
             f"study {plan.study}: {len(plan)} runs, {len(plan) - len(missing)} done, {len(missing)} to do", flush=True
         )
         if missing:
             for run in missing:  # from here on they are not done, whatever happens
-                for name in ("run.json", run.stamp):
-                    (plan.folder / run.run_id / name).unlink(missing_ok=True)
-            with measured_study() as measured:
+                folder = plan.folder / run.run_id
+                if _forced(run, options.force):
+                    shutil.rmtree(folder, ignore_errors=True)
+                (folder / "run.json").unlink(missing_ok=True)
+                (folder / run.stamp).unlink(missing_ok=True)
+            with _measured() as measured:
                 _snakemake(plan, options, lock)
-            summarise(plan, {run.run_id for run in missing}, measured)
-        return report(plan)
+            _summarise(plan, {run.run_id for run in missing}, measured)
+        return _report(plan)
 
 
-def one_command(plan: Plan, run: Run, *, overrides: Mapping[str, Any], data_root: str) -> list[str]:
+def to_do(plan: Plan, force: str = "") -> list[PlannedRun]:
+    """The runs that are not done or are to be repeated, and all that depend on them."""
+    if force and not any(_forced(run, force) for run in plan):
+        raise StudyError(unknown("run to repeat", force, [run.run_id for run in plan], where=plan.study))
+    chosen: dict[str, PlannedRun] = {}
+    for run in plan:
+        if _forced(run, force) or not is_done(plan, run) or any(need in chosen for need in run.needs):
+            chosen[run.run_id] = run
+    return list(chosen.values())
+
+
+def _forced(run: PlannedRun, force: str) -> bool:
+    return bool(force) and (force in ("all", "1") or run.run_id.startswith(force))
+
+
+def one_command(plan: Plan, run: PlannedRun, *, overrides: Mapping[str, Any], data_root: str) -> list[str]:
     """The command that runs one notebook, on this machine or as a job on another that shares the folder."""
     command = [sys.executable, "-m", "gloria_core.study", "one", str(plan.file), run.run_id]
     for name, value in overrides.items():
@@ -69,39 +93,29 @@ def one_command(plan: Plan, run: Run, *, overrides: Mapping[str, Any], data_root
     return command + (["--data-root", data_root] if data_root else [])
 
 
-def _to_do(plan: Plan) -> list[Run]:
-    """The runs that are not done, and all that depend on them."""
-    chosen: dict[str, Run] = {}
-    for run in plan:
-        if not is_done(plan, run) or any(need in chosen for need in run.needs):
-            chosen[run.run_id] = run
-    return list(chosen.values())
-
-
 def _snakemake(plan: Plan, options: Options, lock: int) -> None:
-    """One Snakemake in a process group of its own, so that an interruption reaches all of it, and once.
+    """Run Snakemake in a process group of its own, so that an interruption reaches all of it, and once.
 
-    It inherits the lock: should this process be killed, the study counts as running until Snakemake has ended, too.
+    It inherits the lock, so the study counts as running until Snakemake has ended, too.
     """
-    config = [
-        f"study={plan.file}",
-        # in hexadecimal: Snakemake reads whatever looks like YAML, nested too, and makes a text of every number in it
-        f"overrides={json.dumps(dict(options.overrides)).encode().hex()}",
-        f"data_root={options.data_root}",
-    ]
+    # a file, because Snakemake reads what it is given on the command line as YAML
+    config = {"study": str(plan.file), "overrides": dict(options.overrides), "data_root": options.data_root}
+    atomic_write(plan.folder / "snakemake.json", json.dumps(config))
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(PACKAGE_PARENT / "notebooks" / "Snakefile")]
-    command += ["--directory", str(plan.folder), "--cores", str(options.cores), "--config", *config]
-    # --nolock: a killed Snakemake leaves its lock behind; ours (`_only_one`) goes with the process
+    command += ["--directory", str(plan.folder), "--cores", str(options.cores)]
+    command += ["--configfile", str(plan.folder / "snakemake.json")]
+    # --nolock: a killed Snakemake leaves its lock behind; ours goes with the process
     command += ["--keep-going", "--nolock", "--rerun-incomplete", "--rerun-triggers", "input"]
-    path = os.pathsep.join([str(PACKAGE_PARENT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {"PYTHONPATH": package_path(), PARENT: f"{os.uname().nodename}:{os.getpid()}"}
     # what Snakemake says of itself goes into a file; the runs speak for themselves on standard output
     with (plan.folder / "snakemake.log").open("w", encoding="utf-8") as log:
         process = subprocess.Popen(
             [*command, *options.snakemake],
-            env=os.environ | {"PYTHONPATH": path},
+            env=os.environ | environment,
             start_new_session=True,
             pass_fds=[lock],
             stderr=log,
+            preexec_fn=_interrupted_with_parent,
         )
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -116,8 +130,31 @@ def _snakemake(plan: Plan, options: Options, lock: int) -> None:
         print((plan.folder / "snakemake.log").read_text(encoding="utf-8")[-4000:], flush=True)
 
 
+def _interrupted_with_parent() -> None:
+    """In the child: take SIGINT as Ctrl-C and, on Linux, get it when the parent has ended, even by SIGKILL."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGINT)  # 1: PR_SET_PDEATHSIG
+
+
+def end_with_study() -> None:
+    """Interrupt this process, a run on the machine of its study, when the process of the study has ended."""
+    host, _, pid = os.environ.get(PARENT, "").rpartition(":")
+    if host != os.uname().nodename:
+        return
+
+    def watch() -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            study = psutil.Process(int(pid))
+            while study.is_running() and study.status() != psutil.STATUS_ZOMBIE:
+                time.sleep(1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _end(process: subprocess.Popen[bytes], patience: float = 15) -> None:
-    """Asks the group to end, as Ctrl-C does, then insists."""
+    """Ask the group to end, as Ctrl-C does, then insist."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
@@ -126,33 +163,74 @@ def _end(process: subprocess.Popen[bytes], patience: float = 15) -> None:
             return
 
 
-def _forget(plan: Plan, force: str) -> None:
-    """Removes the folders of the runs that are to be repeated."""
-    if not force:
-        return
-    chosen = [run for run in plan if force in ("all", "1") or run.run_id.startswith(force)]
-    if not chosen:
-        raise StudyError(unknown("run to repeat", force, [run.run_id for run in plan], where=plan.study))
-    for run in chosen:
-        shutil.rmtree(plan.folder / run.run_id, ignore_errors=True)
-
-
-def _check_data(plan: Plan, missing: list[Run]) -> None:
-    for run in missing:
-        path = run.parameters.get("data_root")
-        if path and not (plan.root / Path(path).expanduser()).is_dir():
-            raise StudyError(
-                f"{run.notebook}: data_root {path!r} is no folder (relative paths hang from {plan.root}); give "
-                "`make study DATA=/path`, GLORIA_DATA, or data_root in the study file"
-            )
-
-
 @contextlib.contextmanager
-def _only_one(plan: Plan) -> Iterator[int]:
-    """Two studies may run at once, one study only once. The system drops this lock when its holders have ended."""
-    with (plan.folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise StudyError(f"study {plan.study} is already being run by another process") from None
-        yield lock.fileno()
+def _measured() -> Iterator[dict[str, Any]]:
+    """Fill `wall_seconds` and `peak_memory_mb`: the resident memory of all our processes together, once a second."""
+    result: dict[str, Any] = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "peak_memory_mb": 0.0}
+    stop, me, clock = threading.Event(), psutil.Process(), time.monotonic()
+
+    def watch() -> None:
+        while not stop.wait(1):
+            total = 0
+            for process in (me, *me.children(recursive=True)):
+                with contextlib.suppress(psutil.Error):
+                    total += process.memory_info().rss
+            result["peak_memory_mb"] = max(result["peak_memory_mb"], round(total / 2**20, 1))
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield result
+    finally:
+        stop.set()
+        result["wall_seconds"] = round(time.monotonic() - clock, 1)
+
+
+def _summarise(plan: Plan, started: set[str], measured: Mapping[str, Any]) -> None:
+    """Write summary.json: time and memory of this invocation and of each run."""
+    runs = []
+    for run in plan:
+        record, status = read_json(plan.folder / run.run_id / "run.json"), status_of(plan, run)
+        costs = {key: record.get(key) for key in ("wall_seconds", "peak_memory_mb", "device")}
+        done_now = run.run_id in started and status != "missing"
+        runs.append({"run_id": run.run_id, "notebook": run.notebook, "status": status, **costs, "done_now": done_now})
+    complete = all(run["status"] == "ok" for run in runs)
+    content = {"study": plan.study, "status": "ok" if complete else "failed", **measured, "runs": runs}
+    atomic_write(plan.folder / "summary.json", json.dumps(content, indent=1) + "\n")
+
+
+def _report(plan: Plan) -> int:
+    """Print what is not done and where everything lies; return the exit code."""
+    here, package = os.path.relpath(plan.folder), package_hash()
+    unfinished, older = [run for run in plan if not is_done(plan, run)], 0
+    for run in plan:
+        record = read_json(plan.folder / run.run_id / "run.json")
+        older += record.get("package", package) != package
+        if run in unfinished and "error" in record:
+            error = record["error"] or {"name": "stale", "value": "made by other code or data"}
+            first = next(iter(str(error["value"]).strip().splitlines()), "")
+            print(f"  {record['status']:8} {run.run_id}: {error['name']}: {first}")
+            print(f"           {here}/{run.run_id}/{EXECUTED}")
+        elif run in unfinished:
+            waits = ", ".join(need for need in run.needs if plan[need] in unfinished)
+            print(f"  not run  {run.run_id}" + (f", waits for {waits}" if waits else ""))
+    if older:
+        print(f"  note: {older} runs were made with other code in gloria_core; `make study FORCE=all` repeats them")
+    for path in sorted(path for run in plan for path in (plan.folder / run.run_id).glob("tables/*")):
+        print(f"  table      {os.path.relpath(path)}")
+    figures = sum(1 for run in plan for _ in (plan.folder / run.run_id).glob("figures/*.png"))
+    print(f"  figures    {here}/*/figures/ ({figures} pictures)\n  notebooks  {here}/*/{EXECUTED}")
+    last = read_json(plan.folder / "summary.json")
+    if last:
+        runs = sum(run["done_now"] for run in last["runs"])
+        print(
+            f"  took       {duration(last['wall_seconds'])} and {last['peak_memory_mb'] / 1024:.1f} GiB for {runs} runs"
+        )
+    left = f"{len(unfinished)} of {len(plan)} runs are not done" if unfinished else "complete"
+    print(f"study {plan.study}: {left}")
+    return 1 if unfinished else 0
+
+
+def duration(seconds: float) -> str:
+    """`95 s` or `12 min 5 s`."""
+    whole = round(seconds)
+    return f"{whole} s" if whole < 120 else f"{whole // 60} min {whole % 60} s"

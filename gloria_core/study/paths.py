@@ -1,10 +1,10 @@
-"""Where things lie. Every path of a study hangs from the repository root, the folder that holds `notebooks/`."""
+"""Where things lie. Every path of a study is relative to the repository root, the folder that holds `notebooks/`."""
 
 from __future__ import annotations
 
-import os
-import tempfile
+import json
 from pathlib import Path
+from typing import Any
 
 STUDIES = Path("notebooks/studies")
 RUNS = Path("results/runs")
@@ -14,9 +14,8 @@ PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 def repository_root(start: Path | None = None) -> Path:
     """The nearest folder at or above `start` (default: the working directory) that holds `notebooks/`.
 
-    A kernel works inside `notebooks/`, `make` in the root, a test in a temporary folder: all find their own root.
-    When nothing is found there, the folder of the installed package is asked.
-    Raises `FileNotFoundError` when neither has one.
+    A kernel works inside `notebooks/`, `make` in the root, a test in a temporary folder: each finds its own root. The
+    last candidate is the folder of the installed package. Raises `FileNotFoundError` where there is none.
     """
     start = (start or Path.cwd()).resolve()
     for folder in (start, *start.parents, PACKAGE_PARENT):
@@ -25,19 +24,9 @@ def repository_root(start: Path | None = None) -> Path:
     raise FileNotFoundError(f"no folder with notebooks/ at or above {start}: start from inside the repository")
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Writes a file that is seen whole or not at all, even when the power goes in the middle."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = content.encode("utf-8") if isinstance(content, str) else content
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    temporary = Path(name)
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a JSON file; {} where there is no readable one."""
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)  # mkstemp makes it private; results are read by others
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}

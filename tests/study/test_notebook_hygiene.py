@@ -46,8 +46,8 @@ def faults(notebook: dict) -> list[str]:
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook(path):
     assert faults(json.loads(path.read_text(encoding="utf-8"))) == []
-    known = parameters.read(path)
-    assert known["out"].default == "", '`out: str = ""` lets the runner say where results go'
+    known = parameters.read(path).defaults
+    assert known["out"] == "", '`out: str = ""` lets the runner say where results go'
 
 
 def test_the_check_can_fail(write_notebook, tmp_path):

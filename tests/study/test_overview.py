@@ -7,9 +7,8 @@ from gloria_core.study.results import HEADLINES, TableError, headlines, overview
 
 
 def row(which=0, **changes):
-    notebook, task, metric, target = HEADLINES[which]
-    base = {"notebook": notebook, "task": task, "metric": metric, "target": target, "dataset": "phantom"}
-    base |= {"split": "test", "objective": "gloria", "label_fraction": float("nan"), "seed": 0}
+    base = HEADLINES.iloc[which].to_dict() | {"dataset": "phantom"}
+    base |= {"objective": "gloria", "label_fraction": float("nan"), "seed": 0}
     return base | {"value": 0.8, "ci_low": 0.7, "ci_high": 0.9, "n": 50} | changes
 
 

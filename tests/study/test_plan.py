@@ -71,10 +71,10 @@ def test_overrides_and_data_root(make_study, tmp_path):
     file = make_study()
     plan = load_study(file, overrides={"epochs": 1})
     assert {run.parameters.get("epochs") for run in plan} == {1, None}
-    with pytest.raises(ParameterError, match=r"override parameter 'epoch'.*nearest: 'epochs'"):
+    with pytest.raises(ParameterError, match=r"override parameter 'epoch'.*mean 'epochs'"):
         load_study(file, overrides={"epoch": 1})
-    assert load_study(file, data_root="/radiographs").runs[0].parameters["data_root"] == ""  # the phantom is drawn
-    with pytest.raises(StudyError, match="draws its images itself"):
+    assert load_study(file, data_root="/radiographs").runs[0].parameters["data_root"] == ""  # the phantom is simulated
+    with pytest.raises(StudyError, match="simulates its images"):
         load_study(file, overrides={"data_root": "/radiographs"})
     file.write_text(file.read_text().replace("dataset: phantom", "dataset: nih"))
     filled = load_study(file, data_root=str(tmp_path))
@@ -90,30 +90,34 @@ def test_overrides_and_data_root(make_study, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("study: tiny\nstage: []\n", "unknown key 'stage' for tiny.yaml; nearest: 'stages'"),
-        ("study: tiny\nstages: []\n", "must be a list"),
+        ("study: tiny\nstage: []\n", "unknown key 'stage' for the study. Did you mean 'stages'"),
+        ("study: tiny\nstages: []\n", "`stages`: List should have at least 1"),
+        ("study: tiny\nstages: {a: b}\n", "`stages`: Input should be a valid list"),
         ("study: other\nstages: [{notebook: 01_data_preparation}]\n", "must be the file's name, 'tiny'"),
-        ("study: tiny\nstudy: tiny\n", "line 2: key 'study' is there twice"),
-        ("study: [tiny\n", "tiny.yaml, line"),
-        ("- a\n", "key: value"),
-        (HEAD + "  - {notebook: 02_pretrainin}\n", "unknown notebook '02_pretrainin'.*nearest: '02_pretraining'"),
+        ("study: tiny\nstudy: tiny\n", "line 2: found duplicate key .study."),
+        ("study: [tiny\n", "tiny.yaml: line 2"),
+        ("- a\n", "Input should be a valid dictionary"),
+        (HEAD + "  - {notebook: 02_pretrainin}\n", "unknown notebook '02_pretrainin'.*mean '02_pretraining'"),
         (
             HEAD + "  - {notebook: 02_pretraining, params: {}}\n",
-            "unknown key 'params' for stage 2; nearest: 'parameters'",
+            "unknown key 'params' for stage 2.*It has: .*parameters",
         ),
-        (HEAD + "  - {parameters: {}}\n", "stage 2 has no `notebook:`"),
+        (HEAD + "  - {parameters: {}}\n", "stage 2, `notebook`: Field required"),
         (
             HEAD + "  - {notebook: 02_pretraining, parameters: {epoch: 3}}\n",
-            "unknown parameter 'epoch'.*nearest: 'epochs'",
+            "unknown parameter 'epoch'.*mean 'epochs'",
         ),
-        (HEAD + "  - {notebook: 02_pretraining, parameters: {epochs: yes}}\n", "is int, but True is bool"),
-        (HEAD + "  - {notebook: 02_pretraining, parameters: {out: here}}\n", "filled by the runner"),
-        (HEAD + "  - {notebook: 02_pretraining, grid: {seed: 3}}\n", "must be a list of different values"),
+        (HEAD + "  - {notebook: 02_pretraining, parameters: {epochs: true}}\n", "is int, not True"),
+        (HEAD + "  - {notebook: 02_pretraining, parameters: {out: here}}\n", "filled in by the runner"),
+        (HEAD + "  - {notebook: 02_pretraining, grid: {seed: 3}}\n", "stage 2, `seed`: Input should be a valid list"),
         (HEAD + "  - {notebook: 02_pretraining, grid: {seed: [3, 3]}}\n", "must be a list of different values"),
-        (HEAD + "  - {notebook: 02_pretraining, grid: {seed: [1]}, parameters: {seed: 1}}\n", "one of them"),
-        (HEAD + "  - {notebook: 02_pretraining, threads: 0}\n", "whole number"),
-        (HEAD + "  - {notebook: 01_data_preparation}\n", "twice with the same parameters"),
-        (HEAD.replace("dataset", "datset"), "common parameter 'datset'.*nearest: 'dataset'"),
+        (HEAD + "  - {notebook: 02_pretraining, grid: {seed: [1]}, parameters: {seed: 1}}\n", "in one of them"),
+        (
+            HEAD + "  - {notebook: 02_pretraining, threads: 0}\n",
+            "stage 2, `threads`: Input should be greater than 0, not 0",
+        ),
+        (HEAD + "  - {notebook: 01_data_preparation}\n", "two runs of 01_data_preparation have the same parameters"),
+        (HEAD.replace("dataset", "datset"), "common parameter 'datset'.*mean 'dataset'"),
         (HEAD + "  - {notebook: 07_zero_shot}\n", "reads a checkpoint, but no stage runs 02_pretraining"),
         (
             HEAD + "  - {notebook: 02_pretraining}\n  - {notebook: 07_zero_shot, grid: {objective: [convirt]}}\n",
@@ -121,7 +125,7 @@ def test_overrides_and_data_root(make_study, tmp_path):
         ),
         (
             HEAD + "  - {notebook: 02_pretraining}\n  - {notebook: 07_zero_shot, grid: {seed: [0, 1]}}\n",
-            "seed 1 and objective 'gloria', but 02_pretraining is run for seed 0",
+            "seed 1, but 02_pretraining is run for seed 0",
         ),
         (
             HEAD + "  - {notebook: 02_pretraining, grid: {epochs: [1, 2]}}\n  - {notebook: 07_zero_shot}\n",
@@ -139,7 +143,7 @@ def test_study_by_name(make_study):
     file = make_study()
     root = file.parents[2]
     assert study_file("tiny", root) == file
-    with pytest.raises(StudyError, match=r"unknown study 'tyni'.*nearest: 'tiny'"):
+    with pytest.raises(StudyError, match=r"unknown study 'tyni'.*mean 'tiny'"):
         study_file("tyni", root)
 
 
@@ -176,6 +180,16 @@ def test_several_datasets_in_one_study(make_study, tmp_path):
     file.write_text(file.read_text().replace("{dataset: lungs}", "{seed: 0}"))
     with pytest.raises(StudyError, match="could read the manifest of 2 runs"):
         load_study(file)
+
+
+@pytest.mark.parametrize(("data_root", "message"), [("", "no folder is given"), ("/not/there", "'/not/there' is no f")])
+def test_a_missing_data_folder_is_named_with_its_remedy(make_study, data_root, message):
+    file = make_study(HEAD.replace("phantom", "nih"))
+    plan = load_study(file, data_root=data_root)
+    with pytest.raises(StudyError, match=f"radiographs of nih, but {message}.*make study STUDY=tiny DATA="):
+        plan.check_data(plan.runs)
+    plan = load_study(file, data_root=str(file.parent))
+    plan.check_data(plan.runs)
 
 
 SHIPPED = sorted((Path(__file__).parents[2] / "notebooks" / "studies").glob("*.yaml"))

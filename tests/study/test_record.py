@@ -10,7 +10,6 @@ import pandas as pd
 import pytest
 
 from gloria_core.study import record
-from gloria_core.study.paths import write_atomically
 from gloria_core.study.record import COLUMNS, RecordError, start_run
 
 PARAMETERS = {"objective": "gloria", "dataset": "phantom", "seed": 3, "epochs": 2}
@@ -51,19 +50,20 @@ def test_metrics_csv(run):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"task": "zeroshot"}, "unknown task 'zeroshot'"),
-        ({"split": "dev"}, "unknown split"),
-        ({"metric": "AUROC"}, "small letters"),
-        ({"target": " "}, "one line of text"),
-        ({"value": None}, "value is None"),
+        ({"task": "zeroshot"}, "zeroshot/macro/auroc: Input should be 'data'.*(task)"),
+        ({"split": "dev"}, "Input should be 'train', 'valid'.*(split)"),
+        ({"metric": "AUROC"}, "pattern.*(metric)"),
+        ({"target": " "}, "pattern.*(target)"),
+        ({"target": "two\nlines"}, "pattern.*(target)"),
+        ({"value": None}, "Field required.*(value)"),
         ({"value": float("inf")}, "finite"),
-        ({"value": "0.5"}, "finite"),
-        ({"value": True}, "finite"),
-        ({"value": float("nan")}, "n must say"),
-        ({"n": 2.5}, "whole number"),
+        ({"value": "0.5"}, "valid number.*(value)"),
+        ({"value": True}, "valid number.*(value)"),
+        ({"value": float("nan")}, "number of cases n"),
+        ({"n": 2.5}, "valid integer.*(n)"),
         ({"ci_low": 0.1}, "both"),
         ({"ci_low": 0.9, "ci_high": 0.1}, "upside down"),
-        ({"label_fraction": 10}, "lies in"),
+        ({"label_fraction": 10}, "less than or equal to 1.*(label_fraction)"),
     ],
 )
 def test_refuses_what_means_nothing(run, changed, message):
@@ -86,13 +86,12 @@ def test_a_number_is_recorded_once(run, monkeypatch, tmp_path):
     assert playing.folder == tmp_path / "results" / "runs" / "interactive" / "04_finetune_classification"
     playing.metric(**number, value=0.5)
     playing.metric(**number, value=0.7)  # the cell was run again
-    assert [row["value"] for row in playing.rows] == [0.7]
+    assert [row.value for row in playing.rows] == [0.7]
 
 
 def test_a_whole_table(run):
     rows = pd.DataFrame(
         {
-            "task": "classification",
             "target": ["macro", "Edema"],
             "metric": "auroc",
             "value": [0.5, float("nan")],
@@ -100,14 +99,18 @@ def test_a_whole_table(run):
             "objective": ["imagenet", None],
             "ci_low": [0.1, None],
             "ci_high": [0.9, None],
+            "why_undefined": ["", "only negative studies"],
         }
     )
-    assert run.metrics(rows) is rows
+    recorded = run.metrics(rows, task="classification", dataset=pd.Series(["nih", "rsna"]), label_fraction=0.01)
+    assert set(recorded) == set(rows) - {"why_undefined"} | {"task", "dataset", "label_fraction"}
     first, second = read(run.finish())
-    assert (first["objective"], first["ci_low"], first["n"]) == ("imagenet", "0.1", "8")
-    assert (second["objective"], second["ci_low"], second["value"]) == ("gloria", "", "nan")
-    with pytest.raises(RecordError, match="no column 'score'"):
-        run.metrics(pd.DataFrame({"score": [1]}))
+    assert (first["objective"], first["ci_low"], first["n"], first["dataset"]) == ("imagenet", "0.1", "8", "nih")
+    assert (second["objective"], second["ci_low"], second["value"], second["dataset"]) == ("gloria", "", "nan", "rsna")
+    assert {row["task"] for row in (first, second)} == {"classification"} and first["label_fraction"] == "0.01"
+    run.metrics(rows.assign(task="zero_shot"))  # the table names its task itself
+    with pytest.raises(RecordError, match=r"Field required \(value\)"):
+        run.metrics(pd.DataFrame({"target": ["macro"], "metric": "auroc", "score": 1.0}), task="zero_shot")
 
 
 def test_figures_and_tables(run):
@@ -132,17 +135,3 @@ def test_figures_and_tables(run):
 def test_parameters_must_be_single_values(tmp_path):
     with pytest.raises(RecordError, match="'seed'"):
         start_run(tmp_path, notebook="04", parameters={"seed": [0, 1]})
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "run.json"
-    write_atomically(path, "old")
-
-    def full(*_):
-        raise OSError("no space left")
-
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="no space"):
-        write_atomically(path, "new")
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]

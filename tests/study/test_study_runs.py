@@ -67,7 +67,7 @@ def test_a_misspelt_parameter_fails_fast(make_study):
     code, _, err = study(file)
     assert time.monotonic() - clock < 5
     assert code == 2
-    assert "tiny.yaml: unknown parameter 'epoch' for 02_pretraining; nearest: 'epochs'" in err
+    assert "tiny.yaml: unknown parameter 'epoch' for 02_pretraining. Did you mean 'epochs'?" in err
     assert not (file.parents[2] / "results").exists()
 
 
@@ -153,11 +153,20 @@ def test_killed_and_interrupted(make_study, write_notebook):
     process = int(wait_for(folder / "half"))
     code, _, err = study(file)  # a second one is told to wait
     assert code == 2
-    assert "already being run" in err
+    assert f"study tiny is already being run by another process: {whole.pid} on " in err and "since 20" in err
+    assert f"kill -INT {whole.pid}" in err
     whole.send_signal(signal.SIGINT)
     _, err = whole.communicate(timeout=60)
     assert whole.returncode == 130
     assert "goes on from here" in err
+    wait_for_end(process)
+    assert not (folder / "run.json").exists()
+
+    (folder / "half").unlink()
+    whole = start(file)
+    process = int(wait_for(folder / "half"))
+    whole.kill()  # not even then does anything go on
+    whole.communicate()
     wait_for_end(process)
     assert not (folder / "run.json").exists()
 

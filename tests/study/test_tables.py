@@ -9,7 +9,7 @@ import pytest
 
 from gloria_core.study.plan import load_study
 from gloria_core.study.record import COLUMNS, start_run
-from gloria_core.study.results import TableError, collect, paper_table, published, summary, to_markdown, wide
+from gloria_core.study.results import TableError, collect, paper_table, published, summary, wide
 
 
 @pytest.fixture
@@ -109,14 +109,5 @@ def test_paper_table_keeps_the_marks():
     assert len(published_rows) == (theirs["source_table"] == "GLoRIA ICCV 2021 linear probe").sum() > 0
     assert set(published_rows["mark"]) <= {"read", "recalled"}
     assert published_rows["source"].str.contains("quoted by").all()
-    with pytest.raises(TableError, match="nearest: 'GLoRIA ICCV 2021 linear probe'"):
+    with pytest.raises(TableError, match="mean 'GLoRIA ICCV 2021 linear probe'"):
         paper_table(rows, theirs, "GLoRIA linear probe")
-
-
-def test_markdown():
-    table = pd.DataFrame(
-        {"value": [0.12345, float("nan")], "note": ["a|b", "two\nlines"]}, index=pd.Index(["x", "y"], name="finding")
-    )
-    assert to_markdown(table) == (
-        "| finding | value | note |\n| --- | --- | --- |\n| x | 0.123 | a\\|b |\n| y |  | two lines |\n"
-    )
