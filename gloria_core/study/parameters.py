@@ -33,7 +33,8 @@ class ParameterError(ValueError):
 def unknown(what: str, key: Any, known: Iterable[str], *, where: str) -> str:
     """The message for a name that does not exist: what was meant, perhaps, and what there is."""
     known = list(known)
-    return f"unknown {what} {key!r} for {where}.{did_you_mean(key, known, cutoff=0.5)} It has: {', '.join(known) or 'none'}"
+    hint = did_you_mean(key, known, cutoff=0.5)
+    return f"unknown {what} {key!r} for {where}.{hint} It has: {', '.join(known) or 'none'}"
 
 
 @dataclass(frozen=True)
