@@ -1,27 +1,26 @@
 """The usage snippets of GLoRIA's README, and what its functions give, with `import gloria_core as gloria`."""
 
-import importlib.util
 import inspect
 import json
 import math
-import os
 import random
 import subprocess
 import sys
 from pathlib import Path
 
+import lightning_file
 import numpy as np
 import pandas as pd
 import pytest
+import seeded
 import torch
+from parity_kit import golden_params, read_json
 from PIL import Image
 
 import gloria_core as gloria
 from gloria_core.data.reports import ReportError
 from gloria_core.data.tokenizer import TokenizerError
 
-FOLDER = Path(os.environ.get("PARITY_DIR", Path(__file__).parents[2] / "shared" / "parity"))
-GOLDEN = sorted((FOLDER / "gloria").glob("golden_seed*.json"))
 LETTERS = [chr(code) for code in range(ord("a"), ord("z") + 1)]
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *(f"##{letter}" for letter in LETTERS)]
 
@@ -49,16 +48,6 @@ processed_imgs = gloria_model.process_img(df['Path'].tolist(), device)
 similarities = gloria.zero_shot_classification(
     gloria_model, processed_imgs, processed_txt)
 """
-
-
-def module_at(path: Path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-lightning_file = module_at(Path(__file__).parent / "checkpoints" / "lightning_file.py")
 
 
 @pytest.fixture(scope="module")
@@ -380,11 +369,9 @@ def test_tokenizer_is_asked_for_when_needed(home, tmp_path):
 # ------------------------------------------------------------------------------------------- the released numbers
 
 
-@pytest.mark.skipif(not GOLDEN, reason=f"no gloria/golden_seed*.json below PARITY_DIR ({FOLDER})")
-@pytest.mark.parametrize("path", GOLDEN, ids=[f"parity-{path.stem}" for path in GOLDEN])
+@pytest.mark.parametrize("path", golden_params("gloria"))
 def test_zero_shot_from_text_gives_the_released_numbers(path, tmp_path):
-    golden, seeded = json.loads(path.read_text()), module_at(FOLDER / "seeded.py")
-    layout = json.loads((FOLDER / "gloria" / "layout.json").read_text())
+    golden, layout = json.loads(path.read_text()), read_json("gloria", "layout")
     state = seeded.state_dict("gloria", golden["seed"])
     file = lightning_file.write(tmp_path / "chexpert_resnet50.ckpt", state, layout["config"]["value"])
     (tmp_path / "vocab.txt").write_text("\n".join(seeded.vocabulary()) + "\n")

@@ -1,7 +1,8 @@
-"""What published files without a text encoder hold: a classifier or a U-Net on a pretrained image encoder."""
+"""Models of published files without a text encoder: a classifier or a U-Net on a pretrained image encoder."""
 
 from __future__ import annotations
 
+import segmentation_models_pytorch as smp
 import torch
 from torch import Tensor, nn
 
@@ -9,19 +10,21 @@ from gloria_core.models.image_encoder import ImageEncoder
 
 
 class ImageClassifier(nn.Module):
-    """Image encoder and linear head on its pooled feature, before any projection (GLoRIA's classifier, CXR-CLIP's).
+    """Image encoder and a new linear head of K = `classes` logits on its pooled feature (GLoRIA's, CXR-CLIP's).
 
     `frozen`: the encoder gets no gradient and stays in evaluation mode. `batch_statistics=True` lets its BatchNorm
     follow the mode of the whole all the same, and so move its statistics while "frozen": the released code of GLoRIA.
 
-    Shape: pixels (B, C, H, W) -> logits (B, K)
+    Shape: pixels (B, C, H, W) -> logits (B, K). Raises ValueError for less than one class.
     """
 
     def __init__(
-        self, img_encoder: ImageEncoder, classifier: nn.Linear, *, frozen: bool = True, batch_statistics: bool = False
+        self, encoder: ImageEncoder, classes: int, *, frozen: bool = True, batch_statistics: bool = False
     ) -> None:
         super().__init__()
-        self.img_encoder, self.classifier = img_encoder, classifier
+        if classes < 1:
+            raise ValueError(f"a classifier needs at least one class, got {classes}")
+        self.img_encoder, self.classifier = encoder, nn.Linear(encoder.pooled_dim, classes)
         self.frozen, self.batch_statistics = frozen, batch_statistics
         self.img_encoder.requires_grad_(not frozen)
 
@@ -38,23 +41,9 @@ class ImageClassifier(nn.Module):
         return self.classifier(pooled)
 
 
-def image_classifier(
-    encoder: ImageEncoder, classes: int, *, frozen: bool = True, batch_statistics: bool = False
-) -> ImageClassifier:
-    """A classifier of K = `classes` logits with a new head. Raises ValueError for less than one class."""
-    if classes < 1:
-        raise ValueError(f"a classifier needs at least one class, got {classes}")
-    head = nn.Linear(encoder.pooled_dim, classes)
-    return ImageClassifier(encoder, head, frozen=frozen, batch_statistics=batch_statistics)
-
-
 def unet(encoder: str, *, in_channels: int = 3, classes: int = 1) -> nn.Module:
     """segmentation-models-pytorch's U-Net with its default decoder, logits, and random values everywhere.
 
-    Shape: (B, C, H, W), H and W divisible by 32 -> (B, K, H, W). Raises ImportError where the library is missing.
+    Shape: (B, C, H, W), H and W divisible by 32 -> (B, K, H, W)
     """
-    try:
-        import segmentation_models_pytorch as smp
-    except ImportError as error:
-        raise ImportError("the U-Net needs segmentation-models-pytorch: pip install it") from error
     return smp.Unet(encoder, encoder_weights=None, activation=None, in_channels=in_channels, classes=classes)

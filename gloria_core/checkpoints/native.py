@@ -15,10 +15,10 @@ from transformers import BertConfig
 
 import gloria_core
 from gloria_core.checkpoints.model import ConfigError, ModelConfig, VisionLanguageModel, assemble
-from gloria_core.models.weights import WeightsError, fill
+from gloria_core.models.weights import WeightsError, check_is_binary, fill, first_line
 
 FORMAT = "gloria_core checkpoint"
-VERSION = 1
+VERSION = 2  # 2: the Swin's tensors have timm's names
 
 
 class CheckpointError(ValueError):
@@ -100,11 +100,17 @@ def read(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path} does not exist")
     try:
+        check_is_binary(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except WeightsError as error:
+        raise CheckpointError(str(error)) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"checkpoint {path} cannot be read, it is truncated or no checkpoint: {error}") from error
+        raise CheckpointError(
+            f"checkpoint {path} cannot be read, it is truncated or no checkpoint of gloria_core: "
+            f"{first_line(error)}. Published weights are read by load_pretrained"
+        ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise CheckpointError(f"{path} was not written by gloria_core; published weights: checkpoints.published")
+        raise CheckpointError(f"{path} was not written by gloria_core: read published weights with load_pretrained")
     if content["version"] > VERSION:
         raise CheckpointError(
             f"{path} has format version {content['version']}, this package reads {VERSION}: update it"

@@ -1,7 +1,7 @@
 """Whole pretrained models in the formats that the papers' repositories published: `load_pretrained(path)`.
 
 What a file is, is told by the names of its tensors; every format has a file of its own in `layouts`. Nothing inside a
-file is executed (`foreign.read_state`).
+file is executed (`untrusted.read_state`).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import importlib
 import pkgutil
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,13 +23,37 @@ from gloria_core.checkpoints import layouts, native
 from gloria_core.checkpoints.image_models import ImageClassifier
 from gloria_core.checkpoints.model import VisionLanguageModel
 from gloria_core.checkpoints.native import CheckpointError
-from gloria_core.checkpoints.untrusted import CONTAINER, LoadReport, fill_reported, lookup, read_state
+from gloria_core.checkpoints.untrusted import CONTAINER, lookup, read_state
 from gloria_core.models.image_encoder import ImageEncoder
-
-__all__ = ["LoadReport", "PublishedModel", "load_pretrained", "read_state"]
+from gloria_core.models.key_maps import Named
+from gloria_core.models.weights import compare
 
 PublishedModel = VisionLanguageModel | ImageEncoder | ImageClassifier | nn.Module
 """What a file may hold; the last is a U-Net of segmentation-models-pytorch."""
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of each tensor of a file: names in the file's spelling, except `missing`, which is the model's."""
+
+    matched: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    mismatched: tuple[str, ...] = ()
+
+    @property
+    def complete(self) -> bool:
+        """Whether every tensor of the model came from the file, and nothing was left over unexplained."""
+        return not (self.missing or self.unexpected or self.mismatched)
+
+    def __str__(self) -> str:
+        parts = [f"{len(self.matched)} matched", f"{len(self.ignored)} ignored (no place in the model)"]
+        for name in ("missing", "unexpected", "mismatched"):
+            values = getattr(self, name)
+            shown = f": {', '.join(values[:4])}{', ...' if len(values) > 4 else ''}" if values else ""
+            parts.append(f"{len(values)} {name}{shown}")
+        return "; ".join(parts)
 
 
 def load_pretrained(
@@ -62,13 +87,32 @@ def load_pretrained(
             model = translation.build(tokenizer)
     except KeyError as error:
         raise CheckpointError(f"{path} looks like {layout.NAME}, but has no tensor {error}") from error
-    except ValueError as error:  # ConfigError, or an encoder that refuses what the file asks for
+    except ValueError as error:  # an architecture that is not supported
         raise CheckpointError(f"{path}: {error}") from error
-    report = fill_reported(model, translation.tensors, translation.ignored, path=path, allow_partial=allow_partial)
+    report = _fill(model, translation.tensors, translation.ignored, path=path, allow_partial=allow_partial)
     if not report.complete:
         warnings.warn(f"{path} was loaded in part: {report}", stacklevel=2)
-    model.load_report, model.origin, model.behavior = report, layout.NAME, "published"
+    model.load_report, model.origin, model.behavior = report, translation.origin, "published"
     return model.eval()
+
+
+def _fill(model: nn.Module, named: Named, ignored: list[str], *, path: Path, allow_partial: bool) -> LoadReport:
+    """Load the tensors. Raises CheckpointError where they do not fit the model exactly, unless `allow_partial`."""
+    tensors = {ours: value.float() if value.is_floating_point() else value for ours, (_, value) in named.items()}
+    missing, unexpected, mismatched = compare(model, tensors)
+    unfit = {*unexpected, *(name.partition(" ")[0] for name in mismatched)}
+    fitting = {name: value for name, value in tensors.items() if name not in unfit}
+    report = LoadReport(
+        matched=tuple(theirs for name in fitting for theirs in named[name][0].split(", ")),
+        ignored=tuple(ignored),
+        missing=tuple(missing),
+        unexpected=tuple(named[name][0] for name in unexpected),
+        mismatched=tuple(mismatched),
+    )
+    if not report.complete and not allow_partial:
+        raise CheckpointError(f"{path} does not fit the model: {report}. allow_partial=True loads what fits")
+    model.load_state_dict(fitting, strict=False)
+    return report
 
 
 def _own(path: Path, tokenizer: PreTrainedTokenizerBase | None, tensors: Mapping[str, Tensor]) -> VisionLanguageModel:
@@ -85,20 +129,15 @@ def _own(path: Path, tokenizer: PreTrainedTokenizerBase | None, tensors: Mapping
 def _layout(path: Path, tensors: Mapping[str, Tensor], stored: Mapping[str, Any]) -> ModuleType:
     """The one layout that recognises the file. Raises CheckpointError for none or several."""
     shapes = {name: tuple(value.shape) for name, value in tensors.items()}
-    known = _layouts()
-    found = [layout for layout in known if layout.recognise(shapes, stored)]
-    if len(found) != 1:
-        names = ", ".join(layout.NAME for layout in found or known)
+    modules = [
+        importlib.import_module(f"{layouts.__name__}.{info.name}") for info in pkgutil.iter_modules(layouts.__path__)
+    ]
+    known = [module for module in modules if hasattr(module, "recognise")]
+    fitting = [layout for layout in known if layout.recognise(shapes, stored)]
+    if len(fitting) != 1:
+        names = ", ".join(layout.NAME for layout in fitting or known)
         raise CheckpointError(
-            f"{path}: {'more than one layout fits: ' if found else 'no known layout fits; known: '}{names}. "
+            f"{path}: {'more than one layout fits: ' if fitting else 'no known layout fits; known: '}{names}. "
             f"Its first tensors: {', '.join(list(tensors)[:5])}"
         )
-    return found[0]
-
-
-def _layouts() -> list[ModuleType]:
-    """Every module of `layouts` that is one."""
-    modules = (
-        importlib.import_module(f"{layouts.__name__}.{found.name}") for found in pkgutil.iter_modules(layouts.__path__)
-    )
-    return [module for module in modules if hasattr(module, "recognise")]
+    return fitting[0]

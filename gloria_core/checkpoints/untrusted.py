@@ -1,15 +1,10 @@
 """Read other people's checkpoint files without their libraries and without running what is inside.
 
 A Lightning file holds more than tensors: a configuration pickled as omegaconf objects, callbacks pickled by class.
-PyTorch's restricted unpickler refuses these names. Here each of them is listed beforehand, which executes nothing,
-and replaced by an empty class of ours (`stand_ins`); a name that is neither known data nor from one of these libraries
-is refused, and so is a file that would unpack to far more than it is.
-
-Harmless stand-ins for what other people's checkpoints pickle beside tensors, and their values as plain Python.
-
-A pickled name is one of three things here: data of Python or PyTorch, which is let through; a class of a library that
-checkpoints are known to mention, which becomes an empty class of ours; or anything else, which is refused. Nothing is
-imported on behalf of a file.
+PyTorch's restricted unpickler refuses these names. Here all names of a file are listed first, by reading its
+instructions without following them. A name is one of three things: data of Python or PyTorch, which is let through; a
+class of a library that checkpoints are known to mention, which becomes an empty class of ours; or anything else, which
+is refused. Nothing is imported on behalf of a file. A file that would unpack to far more than it is is refused, too.
 """
 
 from __future__ import annotations
@@ -21,45 +16,37 @@ import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gloria_core.checkpoints.native import CheckpointError
-from gloria_core.models.weights import WeightsError, compare, read_tensors
-
-
-def _new_dict(*_: object) -> OrderedDict:
-    return OrderedDict()
-
-
-def _new_list(*_: object) -> list:
-    return []
-
+from gloria_core.models.weights import WeightsError, check_is_binary, plain_names, read_safetensors
 
 KNOWN: dict[str, Callable] = {
     f"builtins.{kind.__name__}": kind for kind in (dict, list, tuple, set, frozenset, int, float, str, bool, complex)
-} | {"collections.defaultdict": _new_dict, "collections.deque": _new_list}
+} | {"collections.defaultdict": lambda *_: OrderedDict(), "collections.deque": lambda *_: []}
 """Containers and numbers of Python, as themselves or as what PyTorch's unpickler can fill: building runs no code."""
-OWN_BY_TORCH = ("torch.", "collections.OrderedDict", "collections.Counter", "_codecs.encode", "builtins.bytearray")
+DECIDED_BY_TORCH = ("torch.", "collections.OrderedDict", "collections.Counter", "_codecs.encode", "builtins.bytearray")
 """Left to PyTorch's own list of what tensors need; it refuses every other name that begins like this."""
-STUBBED_LIBRARIES = (
-    "omegaconf",
-    "antlr4",  # omegaconf's
-    "pytorch_lightning",
-    "lightning",
-    "lightning_fabric",
-    "lightning_utilities",
-    "torchmetrics",
-    "typing",
-    "enum",
-    "pathlib",
-    "datetime",
+STUBBED_LIBRARIES = frozenset(
+    [
+        "omegaconf",
+        "antlr4",
+        "pytorch_lightning",
+        "lightning",
+        "lightning_fabric",
+        "lightning_utilities",
+        "torchmetrics",
+        "typing",
+        "enum",
+        "pathlib",
+        "datetime",
+    ]
 )
 STUBBED_NAMES = re.compile(
     r"numpy(\._?core(\.multiarray|\.numeric|\._internal)?|\.dtypes|\.random\.(_pickle|_pcg64|_mt19937|bit_generator))?"
@@ -72,134 +59,14 @@ DICTIONARIES = re.compile(
     r"(pytorch_lightning|lightning|lightning_fabric)\..*\.AttributeDict|easydict\.EasyDict|addict\.(addict\.)?Dict"
     r"|yacs\.config\.CfgNode|ml_collections\..*\.ConfigDict|box\.box\.Box"
 )
-"""Subclasses of dict: they keep what is set in them."""
-
-
-class Stub:
-    """Stands for an object of a library that is not needed; keeps what it was given and does nothing."""
-
-    name = ""
-
-    def __new__(cls, *arguments: object) -> Stub:
-        self = super().__new__(cls)
-        self.__dict__["arguments"] = arguments
-        return self
-
-    def __init__(self, *arguments: object) -> None:
-        """Takes and forgets what `__new__` has kept."""
-
-    def __setstate__(self, state: object) -> None:
-        self.__dict__["state"] = state
-
-
-class UnknownNameError(ValueError):
-    """A pickled name that is neither data nor from a known library; the message is the name."""
-
-
-def stand_in(name: str) -> Callable | None:
-    """What the pickled name "module.attribute" becomes; None where PyTorch decides. Raises UnknownNameError."""
-    if name in KNOWN:
-        return KNOWN[name]
-    if DICTIONARIES.fullmatch(name):
-        return OrderedDict
-    if name.partition(".")[0] in STUBBED_LIBRARIES or STUBBED_NAMES.fullmatch(name):
-        return type(name.rpartition(".")[2], (Stub,), {"name": name})
-    if name.startswith(OWN_BY_TORCH):
-        return None
-    raise UnknownNameError(name)
-
-
-def plain(value: object) -> Any:
-    """Stubs and containers -> dicts, lists and scalars.
-
-    omegaconf's nodes give their content, NumPy's scalars and arrays their numbers, paths and types of PyTorch their
-    names, `argparse.Namespace` a dict; other objects and tensors become None.
-    Raises ValueError for a container that holds itself.
-    """
-    return _plain(value, {})
-
-
-_OPEN = object()
-
-
-def _plain(value: object, done: dict[int, Any]) -> Any:
-    """`done` keeps what was seen, so that a small file cannot unfold into an endless value."""
-    if value is None or isinstance(value, str | bool | int | float):
-        return value
-    if isinstance(value, torch.dtype | torch.device):
-        return str(value)
-    if not isinstance(value, Stub | Mapping | list | tuple | set | frozenset):
-        return None
-    if done.get(id(value)) is _OPEN:
-        raise ValueError("its configuration holds itself")
-    if id(value) not in done:
-        done[id(value)] = _OPEN
-        if isinstance(value, Stub):
-            found = _unstubbed(value, done)
-        elif isinstance(value, Mapping):
-            found = {_key(key, done): _plain(item, done) for key, item in value.items()}
-        else:
-            found = [_plain(item, done) for item in value]
-        done[id(value)] = found
-    return done[id(value)]
-
-
-def _key(key: object, done: dict[int, Any]) -> Any:
-    found = _plain(key, done)
-    return str(found) if isinstance(found, dict | list) else found
-
-
-def _unstubbed(stub: Stub, done: dict[int, Any]) -> Any:
-    state, arguments = getattr(stub, "state", None), getattr(stub, "arguments", ())
-    library, _, kind = stub.name.partition(".")
-    if library == "numpy":
-        return _number(stub)
-    if library == "pathlib":
-        return str(PurePosixPath(*(part for part in arguments if isinstance(part, str))))
-    if isinstance(state, tuple) and len(state) == 2:  # (attributes, slots)
-        state = {**(state[0] or {}), **(state[1] or {})} if all(isinstance(s, Mapping | None) for s in state) else None
-    if not isinstance(state, Mapping):
-        return None
-    if kind.endswith("Namespace"):
-        return _plain(dict(state), done)
-    return _plain(state["_content"] if "_content" in state else state.get("_val"), done)
-
-
-def _number(stub: Stub) -> Any:
-    """Value of a pickled NumPy scalar or array of numbers; None for anything else."""
-    state, arguments = getattr(stub, "state", None), getattr(stub, "arguments", ())
-    kind = stub.name.rpartition(".")[2]
-    if kind == "scalar" and len(arguments) == 2:
-        shape, dtype, data = (), arguments[0], arguments[1]
-    elif kind == "_reconstruct" and isinstance(state, tuple) and len(state) == 5:
-        _, shape, dtype, fortran, data = state
-        if fortran:
-            return None
-    else:
-        return None
-    name = getattr(dtype, "arguments", ("",))[:1]
-    if not name or not re.fullmatch(r"[fiub][1248]", str(name[0])) or not isinstance(data, bytes):
-        return None
-    details = getattr(dtype, "state", None)
-    order = details[1] if isinstance(details, tuple) and len(details) > 1 and details[1] in ("<", ">") else "="
-    try:
-        return np.frombuffer(data, dtype=np.dtype(f"{order}{name[0]}")).reshape(shape).tolist()
-    except (TypeError, ValueError):
-        return None
-
-
-def larger_than_stored(tensor: Tensor) -> bool:
-    """Whether a tensor repeats a storage that is smaller than itself: a few bytes could ask for any memory."""
-    return tensor.layout == torch.strided and tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()
-
-
+"""Subclasses of dict."""
 STATE_KEYS = ("state_dict", "model_state_dict", "model")
 CONFIG_KEYS = ("hyper_parameters", "config")
 CONTAINER = "__container__"
-"""Key of `stored` under which `read_state` tells the file's other top-level entries (plain ones with their value)."""
+"""Key of `stored` under which `read_state` gives the file's other top-level entries (plain ones with their value)."""
 EXPANSION = 16
 """How many times its own size a file may unpack to. torch.save does not compress at all."""
-_FAILURES = (
+FAILURES = (
     ArithmeticError,
     AssertionError,
     AttributeError,
@@ -213,70 +80,87 @@ _FAILURES = (
     ValueError,
     pickle.PickleError,
     zipfile.BadZipFile,
-)  # whatever a damaged file can make an unpickler do, and nothing that a user's interrupt could
+)
+"""Whatever a damaged file can make an unpickler do, and nothing that a user's interrupt could."""
 
 
-@dataclass(frozen=True)
-class LoadReport:
-    """What became of each tensor of a file: names in the file's spelling, except `missing`, which is the model's."""
+class Stub:
+    """An object of a library that is not needed: it stores what it was given and does nothing."""
 
-    matched: tuple[str, ...] = ()
-    ignored: tuple[str, ...] = ()
-    missing: tuple[str, ...] = ()
-    unexpected: tuple[str, ...] = ()
-    mismatched: tuple[str, ...] = ()
+    name = ""
 
-    @property
-    def complete(self) -> bool:
-        """Whether every tensor of the model came from the file, and nothing was left over unexplained."""
-        return not (self.missing or self.unexpected or self.mismatched)
+    def __new__(cls, *arguments: object) -> Stub:
+        self = super().__new__(cls)
+        self.__dict__["arguments"] = arguments
+        return self
 
-    def __str__(self) -> str:
-        parts = [f"{len(self.matched)} matched", f"{len(self.ignored)} ignored (no place in the model)"]
-        for name in ("missing", "unexpected", "mismatched"):
-            values = getattr(self, name)
-            shown = f": {', '.join(values[:4])}{', ...' if len(values) > 4 else ''}" if values else ""
-            parts.append(f"{len(values)} {name}{shown}")
-        return "; ".join(parts)
+    def __init__(self, *arguments: object) -> None:
+        """Nothing: `__new__` has stored the arguments."""
+
+    def __setstate__(self, state: object) -> None:
+        self.__dict__["state"] = state
+
+
+class UnknownNameError(ValueError):
+    """A pickled name that is neither data nor from a known library; the message is the name."""
+
+
+def stub(name: str) -> Callable | None:
+    """What the pickled name "module.attribute" becomes; None where PyTorch decides. Raises UnknownNameError."""
+    if name in KNOWN:
+        return KNOWN[name]
+    if DICTIONARIES.fullmatch(name):
+        return OrderedDict
+    if name.partition(".")[0] in STUBBED_LIBRARIES or STUBBED_NAMES.fullmatch(name):
+        return type(name.rpartition(".")[2], (Stub,), {"name": name})
+    if name.startswith(DECIDED_BY_TORCH):
+        return None
+    raise UnknownNameError(name)
 
 
 def read_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors of a published checkpoint, and its stored configuration as plain values.
 
     Takes Lightning files ("state_dict", "hyper_parameters"), files with "model_state_dict", or with "model" and
-    "config", bare state dicts, all of them also in PyTorch's format before 1.6, and safetensors. The configuration
-    also has `CONTAINER`: the other entries of the file's top level, with their value where it is a plain one.
+    "config", bare state dicts, all of them also in PyTorch's format before 1.6, and safetensors whatever their ending.
+    Names are those of `plain_names`: without wrappers. The configuration also has `CONTAINER`: the other entries of
+    the file's top level, with their value where it is a plain one.
     Raises CheckpointError for a missing or truncated file, and for one that holds anything but data.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path} does not exist")
     try:
-        content = _safetensors(path) if path.suffix == ".safetensors" else _unpickled(path)
+        check_is_binary(path)
+        content = read_safetensors(path)
+        content = _unpickled(path) if content is None else content
         if not isinstance(content, Mapping):
             raise CheckpointError(f"{path} holds a {type(content).__name__}, not a checkpoint")
         key = next((key for key in STATE_KEYS if isinstance(content.get(key), Mapping)), None)
-        tensors = {
-            str(name): value
-            for name, value in (content if key is None else content[key]).items()
-            if isinstance(value, Tensor)
-        }
+        values = content if key is None else content[key]
+        tensors = plain_names({str(name): value for name, value in values.items() if isinstance(value, Tensor)})
         stored = _configuration(content, key)
     except CheckpointError:
         raise
-    except _FAILURES as error:
+    except WeightsError as error:
+        raise CheckpointError(str(error)) from error
+    except UnknownNameError as error:
+        raise _refused(path, str(error)) from error
+    except FAILURES as error:
         raise _unreadable(path, error) from error
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors under {', '.join(STATE_KEYS)} or at its top level")
     for name, tensor in tensors.items():
-        if larger_than_stored(tensor):
+        # a few bytes could ask for any memory by repeating one number
+        stored_bytes = tensor.untyped_storage().nbytes() if tensor.layout == torch.strided else float("inf")
+        if tensor.numel() * tensor.element_size() > stored_bytes:
             raise CheckpointError(f"{path}: tensor {name} {tuple(tensor.shape)} is larger than what the file stores")
     return tensors, stored
 
 
 def _configuration(content: Mapping[str, Any], key: str | None) -> dict[str, Any]:
-    found = next((plain(content[name]) for name in CONFIG_KEYS if name in content), None)
-    stored = dict(found) if isinstance(found, dict) else {}
+    settings = next((plain(content[name]) for name in CONFIG_KEYS if name in content), None)
+    stored = dict(settings) if isinstance(settings, dict) else {}
     if key is not None:
         others = {str(name): value for name, value in content.items() if name not in (key, *CONFIG_KEYS)}
         simple = {n: v if isinstance(v, str | int | float | bool) else None for n, v in others.items()}
@@ -284,20 +168,10 @@ def _configuration(content: Mapping[str, Any], key: str | None) -> dict[str, Any
     return stored
 
 
-def _safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return read_tensors(path)
-    except WeightsError as error:
-        raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
-
-
 def _unpickled(path: Path) -> object:
-    """The content of a torch.save file, with stand-ins for what is no tensor."""
-    try:
-        allowed = {name: stand_in(name) for name in _pickled_names(path)}
-    except UnknownNameError as error:
-        raise _refused(path, str(error)) from error
-    with torch.serialization.safe_globals([(found, name) for name, found in allowed.items() if found is not None]):
+    """The content of a torch.save file, with stubs for what is no tensor."""
+    stubs = {name: stub(name) for name in _pickled_names(path)}
+    with torch.serialization.safe_globals([(made, name) for name, made in stubs.items() if made is not None]):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -311,8 +185,8 @@ def _refused(path: Path, name: str) -> CheckpointError:
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
     """What PyTorch says of a file, without its advice to load the file unsafely."""
     text = str(error)
-    if found := re.search(r"GLOBAL (\S+)", text):
-        return _refused(path, found[1])
+    if name := re.search(r"GLOBAL (\S+)", text):
+        return _refused(path, name[1])
     text = text.rpartition("WeightsUnpickler error: ")[2].strip() or type(error).__name__
     return CheckpointError(
         f"checkpoint {path} cannot be read, it is truncated or no checkpoint: {text.splitlines()[0]}"
@@ -357,6 +231,76 @@ def _zipped_pickle(path: Path) -> bytes:
         return archive.read(main[0])
 
 
+_UNFINISHED = object()
+
+
+def plain(value: object, done: dict[int, tuple[object, Any]] | None = None) -> Any:
+    """Stubs and containers -> dicts, lists and scalars.
+
+    omegaconf's nodes give their content, NumPy's scalars and arrays their numbers, paths and types of PyTorch their
+    names, `argparse.Namespace` a dict; other objects and tensors become None. `done` holds the containers seen so far
+    by their `id`, so that a small file cannot unfold into an endless value.
+    Raises ValueError for a container that holds itself.
+    """
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, torch.dtype | torch.device):
+        return str(value)
+    if not isinstance(value, Stub | Mapping | list | tuple | set | frozenset):
+        return None
+    done = {} if done is None else done
+    if id(value) not in done:
+        done[id(value)] = (value, _UNFINISHED)
+        if isinstance(value, Stub):
+            converted = _plain_stub(value, done)
+        elif isinstance(value, Mapping):
+            keys = [plain(key, done) for key in value]
+            keys = [str(key) if isinstance(key, dict | list) else key for key in keys]
+            converted = dict(zip(keys, [plain(item, done) for item in value.values()], strict=True))
+        else:
+            converted = [plain(item, done) for item in value]
+        done[id(value)] = (value, converted)
+    converted = done[id(value)][1]
+    if converted is _UNFINISHED:
+        raise ValueError("its configuration holds itself")
+    return converted
+
+
+def _plain_stub(stub: Stub, done: dict[int, tuple[object, Any]]) -> Any:
+    state, arguments = getattr(stub, "state", None), getattr(stub, "arguments", ())
+    library, _, kind = stub.name.partition(".")
+    if library == "numpy":
+        return _numbers(kind.rpartition(".")[2], arguments, state)
+    if library == "pathlib":
+        return str(PurePosixPath(*(part for part in arguments if isinstance(part, str))))
+    if isinstance(state, tuple) and len(state) == 2:  # (attributes, slots)
+        state = {**(state[0] or {}), **(state[1] or {})} if all(isinstance(s, Mapping | None) for s in state) else None
+    if not isinstance(state, Mapping):
+        return None
+    if kind.endswith("Namespace"):
+        return plain(state, done)
+    return plain(state["_content"] if "_content" in state else state.get("_val"), done)
+
+
+def _numbers(kind: str, arguments: tuple, state: Any) -> Any:
+    """Value of a pickled NumPy scalar or array of numbers; None for anything else."""
+    if kind == "scalar" and len(arguments) == 2:
+        shape, (dtype, data) = (), arguments
+    elif kind == "_reconstruct" and isinstance(state, tuple) and len(state) == 5 and not state[3]:
+        _, shape, dtype, _, data = state  # state[3]: in Fortran's order
+    else:
+        return None
+    name = getattr(dtype, "arguments", ("",))[:1]
+    if not name or not re.fullmatch(r"[fiub][1248]", str(name[0])) or not isinstance(data, bytes):
+        return None
+    details = getattr(dtype, "state", None)
+    order = details[1] if isinstance(details, tuple) and len(details) > 1 and details[1] in ("<", ">") else "="
+    try:
+        return np.frombuffer(data, dtype=np.dtype(f"{order}{name[0]}")).reshape(shape).tolist()
+    except (TypeError, ValueError):
+        return None
+
+
 def lookup(config: Mapping[str, Any], *paths: str, default: Any) -> Any:
     """The first of several dotted names that a stored configuration has, else the default."""
     for path in paths:
@@ -366,27 +310,3 @@ def lookup(config: Mapping[str, Any], *paths: str, default: Any) -> Any:
         if node is not None:
             return node
     return default
-
-
-def fill_reported(
-    model: nn.Module, renamed: Mapping[str, tuple[str, Tensor]], ignored: list[str], *, path: Path, allow_partial: bool
-) -> LoadReport:
-    """Load tensors given as our name -> (their name, tensor), and say what became of each.
-
-    Raises CheckpointError where the two do not fit exactly, unless `allow_partial`.
-    """
-    tensors = {ours: value.float() if value.is_floating_point() else value for ours, (_, value) in renamed.items()}
-    missing, unexpected, mismatched = compare(model, tensors)
-    bad = {name.partition(" ")[0] for name in mismatched}
-    fitting = {name: value for name, value in tensors.items() if name not in bad and name not in unexpected}
-    report = LoadReport(
-        matched=tuple(renamed[name][0] for name in fitting),
-        ignored=tuple(ignored),
-        missing=tuple(missing),
-        unexpected=tuple(renamed[name][0] for name in unexpected),
-        mismatched=tuple(mismatched),
-    )
-    if not report.complete and not allow_partial:
-        raise CheckpointError(f"{path} does not fit the model: {report}. allow_partial=True loads what fits")
-    model.load_state_dict(fitting, strict=False)
-    return report

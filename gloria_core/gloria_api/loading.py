@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from gloria_core.checkpoints.image_models import ImageClassifier, image_classifier, unet
+from gloria_core.checkpoints.image_models import ImageClassifier, unet
 from gloria_core.checkpoints.model import VisionLanguageModel
 from gloria_core.checkpoints.published import PublishedModel, load_pretrained
 from gloria_core.data.tokenizer import load_tokenizer
@@ -86,7 +86,7 @@ def load_img_classification_model(
     is raised: see `load_gloria`. Returned in evaluation mode.
     """
     encoder = _load_image_encoder(name, available_models())
-    model = image_classifier(encoder, num_cls, frozen=freeze_encoder, batch_statistics=batch_statistics)
+    model = ImageClassifier(encoder, num_cls, frozen=freeze_encoder, batch_statistics=batch_statistics)
     return model.to(_device(device)).eval()
 
 

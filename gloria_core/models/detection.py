@@ -17,6 +17,7 @@ without it the comparison would be one of scales. Group normalisation (Wu and He
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
@@ -44,7 +45,8 @@ BatchNorm = Literal["eval", "train"]
 Target = dict[str, Tensor]
 """Of one image: `boxes` (n, 4) x1, y1, x2, y2 in pixels, `labels` (n,) classes from 0; of a detection also `scores`."""
 
-STAGES = {"layer2": "0", "layer3": "1", "layer4": "2"}
+LEVELS = ("0", "1", "2")
+"""Names of the three stages in torchvision's detectors."""
 STRIDE = 32
 """The sides of the images must be a multiple of this, so that every stage's stride is exact."""
 RATIOS = (0.5, 1.0, 2.0)
@@ -70,14 +72,14 @@ class Detector(nn.Module):
         self, encoder: ImageEncoder, *, side: int, frozen: bool = True, batch_norm: BatchNorm = "eval"
     ) -> None:
         super().__init__()
-        trunk, widths = encoder.pyramid()
+        self.widths = encoder.pyramid_widths[2:]
         if side % STRIDE or side < STRIDE:
             raise ValueError(f"the images' side is {side}; it must be a multiple of {STRIDE}: pad or resize them")
         if batch_norm not in ("eval", "train"):
             raise ValueError(f"batch_norm must be 'eval' or 'train', not {batch_norm!r}")
         self.side, self.frozen, self.batch_norm = side, frozen, batch_norm
-        self.trunk = trunk.requires_grad_(not frozen)
-        self.widths = [widths[name] for name in STAGES]
+        self.trunk = copy.deepcopy(encoder.trunk).requires_grad_(not frozen)
+        self.trunk.prune_intermediate_layers()  # EfficientNet's last convolution stands behind its last map
         for number, width in enumerate(self.widths):
             self.register_buffer(f"shift_{number}", torch.zeros(1, width, 1, 1))
             self.register_buffer(f"scale_{number}", torch.ones(1, width, 1, 1))
@@ -97,8 +99,8 @@ class Detector(nn.Module):
         if pixels.shape[-2:] != (self.side, self.side):
             raise ValueError(f"this detector was made for images of {self.side} pixels, got {tuple(pixels.shape)}")
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            maps = self.trunk(pixels.contiguous(memory_format=torch.channels_last))
-            return [maps[name] for name in STAGES]
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
+            return self.trunk.forward_intermediates(pixels, intermediates_only=True)[2:]
 
     def standardise(self, stages: Sequence[Tensor]) -> None:
         """Fix mean and deviation of each channel at those of these stages; a constant channel keeps its scale."""
@@ -111,7 +113,7 @@ class Detector(nn.Module):
         """By the names that the pyramid uses."""
         pairs = [(getattr(self, f"shift_{n}"), getattr(self, f"scale_{n}")) for n in range(len(stages))]
         scaled = [(stage.float() - shift) / scale for stage, (shift, scale) in zip(stages, pairs, strict=True)]
-        return OrderedDict(zip(STAGES.values(), scaled, strict=True))
+        return OrderedDict(zip(LEVELS, scaled, strict=True))
 
     def losses(self, stages: Sequence[Tensor], targets: Sequence[Target]) -> dict[str, Tensor]:
         """Loss terms of a batch, to be summed; images without boxes count as background."""
@@ -236,8 +238,7 @@ class FasterDetector(Detector):
         batch_norm: BatchNorm = "eval",
     ) -> None:
         super().__init__(encoder, side=side, frozen=frozen, batch_norm=batch_norm)
-        names = list(STAGES.values())
-        pool = MultiScaleRoIAlign(names, 7, 2, canonical_scale=side // 2)
+        pool = MultiScaleRoIAlign(list(LEVELS), 7, 2, canonical_scale=side // 2)
         self.net = FasterRCNN(
             feature_pyramid(self.widths, width),
             rpn_anchor_generator=anchor_generator(side),

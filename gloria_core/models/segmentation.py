@@ -22,62 +22,19 @@ BatchNormMode = Literal["eval", "train"]
 CHANNELS = (256, 128, 64, 32, 16)
 """Decoder widths from coarse to fine: the default of segmentation-models-pytorch, and of both papers."""
 DEEPEST = 32
-_EFFICIENTNET_STAGES = (0, 1, 2, 4, 6)  # the last blocks of stride 2, 4, 8, 16 and 32
-
-
-def has_pyramid(encoder: nn.Module) -> bool:
-    """Whether the encoder is a convolutional network with stages of stride 2, 4, 8, 16 and 32 that are known here."""
-    trunk = getattr(encoder, "trunk", None)
-    families = (("conv1", "layer1", "layer4"), ("conv_stem", "bn1", "blocks"), ("features",))  # the last is DenseNet's
-    return any(all(hasattr(trunk, name) for name in family) for family in families)
-
-
-def pyramid(encoder: nn.Module, pixels: Tensor) -> tuple[Tensor, ...]:
-    """The encoder's feature maps at strides 2, 4, 8, 16 and 32.
-
-    Shape: (B, C, H, W), H and W divisible by 32 -> five tensors (B, D_s, H / s, W / s)
-    """
-    trunk, found = encoder.trunk, []
-    if hasattr(trunk, "conv_stem"):
-        x = trunk.bn1(trunk.conv_stem(pixels))
-        for number, block in enumerate(trunk.blocks):
-            x = block(x)
-            if number in _EFFICIENTNET_STAGES:
-                found.append(x)
-        return tuple(found)
-    if hasattr(trunk, "features"):
-        return _densenet_pyramid(trunk.features, pixels)
-    x = trunk.relu(trunk.bn1(trunk.conv1(pixels)))
-    found.append(x)
-    x = trunk.maxpool(x)
-    for stage in (trunk.layer1, trunk.layer2, trunk.layer3, trunk.layer4):
-        x = stage(x)
-        found.append(x)
-    return tuple(found)
-
-
-def _densenet_pyramid(layers: nn.Module, pixels: Tensor) -> tuple[Tensor, ...]:
-    """Before each halving what the transition reads after its norm, as segmentation-models-pytorch has it."""
-    x = layers.relu0(layers.norm0(layers.conv0(pixels)))
-    found, x = [x], layers.pool0(x)
-    for number in (1, 2, 3):
-        transition = getattr(layers, f"transition{number}")
-        x = transition.relu(transition.norm(getattr(layers, f"denseblock{number}")(x)))
-        found.append(x)
-        x = transition.pool(transition.conv(x))
-    return (*found, layers.norm5(layers.denseblock4(x)))
 
 
 def decoder_kind(encoder: nn.Module, decoder: Decoder = "auto") -> Literal["unet", "setr"]:
     """The decoder that "auto" stands for, or the one named.
 
-    Raises: ValueError for an unknown name, or "unet" on an encoder without known stages.
+    Raises: ValueError for an unknown name, or "unet" on an encoder without feature maps at strides 2 to 32.
     """
+    has_pyramid = getattr(encoder, "has_pyramid", False)
     if decoder not in ("auto", "unet", "setr"):
         raise ValueError(f'decoder must be "auto", "unet" or "setr", not {decoder!r}')
-    if decoder == "unet" and not has_pyramid(encoder):
+    if decoder == "unet" and not has_pyramid:
         raise ValueError('this encoder has no stages of stride 2 to 32; use decoder="setr", which reads its grid')
-    return decoder if decoder != "auto" else "unet" if has_pyramid(encoder) else "setr"
+    return decoder if decoder != "auto" else "unet" if has_pyramid else "setr"
 
 
 def decoder_inputs(encoder: nn.Module, pixels: Tensor, kind: Literal["unet", "setr"]) -> tuple[Tensor, ...]:
@@ -91,7 +48,7 @@ def decoder_inputs(encoder: nn.Module, pixels: Tensor, kind: Literal["unet", "se
     top, bottom, left, right = _margins(*pixels.shape[-2:])
     if top or bottom or left or right:
         pixels = F.pad(pixels, (left, right, top, bottom), mode="replicate")
-    return pyramid(encoder, pixels.contiguous(memory_format=torch.channels_last))
+    return tuple(encoder.pyramid(pixels))
 
 
 class SetrDecoder(nn.Module):
@@ -157,7 +114,7 @@ class SegmentationNet(nn.Module):
         encoder.frozen = frozen
         encoder.requires_grad_(not frozen)
         if self.kind == "unet":
-            widths = _widths(encoder)
+            widths = encoder.pyramid_widths
             channels = tuple(channels or CHANNELS)
             self.decoder = UnetDecoder((encoder.in_channels, *widths), channels, n_blocks=len(widths))
             self.head = SegmentationHead(channels[-1], classes)
@@ -210,14 +167,3 @@ def _margins(height: int, width: int) -> tuple[int, int, int, int]:
     """Rows and columns to add (top, bottom, left, right) so that 32 divides both sides."""
     rows, columns = -height % DEEPEST, -width % DEEPEST
     return rows // 2, rows - rows // 2, columns // 2, columns - columns // 2
-
-
-def _widths(encoder: nn.Module) -> list[int]:
-    """Channels of the five stages, measured on a blank image: true for whatever the trunk is."""
-    mode = encoder.training
-    encoder.eval()
-    weight = next(encoder.parameters())
-    with torch.no_grad():
-        found = pyramid(encoder, weight.new_zeros(1, encoder.in_channels, DEEPEST, DEEPEST))
-    encoder.train(mode)
-    return [feature.shape[1] for feature in found]

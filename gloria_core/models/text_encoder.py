@@ -230,8 +230,7 @@ def _bert(source: BertConfig | str, config: BertConfig, weights: str, *, pooler:
         if not Path(weights).is_file():
             raise WeightsError(f'text weights {weights!r} are neither "random", "pretrained" nor a file')
         tensors = {name.removeprefix("bert."): value for name, value in read_tensors(weights).items()}
-        kept = config.num_hidden_layers
-        above = tuple(f"encoder.layer.{n}." for n in range(kept, kept + 100))
+        above = tuple(f"encoder.layer.{n}." for n in range(config.num_hidden_layers, 100))
         unused = ("embeddings.position_ids", "cls.", *above) + (() if pooler else ("pooler.",))
-        fill(bert, tensors, source=weights, ignore=unused)
+        fill(bert, {n: value for n, value in tensors.items() if not n.startswith(unused)}, source=weights)
     return bert

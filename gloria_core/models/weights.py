@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
+import safetensors
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gloria_core.data.packages import installed_folder
+
+WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:module|_orig_mod)\.")
+"""What `DistributedDataParallel` and `torch.compile` put before or between names."""
+SHOWN = 5
+"""Names shown in an error."""
 
 
 class WeightsError(ValueError):
@@ -18,41 +26,83 @@ class WeightsError(ValueError):
 
 def package_file(package: str, pattern: str) -> Path:
     """The one file below an installed package that matches `pattern`. Raises WeightsError for none or several."""
-    folder = _folder(package)
-    found = sorted(folder.rglob(pattern))
-    if len(found) != 1:
-        raise WeightsError(f"package {package!r} holds {len(found)} files like {pattern!r}, expected one")
-    return found[0]
+    try:
+        files = sorted(installed_folder(package).rglob(pattern))
+    except ModuleNotFoundError as error:
+        raise WeightsError(str(error)) from None
+    if len(files) != 1:
+        raise WeightsError(f"package {package!r} holds {len(files)} files like {pattern!r}, expected one")
+    return files[0]
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """Read a state dict: safetensors, or a `torch.save` file opened with `weights_only=True` (runs no code).
 
-    A file that keeps its tensors one level down under "state_dict" or "model" is unwrapped.
-    Raises WeightsError for a missing, truncated or foreign file.
+    A file that has its tensors one level down under "state_dict" or "model" is unwrapped; names are those of
+    `plain_names`. Raises WeightsError for a missing or truncated file, and for one that holds anything else.
     """
     path = Path(path)
     if not path.is_file():
         raise WeightsError(f"weights file {path} does not exist")
+    check_is_binary(path)
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            content = load_file(path)
-        else:
+        content = read_safetensors(path)
+        if content is None:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
-        raise WeightsError(f"cannot read weights from {path}: {str(error).splitlines()[0]}") from error
-    except Exception as error:  # safetensors raises its own class, which its bindings do not export everywhere
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise WeightsError(f"cannot read weights from {path}: {error}") from error
+        raise WeightsError(f"cannot read weights from {path}: {first_line(error)}") from error
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise WeightsError(f"{path} holds no plain state dict (names -> tensors)")
-    return dict(content)
+    return plain_names(content)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its class where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def check_is_binary(path: Path) -> None:
+    """Raise WeightsError for what downloads often leave instead of weights: a Git LFS pointer, or a web page."""
+    with path.open("rb") as file:
+        start = file.read(512).lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        raise WeightsError(
+            f"{path} is a Git LFS pointer and not the weights: run `git lfs pull` in its repository, "
+            "or download the file itself"
+        )
+    if start.startswith((b"<!doctype html", b"<html", b"<?xml")):
+        raise WeightsError(
+            f"{path} is a web page (HTML) and not the weights, perhaps a sign-in or quota page: download the file again"
+        )
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor] | None:
+    """Tensors of a safetensors file, whatever its ending; None for another format. Raises ValueError for a bad one."""
+    with path.open("rb") as file:
+        length, bracket = int.from_bytes(file.read(8), "little"), file.read(1)
+    if path.suffix != ".safetensors" and (bracket != b"{" or length > path.stat().st_size):
+        return None
+    try:
+        return load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"safetensors: {error}") from error
+
+
+def plain_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names without the wrappers `module.` and `_orig_mod.`, and with `weight` and `bias` of BERT's old LayerNorm.
+
+    Names that would then occur twice are left as they are.
+    """
+    renamed = {}
+    for name, value in tensors.items():
+        plain = WRAPPERS.sub("", name)
+        plain = re.sub(r"(LayerNorm)\.gamma$", r"\1.weight", plain)
+        plain = re.sub(r"(LayerNorm)\.beta$", r"\1.bias", plain)
+        renamed[plain] = value
+    return renamed if len(renamed) == len(tensors) else dict(tensors)
 
 
 def compare(module: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[list[str], list[str], list[str]]:
@@ -68,20 +118,19 @@ def compare(module: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[list[str]
     return missing, unexpected, mismatched
 
 
-def fill(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str, ignore: Iterable[str] = ()) -> None:
-    """Load `tensors` into `module`, all of them exactly; names that begin with an entry of `ignore` are left out.
+def fill(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> None:
+    """Load `tensors` into `module`, all of them exactly.
 
     Raises WeightsError that lists missing, unexpected and mismatched tensors.
     """
-    ignore = tuple(ignore)
-    kept = {name: value for name, value in tensors.items() if not name.startswith(ignore)} if ignore else dict(tensors)
-    missing, unexpected, mismatched = compare(module, kept)
-    if missing or unexpected or mismatched:
-        raise WeightsError(
-            f"{source} does not fit {type(module).__name__}: "
-            f"{_listed('missing', missing)}; {_listed('unexpected', unexpected)}; {_listed('mismatched', mismatched)}"
-        )
-    module.load_state_dict(kept)
+    faults = dict(zip(("missing", "unexpected", "mismatched"), compare(module, tensors), strict=True))
+    if any(faults.values()):
+        listed = []
+        for title, names in faults.items():
+            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+            listed.append(f"{len(names)} {title}" + (f" ({', '.join(names[:SHOWN])}{more})" if names else ""))
+        raise WeightsError(f"{source} does not fit {type(module).__name__}: {'; '.join(listed)}")
+    module.load_state_dict(tensors)
 
 
 def fill_by_order(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> None:
@@ -92,21 +141,7 @@ def fill_by_order(module: nn.Module, tensors: Mapping[str, Tensor], *, source: s
     wanted = module.state_dict()
     if len(tensors) != len(wanted):
         raise WeightsError(f"{source} holds {len(tensors)} tensors, {type(module).__name__} has {len(wanted)}")
-    renamed = {}
     for (theirs, value), (ours, place) in zip(tensors.items(), wanted.items(), strict=True):
         if value.shape != place.shape or value.dtype != place.dtype:
             raise WeightsError(f"{source}: {theirs} {tuple(value.shape)} does not fit {ours} {tuple(place.shape)}")
-        renamed[ours] = value
-    module.load_state_dict(renamed)
-
-
-def _listed(title: str, names: list[str], *, most: int = 5) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{len(names)} {title}" + (f" ({', '.join(names[:most])}{more})" if names else "")
-
-
-def _folder(package: str) -> Path:
-    try:
-        return installed_folder(package)
-    except ModuleNotFoundError as error:
-        raise WeightsError(str(error)) from None
+    module.load_state_dict(dict(zip(wanted, tensors.values(), strict=True)))

@@ -1,109 +1,62 @@
 """MGCA against the numbers of the authors' released code, for seeded weights in the published file layout."""
 
-import ast
-import importlib.util
 import json
-import os
-import re
 import zlib
-from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
+from parity_kit import Tolerance, call, golden_params, gradient, load, read_json, text_batch
 from transformers import BertConfig
 
+from gloria_core.checkpoints.layouts import mgca
 from gloria_core.checkpoints.model import ModelConfig, assemble
 from gloria_core.checkpoints.native import CheckpointError
 from gloria_core.checkpoints.published import load_pretrained
-from gloria_core.data.tokenizer import text_batch_from_ids
 from gloria_core.models.alignment import sinkhorn
 
-FOLDER = Path(os.environ.get("PARITY_DIR", Path(__file__).parents[3] / "shared" / "parity"))
-METHODS = ("mgca_resnet_50", "mgca_vit_base")
-GOLDEN = [path for method in METHODS for path in sorted((FOLDER / method).glob("golden_seed*.json"))]
 CASES = ("batch", "batch_full")
-TITLES = {
-    "img_encoder_q.model.": "image_encoder.trunk.",
-    "img_encoder_q.global_embed.head.": "objective.image_head.",
-    "img_encoder_q.local_embed.head.": "objective.region_head.",
-    "text_encoder_q.model.": "text_encoder.bert.",
-    "text_encoder_q.global_embed.head.": "objective.text_head.",
-    "text_encoder_q.local_embed.head.": "objective.word_head.",
-    "prototype_layer.": "objective.prototypes.",
-    "word_local_atten_layer.": "objective.word_attention.",
-    "patch_local_atten_layer.": "objective.patch_attention.",
+PUBLISHED_NAMES = {
+    "image_encoder.trunk.": "img_encoder_q.model.",
+    "objective.image_head.": "img_encoder_q.global_embed.head.",
+    "objective.region_head.": "img_encoder_q.local_embed.head.",
+    "text_encoder.bert.": "text_encoder_q.model.",
+    "objective.text_head.": "text_encoder_q.global_embed.head.",
+    "objective.word_head.": "text_encoder_q.local_embed.head.",
+    "objective.prototypes.": "prototype_layer.",
+    "objective.word_attention.": "word_local_atten_layer.",
+    "objective.patch_attention.": "patch_local_atten_layer.",
 }
-RTOL, ATOL, RTOL_GRADIENT = 1e-4, 5e-6, 1e-3  # as the folders' README says
+check = Tolerance(rtol=1e-4, atol=5e-6)  # as the folders' README says
 
 
-def call(seeded, text):
-    """The call inside a golden file's sentence, such as "the row of seeded.captions(1, 112, 0, shortest=110)"."""
-    tree = ast.parse(re.search(r"seeded\.\w+\([^)]*\)", text).group(), mode="eval").body
-    arguments = [ast.literal_eval(argument) for argument in tree.args]
-    return getattr(seeded, tree.func.attr)(*arguments, **{k.arg: ast.literal_eval(k.value) for k in tree.keywords})
-
-
-NONE = pytest.param(None, marks=pytest.mark.skip(f"no golden_seed*.json of {METHODS} below PARITY_DIR ({FOLDER})"))
-
-
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(path, id=f"parity-{path.parent.name}-{path.stem}") for path in GOLDEN] or [NONE],
-)
+@pytest.fixture(scope="module", params=golden_params("mgca_resnet_50", "mgca_vit_base"))
 def kit(request, tmp_path_factory):
     """Golden numbers, the model loaded from a file of the published layout, and the features of both batches."""
-    golden, folder = json.loads(request.param.read_text()), request.param.parent
-    spec = importlib.util.spec_from_file_location("seeded", FOLDER / "seeded.py")
-    seeded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(seeded)
-    path = tmp_path_factory.mktemp("mgca") / "published.ckpt"
+    golden = json.loads(request.param.read_text())
+    how, stored = golden["how"], read_json(golden["method"], "layout")["hyper_parameters"]
+    path, state = tmp_path_factory.mktemp("mgca") / "published.ckpt", call(how["weights"])
     content = {"epoch": 20, "global_step": 33137, "pytorch-lightning_version": "1.5.10", "hparams_name": "kwargs"}
-    content["hyper_parameters"] = json.loads((folder / "layout.json").read_text())["hyper_parameters"]
-    state = call(seeded, golden["how"]["weights"])
-    torch.save(content | {"state_dict": state}, path)
+    torch.save(content | {"hyper_parameters": stored, "state_dict": state}, path)
     sums = {name: zlib.crc32(state[name].numpy().tobytes()) for name in golden["checks"]["weights_crc32"]}
-    del state
-    model = load_pretrained(path)
-    path.unlink()
-    pixels = torch.from_numpy(call(seeded, golden["how"]["images"]))
-    captions = {"batch": call(seeded, golden["how"]["captions"]), "batch_full": call(seeded, golden["how"]["captions"])}
-    for name, value in call(seeded, golden["how"]["captions_full"]).items():
+    model, places = load(mgca, path, state, stored)
+    pixels = torch.from_numpy(call(how["images"]))
+    captions = {case: call(how["captions"]) for case in CASES}
+    for name, value in call(how["captions_full"]).items():
         captions["batch_full"][name][0] = value[0]
-    vocabulary = seeded.vocabulary()
-    texts = {
-        case: text_batch_from_ids(
-            **{name: torch.from_numpy(value) for name, value in arrays.items()},
-            vocabulary=vocabulary,
-        )
-        for case, arrays in captions.items()
-    }
+    texts = {case: text_batch(arrays) for case, arrays in captions.items()}
     with torch.no_grad():
         images, encoded = model.encode_images(pixels), {case: model.encode_texts(texts[case]) for case in CASES}
     return SimpleNamespace(
-        golden=golden, sums=sums, model=model, pixels=pixels, images=images, batches=texts, texts=encoded
+        golden=golden,
+        sums=sums,
+        model=model,
+        places=places,
+        pixels=pixels,
+        images=images,
+        batches=texts,
+        texts=encoded,
     )
-
-
-def check(actual, expected, *, rtol=RTOL, atol=ATOL):
-    """Within the tolerance, whose relative part refers to the largest magnitude of the compared list."""
-    actual = actual.detach().numpy() if isinstance(actual, torch.Tensor) else np.asarray(actual)
-    expected = np.asarray(expected)
-    assert actual.shape == expected.shape
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=atol + rtol * np.abs(expected).max())
-
-
-def check_values(actual, golden):
-    """Rows, or rows at (row, index), whose first eight values are stored, with lengths or mean and deviation."""
-    assert list(actual.shape) == golden["shape"]
-    if "positions" in golden:
-        check(torch.stack([actual[row, index, :8] for row, index in golden["positions"]]), golden["first8"])
-        check(actual.mean(), golden["mean"])
-        check(actual.std(correction=0), golden["std"])
-    else:
-        check(actual[:, :8], golden["first8"])
-        check(actual.norm(dim=1), golden["l2"])
 
 
 def unit(vectors):
@@ -112,7 +65,7 @@ def unit(vectors):
 
 def test_every_tensor_found_its_place(kit):
     report, config, settings = kit.model.load_report, kit.model.config, kit.golden["how"]["settings"]
-    keys = json.loads((FOLDER / kit.golden["method"] / "keys.json").read_text())
+    keys = read_json(kit.golden["method"], "keys")
     assert report.complete
     # one of the matched is not in the file: the zeros for the token types that the released encoder lacks
     assert len(report.matched) - 1 + len(report.ignored) == len(keys)
@@ -151,15 +104,15 @@ def test_words(kit, case):
 @pytest.mark.parametrize("case", CASES)
 def test_features_and_embeddings(kit, case):
     golden, texts, objective = kit.golden[case], kit.texts[case], kit.model.objective
-    check_values(kit.images.pooled, golden["backbone_image_feature"])
-    check_values(kit.images.regions.flatten(1, 2), golden["backbone_image_tokens"])
-    check_values(texts.words[:, 0], golden["backbone_text_feature"])
+    check.vectors(kit.images.pooled, golden["backbone_image_feature"])
+    check.vectors(kit.images.regions.flatten(1, 2), golden["backbone_image_tokens"])
+    check.vectors(texts.words[:, 0], golden["backbone_text_feature"])
     with torch.no_grad():
         image, text = (unit(value) for value in objective.global_embeddings(kit.images, texts))
-        check_values(image, golden["image_global"])
-        check_values(text, golden["text_global"])
-        check_values(objective.local_embeddings(kit.images, texts)[0].flatten(1, 2), golden["image_local"])
-        check_values(objective.word_rows(texts)[0], golden["word_local"])
+        check.vectors(image, golden["image_global"])
+        check.vectors(text, golden["text_global"])
+        check.vectors(objective.local_embeddings(kit.images, texts)[0].flatten(1, 2), golden["image_local"])
+        check.vectors(objective.word_rows(texts)[0], golden["word_local"])
         check(objective.similarity(kit.images, texts), golden["cosine_image_text"])
 
 
@@ -205,11 +158,8 @@ def test_losses_and_gradients(kit, case):
     check(output.terms["cta_word"] + output.terms["cta_patch"], losses["cta"])
     check(output.total, losses["total"])
     assert torch.equal(model.objective.prototypes.weight, before)
-    parameters = dict(model.named_parameters())
-    for theirs, expected in gradients.items():
-        prefix = next(prefix for prefix in TITLES if theirs.startswith(prefix))
-        gradient = parameters[TITLES[prefix] + theirs.removeprefix(prefix)].grad
-        check(gradient.norm(), expected, rtol=RTOL_GRADIENT, atol=0)
+    for name, expected in gradients.items():
+        check.gradient(gradient(model, kit.places, name), expected, name)
     model.zero_grad()
 
 
@@ -265,7 +215,7 @@ def write(path, model, stored, *, changes=()):
     """The model's tensors under the published names, without token types, with 1x1 convolutions in the token heads."""
     state = {}
     for name, value in model.state_dict().items():
-        theirs = next(old + name.removeprefix(new) for old, new in TITLES.items() if name.startswith(new))
+        theirs = next(old + name.removeprefix(new) for new, old in PUBLISHED_NAMES.items() if name.startswith(new))
         if "token_type" not in theirs:
             state[theirs] = value[..., None] if "local_embed.head" in theirs and value.ndim == 2 else value
     for old, new in changes:

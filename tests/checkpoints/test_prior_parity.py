@@ -1,32 +1,27 @@
 """PRIOR against the numbers of the authors' released code, for seeded weights in the published file layout."""
 
-import ast
-import importlib.util
 import json
-import os
 import re
 import zlib
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from parity_kit import Tolerance, call, golden_params, load, read_json, text_batch
 from transformers import BertConfig
 
 from gloria_core.checkpoints import native
+from gloria_core.checkpoints.layouts import prior
 from gloria_core.checkpoints.model import ModelConfig, assemble
 from gloria_core.checkpoints.native import CheckpointError
 from gloria_core.checkpoints.published import load_pretrained
-from gloria_core.data.tokenizer import text_batch_from_ids
 from gloria_core.models.prototype_bank import gumbel
 from gloria_core.models.sentence_region import gather_sentences
 from gloria_core.types import Batch
 
-FOLDER = Path(os.environ.get("PARITY_DIR", Path(__file__).parents[3] / "shared" / "parity"))
-GOLDEN = sorted((FOLDER / "prior_total").glob("golden_seed*.json"))
-RTOL, ATOL, RTOL_GRADIENT = 1e-4, 5e-5, 1e-3  # README of the golden numbers; relative to the largest of a list
+check = Tolerance(rtol=1e-4, atol=5e-5)  # README of the golden numbers
 FIRST_EPOCH = {"stage1": 0, "stage2": 2, "stage3": 5}  # of ten epochs
 TERMS = {  # theirs -> ours, and what theirs is already multiplied with
     "global_alignment_loss": ("global", 1),
@@ -38,64 +33,29 @@ TERMS = {  # theirs -> ours, and what theirs is already multiplied with
     "kl_loss": ("consistency", 1),
     "gpa_loss": ("report_global", 1),
 }
-PLACES = {  # the parameters whose gradients are stored: theirs -> ours
-    "image_encoder.encoder.": "image_encoder.trunk.",
-    "image_encoder.atten_pool.": "objective.image_heads.pool.",
-    "text_encoder.encoder.": "text_encoder.bert.",
-    "local_cross_attention.": "objective.cross_attention.",
-    "predictor.": "objective.predictor.",
-    "global_text_attention.": "objective.text_pool.",
-    "sentence_bank.embed.weight": "objective.bank.prototypes",
-    "sentence_decoder.": "objective.report_decoder.bert.",
-    "image_decoder.blocks.4.conv2.0.": "objective.image_decoder.blocks.4.3.",
-}
 
 
-def load_seeded():
-    spec = importlib.util.spec_from_file_location("seeded", FOLDER / "seeded.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module", params=GOLDEN or [None], ids=[f"parity-{path.stem}" for path in GOLDEN] or ["parity"])
+@pytest.fixture(scope="module", params=golden_params("prior_total"))
 def kit(request, tmp_path_factory):
     """Golden numbers, the model loaded from a file of the published layout, and the inputs with their features."""
-    if request.param is None:
-        pytest.skip(f"no prior_total/golden_seed*.json below PARITY_DIR ({FOLDER})")
-    seeded = load_seeded()
     golden = json.loads(request.param.read_text())
     how = golden["how"]
-    path = tmp_path_factory.mktemp("prior") / "total_prior.ckpt"
-    torch.save(call(seeded, how["weights"]), path)
-    model = load_pretrained(path)
-    path.unlink()
+    path, state = tmp_path_factory.mktemp("prior") / "total_prior.ckpt", call(how["weights"])
+    torch.save(state, path)
+    model, places = load(prior, path, state, {})
     assert "bank temperature 0.9" in how["weights"]
     assert model.objective.bank.temperature == 0.9
-    pixels = call(seeded, how["images"])
-    captions, prompts = (call(seeded, how[name]) for name in ("captions", "zero_shot"))
+    pixels, captions, prompts = (call(how[name]) for name in ("images", "captions", "zero_shot"))
     index = sentence_index(captions["attention_mask"])
-    texts = replace(read(seeded, captions), sentence_ids=torch.from_numpy(np.where(index > 0, index - 1, -1)))
+    texts = replace(text_batch(captions), sentence_ids=torch.from_numpy(np.where(index > 0, index - 1, -1)))
     inputs = {"images": pixels, "input_ids": captions["input_ids"], "sentence_index": index}
     for name, values in {**inputs, "prompt_ids": prompts["input_ids"]}.items():
         assert zlib.crc32(np.ascontiguousarray(values).tobytes()) == golden["checks"][f"{name}_crc32"], name
-    kit = SimpleNamespace(golden=golden, model=model, texts=texts, prompts=read(seeded, prompts))
+    kit = SimpleNamespace(golden=golden, model=model, places=places, texts=texts, prompts=text_batch(prompts))
     kit.batch = Batch(torch.from_numpy(pixels)[:, None], texts, torch.zeros(len(pixels), 0), torch.arange(len(pixels)))
     # once, and with their graph: the stored gradients need no more of it than the last layers
     kit.images, kit.features = model.encode_images(kit.batch.pixels), model.encode_texts(texts)
     return kit
-
-
-def call(seeded, text):
-    """The first call of `seeded` that a sentence of the golden file spells, with literal arguments."""
-    tree = ast.parse(re.search(r"seeded\.\w+\([^()]*\)", text)[0], mode="eval").body
-    arguments = [ast.literal_eval(argument) for argument in tree.args]
-    return getattr(seeded, tree.func.attr)(*arguments, **{k.arg: ast.literal_eval(k.value) for k in tree.keywords})
-
-
-def read(seeded, arrays):
-    tensors = {name: torch.from_numpy(value) for name, value in arrays.items()}
-    return text_batch_from_ids(**tensors, vocabulary=seeded.vocabulary())
 
 
 def sentence_index(attention_mask):
@@ -131,22 +91,9 @@ def _as_found(request):
         kit.model.objective.stage, kit.model.objective.bank.noise = 3, gumbel
 
 
-def check(actual, expected, *, rtol=RTOL, name=""):
-    actual = actual.detach().numpy() if isinstance(actual, torch.Tensor) else np.asarray(actual)
-    expected = np.asarray(expected)
-    assert actual.shape == expected.shape
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=ATOL + rtol * np.abs(expected).max(), err_msg=name)
-
-
-def check_vectors(actual, golden):
-    assert list(actual.shape) == golden["shape"]
-    check(actual[:, :8], golden["first8"])
-    check(actual.norm(dim=1), golden["l2"])
-
-
 def test_every_tensor_found_its_place(kit):
     report, config = kit.model.load_report, kit.model.config
-    layout = json.loads((FOLDER / "prior_total" / "layout.json").read_text())
+    layout = read_json("prior_total", "layout")
     assert report.complete
     assert len(report.matched) + len(report.ignored) == layout["tensors"]
     for name in report.ignored:
@@ -163,20 +110,18 @@ def test_embeddings(kit):
     regions = kit.images.regions.permute(0, 3, 1, 2)
     assert list(regions.shape) == golden["layer4"]["shape"]
     check(regions[0, 0, 0], golden["layer4"]["image0_channel0_row0"])
-    check(regions.mean(), golden["layer4"]["mean"])
-    check(regions.std(correction=0), golden["layer4"]["std"])
+    check.moments(regions, golden["layer4"])
     with torch.no_grad():
         image, text = objective.global_embeddings(kit.images, kit.features)
         local = objective.local_embeddings(kit.images, kit.features)[0].flatten(1, 2)
         tokens = objective.text_head(kit.features.tokens)
-    check_vectors(image, golden["image_global"])
-    check_vectors(text, golden["text_global_raw_sentences"])
+    check.vectors(image, golden["image_global"])
+    check.vectors(text, golden["text_global_raw_sentences"])
     assert list(local.shape) == golden["image_local"]["shape"]
     for name, values in (("image_local", local), ("text_tokens", tokens)):
         found = torch.stack([values[row, index, :8] for row, index in golden[name]["positions"]])
         check(found, golden[name]["first8"])
-    check(local.mean(), golden["image_local"]["mean"])
-    check(local.std(correction=0), golden["image_local"]["std"])
+    check.moments(local, golden["image_local"])
     normal = [torch.nn.functional.normalize(value, dim=1) for value in (image, text)]
     check(normal[0] @ normal[1].T, golden["cosine_image_text_raw_sentences"])
 
@@ -195,8 +140,7 @@ def test_sentences_attention_and_bank(kit):
     assert len(sentences.packed) == golden["sentences"]["total"]
     check(sentences.packed[:3, :8], golden["sentences"]["caption0_first8"])
     check(sentences.packed[: counts[0]].norm(dim=1), golden["sentences"]["l2_caption0"])
-    check(sentences.packed.mean(), golden["sentences"]["mean"])
-    check(sentences.packed.std(correction=0), golden["sentences"]["std"])
+    check.moments(sentences.packed, golden["sentences"])
     expected = golden["attention_region_sentence_caption0_sentence1"]
     check(cross.of_region[0, :, 0], expected["region_to_sentence"])
     check(cross.of_sentence[0, 0], expected["sentence_to_region"])
@@ -246,13 +190,9 @@ def test_losses_and_gradients_without_noise(kit, stage):
     output = kit.model.objective(kit.images, kit.features, kit.batch)
     check_losses(output, kit.golden["batch"]["losses"][stage][kind], stage)
     golden, parameters = kit.golden["batch"]["grad_l2_of_total"][f"{stage}_{kind}"], dict(kit.model.named_parameters())
-    chosen = []
-    for theirs in golden:
-        prefix = next(prefix for prefix in PLACES if theirs.startswith(prefix))
-        chosen.append(parameters[PLACES[prefix] + theirs.removeprefix(prefix)])
-    gradients = torch.autograd.grad(output.total, chosen, retain_graph=True)
-    for (theirs, expected), gradient in zip(golden.items(), gradients, strict=True):
-        check(gradient.norm(), expected, rtol=RTOL_GRADIENT, name=f"{stage} {theirs}")
+    gradients = torch.autograd.grad(output.total, [parameters[kit.places[name][0]] for name in golden], retain_graph=True)
+    for (name, expected), gradient in zip(golden.items(), gradients, strict=True):
+        check.gradient(gradient, expected, name)
 
 
 @pytest.mark.parametrize("kind", ["numpy_gumbel_raw_log", "softmax_raw_log", "softmax_exp"])
@@ -308,6 +248,14 @@ def theirs_of(name):
         block, layer = int(found[1]), int(found[2])
         return f"image_decoder.blocks.{block}.conv{1 + layer // 3}.{layer % 3}." + name[found.end() :]
     names = {
+        "image_encoder.trunk.": "image_encoder.encoder.",
+        "text_encoder.bert.": "text_encoder.encoder.",
+        "objective.image_heads.pool.": "image_encoder.atten_pool.",
+        "objective.cross_attention.": "local_cross_attention.",
+        "objective.predictor.": "predictor.",
+        "objective.text_pool.": "global_text_attention.",
+        "objective.bank.prototypes": "sentence_bank.embed.weight",
+        "objective.report_decoder.bert.": "sentence_decoder.",
         "objective.image_decoder.head.": "image_decoder.output_head.0.",
         "objective.image_heads.whole.": "global_image_projection.",
         "objective.image_heads.local.": "local_image_projection.",
@@ -316,7 +264,6 @@ def theirs_of(name):
         "objective.logit_scale": "logit_scale",
         "objective.local_logit_scale": "local_logit_scale",
     }
-    names |= {ours: theirs for theirs, ours in PLACES.items()}
     ours = next(ours for ours in names if name.startswith(ours))
     return names[ours] + name.removeprefix(ours)
 
@@ -327,9 +274,7 @@ def same(model, other):
 
 
 def test_published_names_of_the_small_file_are_those_of_the_key_list(small):
-    if not (FOLDER / "prior_total" / "keys.json").is_file():
-        pytest.skip(f"no prior_total/keys.json below PARITY_DIR ({FOLDER})")
-    known = json.loads((FOLDER / "prior_total" / "keys.json").read_text())
+    known = read_json("prior_total", "keys")
     assert [name for name in small[1] if name not in known] == []
 
 

@@ -1,35 +1,30 @@
 """Placing an image in a square and mapping back: golden numbers, corners, and round trips at odd sizes."""
 
 import json
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from parity_kit import golden_files
 
 from gloria_core.data.geometry import Geometry, center_crop, crop_box
 from gloria_core.data.images import to_tensor
-
-PARITY = Path(os.environ.get("PARITY_DIR", Path(__file__).parents[2] / "../shared/parity")) / "gloria"
 
 side = st.integers(1, 400)
 target = st.integers(1, 300)
 behaviors = pytest.mark.parametrize("behavior", ["corrected", "published"])
 
 
-def golden_cases():
-    files = sorted(PARITY.glob("image_processing*.json"))
-    if not files:
-        reason = f"no image_processing*.json in {PARITY}: set PARITY_DIR to the folder of the parity kit"
-        return [pytest.param(None, id="parity-absent", marks=pytest.mark.skip(reason=reason))]
-    found = [(file.stem, name, case) for file in files for name, case in json.loads(file.read_text())["cases"].items()]
-    return [pytest.param(case, id=f"parity-{stem}-{name}") for stem, name, case in found]
+GOLDEN = [
+    pytest.param(case, id=f"parity-{path.stem}-{name}")
+    for path in golden_files("gloria", "image_processing*.json")
+    for name, case in json.loads(path.read_text())["cases"].items()
+]
 
 
-@pytest.mark.parametrize("case", golden_cases())
+@pytest.mark.parametrize("case", GOLDEN)
 def test_published_pipeline_matches_golden(case):
     y, x = np.mgrid[0 : case["height"], 0 : case["width"]]
     pattern = 7 * x + 13 * y + (x * y) // (11 + case["k"]) + 40 * ((x // 9 + y // 17) % 3)

@@ -1,16 +1,13 @@
 """Sections, sentences and GLoRIA's cleaning, on hand-written reports, golden strings and arbitrary text."""
 
 import json
-import os
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from parity_kit import golden_files
 
 from gloria_core.data.reports import clean_report, legacy_cap_len, published_sentences, sections, sentences
-
-PARITY = Path(os.environ.get("PARITY_DIR", Path(__file__).parents[2] / "../shared/parity")) / "gloria"
 
 
 def cut(text, behavior="corrected"):
@@ -21,9 +18,9 @@ def cut(text, behavior="corrected"):
 
 GOLDEN = [
     pytest.param(case, id=f"parity-{path.stem}-{number}")
-    for path in sorted(PARITY.glob("text_cleaning*.json"))
+    for path in golden_files("gloria", "text_cleaning*.json")
     for number, case in json.loads(path.read_text(encoding="utf-8"))["cases"].items()
-] or [pytest.param(None, id="parity-absent", marks=pytest.mark.skip(reason=f"no text_cleaning*.json in {PARITY}"))]
+]
 
 
 @pytest.mark.parametrize("case", GOLDEN)

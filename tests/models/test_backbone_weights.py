@@ -1,19 +1,15 @@
 """Weights of the transformers and of DenseNet: every known spelling is loaded whole, all else is refused."""
 
-import json
-import os
-from pathlib import Path
+import re
 
 import pytest
 import timm
 import torch
-from transformers import SwinModel
+from parity_kit import read_json
 
-from gloria_core.models.backbones import swin, vit
-from gloria_core.models.image_encoder import ImageEncoder
+from gloria_core.models.image_encoder import TIMM_NAMES, ImageEncoder
+from gloria_core.models.key_maps import timm_names
 from gloria_core.models.weights import WeightsError
-
-PARITY = Path(os.environ.get("PARITY_DIR", Path(__file__).parents[3] / "shared" / "parity"))
 
 
 def encoder_of(name: str) -> ImageEncoder:
@@ -27,26 +23,36 @@ def encoder_of(name: str) -> ImageEncoder:
     return encoder
 
 
-def old_swin_name(name: str) -> str:
-    """transformers 4, as its files of 2021 to 2025 are written."""
-    for new, old in {
-        "attention.q_proj": "attention.self.query",
-        "attention.k_proj": "attention.self.key",
-        "attention.v_proj": "attention.self.value",
-        "attention.relative_position_bias.": "attention.self.",
-        "attention.o_proj": "attention.output.dense",
-        "mlp.fc1": "intermediate.dense",
-        "mlp.fc2": "output.dense",
-    }.items():
-        name = name.replace(new, old)
-    return f"swin.{name}"
+SWIN_NAMES = {  # timm's -> of transformers 5, and what its version 4 called it in files of 2021 to 2025
+    "patch_embed.proj.": ("embeddings.patch_embeddings.projection.",) * 2,
+    "patch_embed.norm.": ("embeddings.norm.",) * 2,
+    ".norm1.": (".layernorm_before.",) * 2,
+    ".norm2.": (".layernorm_after.",) * 2,
+    ".attn.q.": (".attention.q_proj.", ".attention.self.query."),
+    ".attn.k.": (".attention.k_proj.", ".attention.self.key."),
+    ".attn.v.": (".attention.v_proj.", ".attention.self.value."),
+    ".attn.proj.": (".attention.o_proj.", ".attention.output.dense."),
+    ".attn.relative": (".attention.relative_position_bias.relative", ".attention.self.relative"),
+    ".mlp.fc1.": (".mlp.fc1.", ".intermediate.dense."),
+    ".mlp.fc2.": (".mlp.fc2.", ".output.dense."),
+}
 
 
-def old_swin_file(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    tensors = {old_swin_name(name): value for name, value in state.items()}
-    for name in list(tensors):
-        if name.endswith("relative_position_bias_table"):
-            tensors[name.replace("bias_table", "index")] = torch.zeros(49, 49, dtype=torch.long)
+def swin_file(state: dict[str, torch.Tensor], version: int) -> dict[str, torch.Tensor]:
+    """A timm Swin as a file of transformers 4 or 5 with its classifier."""
+    tensors = {}
+    for name, value in state.items():
+        for letter, part in zip("qkv", value.chunk(3), strict=True) if ".qkv." in name else [("", value)]:
+            theirs = name.replace(".qkv.", f".{letter}.")
+            if theirs.startswith("norm."):
+                theirs = f"layer{theirs}"
+            for ours, names in SWIN_NAMES.items():
+                theirs = theirs.replace(ours, names[version == 4])
+            if merging := re.match(r"layers\.(\d)\.downsample", theirs):
+                theirs = theirs.replace(merging[0], f"layers.{int(merging[1]) - 1}.downsample")
+            tensors["swin." + re.sub(r"^layers", "encoder.layers", theirs)] = part.clone()
+    for name in [name for name in tensors if version == 4 and name.endswith("relative_position_bias_table")]:
+        tensors[name.replace("bias_table", "index")] = torch.zeros(49, 49, dtype=torch.long)
     return {**tensors, "classifier.weight": torch.zeros(1000, 768), "classifier.bias": torch.zeros(1000)}
 
 
@@ -55,10 +61,8 @@ def file_of(name: str, spelling: str, state: dict[str, torch.Tensor]) -> dict:
     if spelling == "deit":
         width = state["cls_token"].shape[-1]
         return {"model": {**state, "head.weight": torch.zeros(1000, width), "head.bias": torch.zeros(1000)}}
-    if spelling == "transformers 4":
-        return old_swin_file(state)
-    if spelling == "transformers 5":
-        return {"swin." + name: value for name, value in state.items()} | {"classifier.bias": torch.zeros(1000)}
+    if spelling.startswith("transformers"):
+        return swin_file(state, int(spelling[-1]))
     if spelling == "torchvision download":
         for number in "12":
             for part in ("norm", "conv"):
@@ -114,36 +118,30 @@ def test_imagenet_without_network_is_an_error_with_remedies(monkeypatch):
     def offline(*_: object, **__: object) -> None:
         raise ConnectionError("network is unreachable")
 
-    for name in ("vit_tiny_patch16", "swin_tiny", "densenet121"):
-        trunk = encoder_of(name).trunk
-        with monkeypatch.context() as patch:
-            patch.setattr(
-                timm, "create_model", lambda *_, pretrained=False, t=trunk, **__: offline() if pretrained else t
-            )
-            patch.setattr(SwinModel, "from_pretrained", offline)
-            patch.setattr(torch.hub, "download_url_to_file", offline)
-            patch.setenv("TORCH_HOME", "/nonexistent-cache")
-            with pytest.raises(WeightsError, match=rf"weights of {name}.*network is unreachable.*remedies"):
-                ImageEncoder(name, weights="imagenet")
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", offline)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    for name in ("vit_tiny_patch16", "swin_tiny", "densenet121", "efficientnet_lite0", "resnet18"):
+        with pytest.raises(WeightsError, match=rf"weights of {name}.*network is unreachable.*remedies"):
+            ImageEncoder(name, weights="imagenet")
 
 
-def test_imagenet_weights_of_swin_arrive_whole(tmp_path, monkeypatch):
-    theirs = encoder_of("swin_tiny")
-    theirs.trunk.config.save_pretrained(tmp_path)
-    content = old_swin_file(theirs.trunk.state_dict())
-    torch.save(content, tmp_path / "pytorch_model.bin")
-    monkeypatch.setattr(swin, "HUB_NAME", str(tmp_path))
-    ours = ImageEncoder("swin_tiny", weights="imagenet").trunk.state_dict()
-    assert all(torch.equal(value, ours[key]) for key, value in theirs.trunk.state_dict().items())
-    del content["swin.encoder.layers.2.blocks.3.attention.self.key.weight"]
-    torch.save(content, tmp_path / "pytorch_model.bin")
-    with pytest.raises(WeightsError, match=r"lacks 1 tensors of swin_tiny, such as .*k_proj.weight"):
-        ImageEncoder("swin_tiny", weights="imagenet")
+def test_imagenet_weights_arrive_whole(monkeypatch):
+    """timm's own download, classifier included; a file that lacks a tensor is an error."""
+    for name in ("swin_tiny", "vit_tiny_patch16", "resnet18"):
+        theirs = timm.create_model(TIMM_NAMES[name])
+        state = {key: torch.full_like(value, 0.5) for key, value in theirs.state_dict().items()}
+        monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", lambda *_, s=state, **__: dict(s))
+        monkeypatch.setattr("timm.models._builder._resolve_pretrained_source", lambda cfg: ("hf-hub", "any"))
+        ours = ImageEncoder(name, weights="imagenet").trunk.state_dict()
+        assert all(torch.equal(value, state[key]) for key, value in ours.items())
+        del state[next(key for key in state if key.endswith(("mlp.fc1.bias", "bn2.bias")))]
+        with pytest.raises(WeightsError, match=r"could not be fetched \(Error"):
+            ImageEncoder(name, weights="imagenet")
 
 
-def test_imagenet_names_of_the_vits_exist():
-    known = timm.list_pretrained("deit_*")
-    assert all(source in known for _, source in vit.TIMM_NAMES.values())
+def test_imagenet_names_exist():
+    known = timm.list_pretrained()
+    assert all(name in known for name in TIMM_NAMES.values() if name)
 
 
 @pytest.mark.parametrize(
@@ -154,17 +152,9 @@ def test_imagenet_names_of_the_vits_exist():
     ],
 )
 def test_published_tensors_fit(folder, prefix, name):
-    """Names and shapes of the published MGCA and CXR-CLIP files are those of the trunk, after the old Swin names."""
-    path = PARITY / folder / "keys.json"
-    if not path.is_file():
-        pytest.skip(f"{path} is not there")
-    published = {
-        key.removeprefix(prefix): tuple(entry[0])
-        for key, entry in json.loads(path.read_text()).items()
-        if key.startswith(prefix)
-    }
-    if name == "swin_tiny":
-        published = {swin.new_name(key): shape for key, shape in published.items() if not swin.is_constant(key)}
+    """Names and shapes of the published MGCA and CXR-CLIP files are those of the trunk, after the key map."""
+    keys = {key.removeprefix(prefix): v for key, v in read_json(folder, "keys").items() if key.startswith(prefix)}
     with torch.device("meta"):
+        published, _ = timm_names({key: (key, torch.empty(shape)) for key, (shape, _) in keys.items()})
         ours = ImageEncoder(name).trunk.state_dict()
-    assert published == {key: tuple(value.shape) for key, value in ours.items()}
+    assert {key: value.shape for key, (_, value) in published.items()} == {k: v.shape for k, v in ours.items()}

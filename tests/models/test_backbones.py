@@ -4,9 +4,7 @@ import pytest
 import timm
 import torch
 from torch.nn import functional as F
-from transformers import SwinConfig, SwinModel
 
-from gloria_core.models.backbones import FAMILIES, NAMES
 from gloria_core.models.image_encoder import ImageEncoder
 
 NEW = ("vit_tiny_patch16", "swin_tiny", "densenet121")
@@ -48,11 +46,6 @@ def test_shapes_at_224_and_at_another_size(name, pooled, stages):
             assert features.regions.shape == (1, height // stride, columns // stride, width)
             assert features.cls_attention is None
             assert features.regions.isfinite().all()
-
-
-def test_every_name_belongs_to_one_family():
-    assert len(set(NAMES)) == len(NAMES) == sum(len(family.NAMES) for family in FAMILIES)
-    assert set(NEW) < set(NAMES)
 
 
 @pytest.mark.parametrize("name", NEW)
@@ -198,28 +191,20 @@ def test_names_of_vit_base_are_timms():
 # swin
 
 
-def test_swin_equals_transformers_whatever_was_seen_before():
-    """Their network keeps the windows of the first small image it sees; a fresh one is the reference at every size."""
+def test_swin_depends_on_no_image_seen_before():
     encoder = encoder_of("swin_tiny", region_stage="layer4")
     enlarge(encoder)
+    pixels = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
-        for side in (64, 224, 256, 224):
-            pixels = torch.randn(1, 3, side, side)
-            features = encoder(pixels)
-            assert features.regions.isfinite().all()
-            if side == 64:  # theirs cannot: its windows shrink to the grid, its table of positions does not
-                continue
-            fresh = SwinModel(SwinConfig()).eval()
-            fresh.load_state_dict(encoder.trunk.state_dict())
-            theirs = fresh(pixels)
-            tokens = features.regions.flatten(1, 2)
-            torch.testing.assert_close(tokens, theirs.last_hidden_state, rtol=1e-4, atol=1e-4)
-            torch.testing.assert_close(features.pooled, theirs.pooler_output, rtol=1e-4, atol=1e-4)
-            encoder.pooling = "first_token"
-            torch.testing.assert_close(encoder(pixels).pooled, tokens[:, 0])
-            encoder.pooling = "mean"
-            torch.testing.assert_close(encoder(pixels).pooled, features.pooled)
-            encoder.pooling = "default"
+        before = encoder(pixels)
+        for side in (64, 256):
+            assert encoder(torch.randn(1, 3, side, side)).regions.isfinite().all()
+        after = encoder(pixels)
+        encoder.pooling = "first_token"
+        first = encoder(pixels).pooled
+    assert torch.equal(before.pooled, after.pooled)
+    torch.testing.assert_close(before.pooled, before.regions.mean(dim=(1, 2)))
+    assert torch.equal(first, before.regions[:, 0, 0])
 
 
 def test_swin_regions_of_earlier_stages_come_before_the_merging():
@@ -227,11 +212,10 @@ def test_swin_regions_of_earlier_stages_come_before_the_merging():
     enlarge(encoder)
     with torch.no_grad():
         maps = {}
-        for number, layer in enumerate(encoder.trunk.encoder.layers):
-            layer.blocks[-1].register_forward_hook(lambda module, inputs, output, n=number: maps.update({n: output[0]}))
-        for encoder.region_stage, number, side in (("layer2", 1, 28), ("layer3", 2, 14)):
-            regions = encoder(pixels).regions
-            assert torch.equal(regions, maps[number].reshape(1, side, side, -1))
+        for number, layer in enumerate(encoder.trunk.layers):
+            layer.blocks[-1].register_forward_hook(lambda module, inputs, output, n=number: maps.update({n: output}))
+        for encoder.region_stage, number in (("layer2", 1), ("layer3", 2)):
+            assert torch.equal(encoder(pixels).regions, maps[number])
 
 
 def test_swin_takes_odd_sizes():

@@ -201,7 +201,7 @@ def test_detections_are_torchvisions(encoder, pixels):
             images.image_sizes,
         )
     for a, b in zip(ours, theirs, strict=True):
-        assert len(a["scores"]) == len(b["scores"]) > 20
+        assert len(a["scores"]) == len(b["scores"]) > 10
         torch.testing.assert_close(a["scores"], b["scores"])
         torch.testing.assert_close(a["boxes"], b["boxes"])
         assert torch.equal(a["labels"], b["labels"])
@@ -224,7 +224,7 @@ def test_errors(encoder, pixels):
         RetinaDetector(encoder, classes=1, side=64, batch_norm="off")
     with pytest.raises(ValueError, match="width"):
         RetinaDetector(encoder, classes=1, side=64, width=30)
-    with pytest.raises(ValueError, match=r"strides 8, 16 and 32.*'swin_tiny'"):
+    with pytest.raises(ValueError, match=r"strides 2, 4, 8, 16 and 32.*'swin_tiny'"):
         RetinaDetector(ImageEncoder("swin_tiny"), classes=1, side=64)
     with pytest.raises(ValueError, match="made for images of 96"):
         RetinaDetector(encoder, classes=1, side=96).stages(pixels)

@@ -124,21 +124,13 @@ def test_files_that_do_not_fit_are_errors(tmp_path):
             ImageEncoder("resnet18", weights=str(tmp_path / f"cut{suffix}"))
 
 
-def test_no_silent_fallback(monkeypatch):
+def test_no_silent_fallback():
     with pytest.raises(WeightsError, match="'imagnet' is neither"):
         ImageEncoder("resnet18", weights="imagnet")
-    with pytest.raises(WeightsError, match="not for 'resnet_tiny'"):
+    with pytest.raises(WeightsError, match="do not exist for 'resnet_tiny'"):
         ImageEncoder("resnet_tiny", weights="imagenet")
     with pytest.raises(WeightsError, match="no known weights for 'resnet18'"):
         ImageEncoder("resnet18", weights=f"{PACKAGE}{LITE_PACKAGE}")
-
-    def offline(*_: object, **__: object) -> None:
-        raise OSError("network is unreachable")
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    monkeypatch.setenv("TORCH_HOME", "/nonexistent-cache")
-    with pytest.raises(WeightsError, match=r"(?s)could not be fetched.*remedies.*efficientnet_lite0"):
-        ImageEncoder("resnet18", weights="imagenet")
 
 
 def test_missing_package_names_the_remedy(monkeypatch):

@@ -19,64 +19,47 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gloria_core.checkpoints.layouts.key_maps import Shapes, Translation, bert_architecture, resnet_name
+from gloria_core.checkpoints.layouts.base import BERT, Translation, bert_architecture, image_encoder_name, renamed
 from gloria_core.checkpoints.model import ModelConfig
 from gloria_core.checkpoints.untrusted import lookup
+from gloria_core.models.key_maps import Named, Shapes
 
 NAME = "MGCA (Lightning)"
-TRUNK, BERT = "image_encoder.trunk.", "text_encoder.bert."
-PREFIXES = {  # theirs, after `_bare` -> ours
-    "img_encoder.model.": TRUNK,
-    "img_encoder.global_embed.head.": "objective.image_head.",
-    "img_encoder.local_embed.head.": "objective.region_head.",
-    "text_encoder.model.": BERT,
-    "text_encoder.global_embed.head.": "objective.text_head.",
-    "text_encoder.local_embed.head.": "objective.word_head.",
-    "word_local_atten_layer.": "objective.word_attention.",
-    "patch_local_atten_layer.": "objective.patch_attention.",
-    "prototype_layer.": "objective.prototypes.",
-}
-TYPES = f"{BERT}embeddings.token_type_embeddings.weight"
+RULES = (
+    (r"text_encoder(_q)?\.model\.(embeddings\.position_ids$|.*\.crossattention\.)", None),
+    (r"img_encoder(_q)?\.model\.", "image_encoder.trunk."),
+    (r"img_encoder(_q)?\.global_embed\.head\.", "objective.image_head."),
+    (r"img_encoder(_q)?\.local_embed\.head\.", "objective.region_head."),
+    (r"text_encoder(_q)?\.model\.", "text_encoder.bert."),
+    (r"text_encoder(_q)?\.global_embed\.head\.", "objective.text_head."),
+    (r"text_encoder(_q)?\.local_embed\.head\.", "objective.word_head."),
+    (r"word_local_atten_layer\.", "objective.word_attention."),
+    (r"patch_local_atten_layer\.", "objective.patch_attention."),
+    (r"prototype_layer\.", "objective.prototypes."),
+)
 NO_TYPES = "(zeros, for the token types that the released encoder lacks)"
 
 
 def recognise(shapes: Shapes, stored: Mapping[str, Any]) -> bool:
-    """Both encoders with projection heads of their own, with or without the suffix `_q` and wrappers' prefixes."""
-    names = {_bare(name) for name in shapes}
+    """Both encoders with projection heads of their own, with or without the suffix `_q`."""
+    names = {name.replace("_encoder_q.", "_encoder.") for name in shapes}
     return {"img_encoder.global_embed.head.0.weight", "text_encoder.global_embed.head.0.weight"} <= names
 
 
 def translate(tensors: Mapping[str, Tensor], stored: Mapping[str, Any]) -> Translation:
     """See `gloria_core.checkpoints.layouts`."""
-    options = _options(tensors, stored)
-    renamed, ignored = {}, []
-    for theirs, value in tensors.items():
-        name = _bare(theirs)
-        for old, new in PREFIXES.items():
-            if name.startswith(old):
-                name = new + name.removeprefix(old)
-                break
-        if name.startswith("objective.") and name.endswith(".weight") and value.ndim == 3:
-            value = value[:, :, 0]  # a 1x1 convolution is a Linear over channels
-        if _has_no_place(name, options):
-            ignored.append(theirs)
-        else:
-            renamed[name] = (theirs, value)
-    shapes = {name: tuple(value.shape) for name, (_, value) in renamed.items()}
-    text = bert_architecture(shapes, BERT, type_vocab_size=2)
-    renamed[TYPES] = (NO_TYPES, torch.zeros(text.type_vocab_size, text.hidden_size))
-    return Translation(_config(shapes, stored, options, text.num_hidden_layers), text, renamed, ignored)
+    named, ignored = renamed(tensors, RULES)
+    options = _options(named, stored)
+    unused = tuple(f"objective.{part}." for part in _unused_parts(options))
+    ignored += [theirs for name, (theirs, _) in named.items() if name.startswith(unused)]
+    named = {name: pair for name, pair in named.items() if not name.startswith(unused)}
+    text = bert_architecture(named, token_types=2)
+    named[f"{BERT}embeddings.token_type_embeddings.weight"] = (NO_TYPES, torch.zeros(2, text.hidden_size))
+    return Translation(NAME, _config(named, stored, options, text.num_hidden_layers), text, named, ignored)
 
 
-def _bare(name: str) -> str:
-    name = name.removeprefix("module.")
-    for tower in ("img_encoder", "text_encoder"):
-        if name.startswith(f"{tower}_q."):
-            return tower + name.removeprefix(f"{tower}_q")
-    return name
-
-
-def _has_no_place(name: str, options: Mapping[str, Any]) -> bool:
+def _unused_parts(options: Mapping[str, Any]) -> list[str]:
+    """Parts of the objective that these options do not build."""
     unused = []
     if not options["use_local_attention"]:
         unused += ["word_attention", "patch_attention"]
@@ -86,18 +69,15 @@ def _has_no_place(name: str, options: Mapping[str, Any]) -> bool:
         unused += ["region_head", "word_head"]
     if not options["weights"]["cpa"]:
         unused += ["prototypes"]
-    if name.startswith(BERT):
-        return ".crossattention." in name or name == f"{BERT}embeddings.position_ids"
-    return name.startswith(tuple(f"objective.{part}." for part in unused))
+    return unused
 
 
-def _options(tensors: Mapping[str, Tensor], stored: Mapping[str, Any]) -> dict[str, Any]:
+def _options(named: Named, stored: Mapping[str, Any]) -> dict[str, Any]:
     """Options of the objective; the widths from shapes, the rest as stored, else as released."""
-    shapes = {_bare(name): tuple(value.shape) for name, value in tensors.items()}
-    hidden = shapes["img_encoder.global_embed.head.0.weight"][0]
-    widths = {"dim": shapes["img_encoder.global_embed.head.3.weight"][0], "hidden": hidden}
+    hidden, dim = (len(named[f"objective.image_head.{layer}.weight"][1]) for layer in (0, 3))
+    widths = {"dim": dim, "hidden": hidden}
     temperature = lookup(stored, "softmax_temperature", default=0.07)
-    if "prototype_layer.weight" not in shapes:  # the ConVIRT baseline
+    if "objective.prototypes.weight" not in named:  # the ConVIRT baseline
         return {
             **widths,
             "temperatures": {"ita": temperature},
@@ -107,7 +87,7 @@ def _options(tensors: Mapping[str, Tensor], stored: Mapping[str, Any]) -> dict[s
         }
     return {
         **widths,
-        "n_prototypes": shapes["prototype_layer.weight"][0],
+        "n_prototypes": len(named["objective.prototypes.weight"][1]),
         "temperatures": {
             "ita": temperature,
             "cta": lookup(stored, "local_temperature", default=0.1),
@@ -123,16 +103,16 @@ def _options(tensors: Mapping[str, Tensor], stored: Mapping[str, Any]) -> dict[s
     }
 
 
-def _config(shapes: Shapes, stored: Mapping[str, Any], options: dict[str, Any], depth: int) -> ModelConfig:
-    vit = f"{TRUNK}cls_token" in shapes
+def _config(named: Named, stored: Mapping[str, Any], options: dict[str, Any], depth: int) -> ModelConfig:
+    encoder = image_encoder_name(named)
     return ModelConfig.from_dict(
         {
             "objective": "mgca",
             "behavior": "published",
             "objective_options": options,
-            "image_encoder": "vit_base_patch16" if vit else resnet_name(shapes, TRUNK),
+            "image_encoder": encoder,
             "region_stage": "layer3",
-            "resize_to": None if vit else 299,
+            "resize_to": None if encoder.startswith("vit") else 299,
             "text_encoder": lookup(stored, "bert_type", default="emilyalsentzer/Bio_ClinicalBERT"),
             "last_layers": 1,
             "text_depth": depth,

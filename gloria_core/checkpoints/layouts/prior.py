@@ -9,18 +9,29 @@ The file does not say how pixels were normalised: by mean 0.4755 and deviation 0
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from gloria_core.checkpoints.layouts.key_maps import Shapes, Translation, bert_architecture, count, resnet_name
+from gloria_core.checkpoints.layouts.base import (
+    TRUNK,
+    Translation,
+    bert_architecture,
+    image_encoder_name,
+    renamed,
+    shapes_of,
+)
 from gloria_core.checkpoints.model import ConfigError, ModelConfig
 from gloria_core.models.attention_pool import PUBLISHED_SIDE
+from gloria_core.models.key_maps import Named, Shapes, count
 
 NAME = "PRIOR"
-PREFIXES = (  # their names -> ours, as regular expressions
+RULES = (
+    (r"(text_encoder\.encoder|sentence_decoder)\.embeddings\.position_ids$", None),  # no longer stored by transformers
+    (r"global_text_projection\.", None),  # made and never used: texts are pooled from their sentences
+    (r"sentence_decoder\.embeddings\.word_embeddings\.", None),  # the decoder is given vectors, never words
+    (r"text_encoder\.encoder\.pooler\.", None),  # BERT's, computed and then ignored
     (r"text_encoder\.encoder\.", "text_encoder.bert."),
     (r"image_encoder\.encoder\.", "image_encoder.trunk."),
     (r"image_encoder\.atten_pool\.", "objective.image_heads.pool."),
@@ -34,55 +45,28 @@ PREFIXES = (  # their names -> ours, as regular expressions
     (r"sentence_decoder\.", "objective.report_decoder.bert."),
     (r"prototype_queries$", "objective.report_decoder.queries"),
     (r"image_decoder\.output_head\.0\.", "objective.image_decoder.head."),
-    (r"image_decoder\.blocks\.(?P<block>\d+)\.conv(?P<half>[12])\.(?P<layer>[01])\.", ""),
+    # twice convolution (0), norm (1), ReLU; we number them 0 to 5
+    (r"image_decoder\.blocks\.(\d+)\.conv1\.([01])\.", r"objective.image_decoder.blocks.\1.\2."),
+    (r"image_decoder\.blocks\.(\d+)\.conv2\.0\.", r"objective.image_decoder.blocks.\1.3."),
+    (r"image_decoder\.blocks\.(\d+)\.conv2\.1\.", r"objective.image_decoder.blocks.\1.4."),
     (r"(?=(local_)?logit_scale$)", "objective."),
-)
-WITHOUT_PLACE = (
-    r"(text_encoder\.encoder|sentence_decoder)\.embeddings\.position_ids$",  # no longer stored by transformers
-    r"global_text_projection\.",  # made and never used: texts are pooled from their sentences
-    r"sentence_decoder\.embeddings\.word_embeddings\.",  # the decoder is given vectors, never words
-    r"text_encoder\.encoder\.pooler\.",  # BERT's, computed and then ignored
 )
 
 
 def recognise(shapes: Shapes, stored: Mapping[str, Any]) -> bool:
     """A bank of sentence prototypes beside an image decoder."""
-    names = {_bare(name) for name in shapes}
-    return "sentence_bank.embed.weight" in names and "image_decoder.output_head.0.weight" in names
+    return {"sentence_bank.embed.weight", "image_decoder.output_head.0.weight"} <= set(shapes)
 
 
 def translate(tensors: Mapping[str, Tensor], stored: Mapping[str, Any]) -> Translation:
     """See `gloria_core.checkpoints.layouts`."""
-    renamed, ignored = {}, []
-    for theirs, value in tensors.items():
-        name = _bare(theirs)
-        if any(re.match(pattern, name) for pattern in WITHOUT_PLACE):
-            ignored.append(theirs)
-        else:
-            renamed[_ours(name)] = (theirs, value)
-    shapes = {name: tuple(value.shape) for name, (_, value) in renamed.items()}
-    text = bert_architecture(shapes, "text_encoder.bert.")
-    return Translation(_config(shapes), text, renamed, ignored)
+    named, ignored = renamed(tensors, RULES)
+    return Translation(NAME, _config(named), bert_architecture(named), named, ignored)
 
 
-def _bare(name: str) -> str:
-    return name.removeprefix("module.")
-
-
-def _ours(name: str) -> str:
-    for pattern, new in PREFIXES:
-        found = re.match(pattern, name)
-        if found and "block" in found.groupdict():  # twice convolution (0), norm (1), ReLU; we number them 0 to 5
-            layer = 3 * (int(found["half"]) - 1) + int(found["layer"])
-            new = f"objective.image_decoder.blocks.{found['block']}.{layer}."
-        if found:
-            return new + name[found.end() :]
-    return name
-
-
-def _config(shapes: Shapes) -> ModelConfig:
+def _config(named: Named) -> ModelConfig:
     """Everything that shapes tell; the rest is the released configuration."""
-    trunk, queries = "image_encoder.trunk.", shapes["objective.report_decoder.queries"]
+    shapes = shapes_of(named)
     n_prototypes, dim = shapes["objective.bank.prototypes"]
     regions = shapes["objective.image_heads.pool.positional_embedding"][0] - 1
     if regions != PUBLISHED_SIDE**2:
@@ -95,17 +79,17 @@ def _config(shapes: Shapes) -> ModelConfig:
         objective_options={
             "embed_dim": dim,
             "n_prototypes": n_prototypes,
-            "n_queries": queries[1],
+            "n_queries": shapes["objective.report_decoder.queries"][1],
             "decoder_layers": count(shapes, "objective.report_decoder.bert.encoder.layer."),
         },
-        image_encoder=resnet_name(shapes, trunk),
+        image_encoder=image_encoder_name(named),
         region_stage="layer4",
         text_encoder="emilyalsentzer/Bio_ClinicalBERT",
         last_layers=1,
         image_size=224,
         crop=224,
         norm="prior",
-        channels=shapes[f"{trunk}conv1.weight"][1],
+        channels=shapes[f"{TRUNK}conv1.weight"][1],
         max_tokens=256,
         text_section="both",
     )

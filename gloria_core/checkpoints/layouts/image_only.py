@@ -1,0 +1,115 @@
+"""Published files without a text encoder: image encoders alone, fine-tuned classifiers, and U-Nets.
+
+Image encoders alone are state dicts under the names of torchvision, timm or transformers (4 and 5), among them PRIOR's
+`prior_resnet50.pt`, torchvision's ResNet-50 with one input channel. Network and input channels are read from the
+tensors. Classifiers, poolers and tables of counting numbers are left out.
+
+Classifiers are an image encoder and a linear head on its pooled feature:
+- GLoRIA (Lightning): `model.img_encoder.model.*` with the two embedders of pretraining, which the classifier does not
+  use, and `model.classifier.*`; its encoder resizes to 299. From an ImageNet encoder: `model.img_encoder.conv1.*`, and
+  no resize.
+- gloria-Extended: the same without `model.`, in its own container.
+- CXR-CLIP: `image_encoder.{resnet,image_encoder}.*` and `classifier.classification_head.*`. The released code reads a
+  Swin's first token here as in pretraining. The pretraining file that its configuration names is not needed.
+
+U-Nets are segmentation-models-pytorch's, as GLoRIA (Lightning, `model.`) and gloria-Extended (no prefix) save them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from gloria_core.checkpoints.layouts.base import TRUNK, ImageTranslation, image_encoder_name, renamed, shapes_of
+from gloria_core.checkpoints.model import ConfigError
+from gloria_core.models.key_maps import Named, Shapes, is_one_network, network_name, timm_names
+
+ENCODER = "image encoder alone (torchvision, timm, transformers)"
+CLASSIFIER = "fine-tuned classifier (GLoRIA, gloria-Extended, CXR-CLIP)"
+UNET = "U-Net (GLoRIA, gloria-Extended)"
+NAME = f"{ENCODER}, {CLASSIFIER}, {UNET}"
+
+CLASSIFIER_RULES = (
+    # GLoRIA's embedders, which its classifier never calls, and the class weights of a loss
+    (r"(model\.)?(img_encoder\.(global|local)_embedder|loss)\.", None),
+    (r"(model\.)?img_encoder\.model\.", TRUNK),
+    (r"(model\.)?img_encoder\.", TRUNK),
+    (r"image_encoder\.(resnet|image_encoder)\.", TRUNK),
+    (r"(model\.)?classifier\.(classification_head\.)?", "classifier."),
+)
+UNET_RULES = ((r"(model\.)?loss\.", None), (r"model\.", ""))
+UNET_MARKS = {"encoder.conv1.weight", "decoder.blocks.0.conv1.0.weight", "segmentation_head.0.weight"}
+
+
+def recognise(shapes: Shapes, stored: Mapping[str, Any]) -> bool:
+    """Whether all tensors are one network's, perhaps with its classifier, or a fine-tuned classifier's or U-Net's."""
+    return is_one_network(shapes) or _is_classifier(shapes) or _is_unet(shapes)
+
+
+def translate(tensors: Mapping[str, Tensor], stored: Mapping[str, Any]) -> ImageTranslation:
+    """See `gloria_core.checkpoints.layouts`."""
+    if _is_unet(tensors):
+        return _unet(tensors)
+    if _is_classifier(tensors):
+        return _classifier(tensors)
+    named, ignored = timm_names({name: (name, value) for name, value in tensors.items()})
+    return ImageTranslation(
+        ENCODER,
+        network_name(shapes_of(named)),
+        {f"trunk.{name}": pair for name, pair in named.items()},
+        ignored,
+        in_channels=_input_channels(named, ""),
+    )
+
+
+def _is_classifier(names: Mapping[str, Any]) -> bool:
+    """A head named `classifier` beside an image encoder, and no text encoder."""
+    names = {name.removeprefix("model.") for name in names}
+    has = [any(name.startswith(start) for name in names) for start in ("classifier.", "text_encoder.")]
+    return has == [True, False] and any(name.startswith(("img_encoder.", "image_encoder.")) for name in names)
+
+
+def _is_unet(names: Mapping[str, Any]) -> bool:
+    """Encoder, decoder and segmentation head of the library's names, on a ResNet."""
+    return {name.removeprefix("model.") for name in names} >= UNET_MARKS
+
+
+def _classifier(tensors: Mapping[str, Tensor]) -> ImageTranslation:
+    named, ignored = renamed(tensors, CLASSIFIER_RULES)
+    head = named.get("classifier.weight")
+    if head is None or head[1].ndim != 2:
+        raise ConfigError(f"its head is not linear (it has {', '.join(n for n in tensors if 'classifier' in n)})")
+    encoder = image_encoder_name(named)
+    resizes = any(name.removeprefix("model.").startswith("img_encoder.model.") for name in tensors)
+    return ImageTranslation(
+        CLASSIFIER,
+        encoder,
+        {name.replace(TRUNK, "img_encoder.trunk.", 1): pair for name, pair in named.items()},
+        ignored,
+        kind="classifier",
+        classes=len(head[1]),
+        resize_to=299 if resizes else None,
+        in_channels=_input_channels(named, TRUNK),
+        pooling="first_token" if encoder == "swin_tiny" else "default",
+    )
+
+
+def _unet(tensors: Mapping[str, Tensor]) -> ImageTranslation:
+    named, ignored = renamed(tensors, UNET_RULES)
+    return ImageTranslation(
+        UNET,
+        network_name(shapes_of(named, "encoder.")),
+        named,
+        ignored,
+        kind="unet",
+        classes=len(named["segmentation_head.0.weight"][1]),
+        in_channels=_input_channels(named, "encoder."),
+    )
+
+
+def _input_channels(named: Named, prefix: str) -> int:
+    """Channels of the images that the network reads."""
+    firsts = ("conv1.weight", "features.conv0.weight", "conv_stem.weight", "patch_embed.proj.weight")
+    return next(named[prefix + first][1].shape[1] for first in firsts if prefix + first in named)
