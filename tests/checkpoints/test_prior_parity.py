@@ -190,7 +190,9 @@ def test_losses_and_gradients_without_noise(kit, stage):
     output = kit.model.objective(kit.images, kit.features, kit.batch)
     check_losses(output, kit.golden["batch"]["losses"][stage][kind], stage)
     golden, parameters = kit.golden["batch"]["grad_l2_of_total"][f"{stage}_{kind}"], dict(kit.model.named_parameters())
-    gradients = torch.autograd.grad(output.total, [parameters[kit.places[name][0]] for name in golden], retain_graph=True)
+    gradients = torch.autograd.grad(
+        output.total, [parameters[kit.places[name][0]] for name in golden], retain_graph=True
+    )
     for (name, expected), gradient in zip(golden.items(), gradients, strict=True):
         check.gradient(gradient, expected, name)
 
