@@ -2,10 +2,10 @@
 
 What the adapters in `data/sources/` share:
 
-- `require`, `optional_table`: the paths of files and folders; one error for all that is missing
+- `require`, `optional_file`: the paths of files and folders; one error for all that is missing
 - `Column`, `read_table`, `check_cells`, `check_boxes`: text cells under our names, with their rules; errors name the
   file, the row (the header is row 1) and the remedy. The index of a table + 2 is the row of the file
-- `existing`, `first_existing`, `files_by_stem`, `locate`, `file_sizes`: which images are there
+- `existing`, `complete`, `first_existing`, `files_by_stem`, `locate`, `file_sizes`: which images are there
 - `Rows`: the rows that a source uses, and why it leaves the others out
 - `cell`, `box_cells`, `ap_view`, `male`, `group_studies`, `manifest_frame`, `finish`: the columns of the manifest
 - `draw_valid`, `tear`, `patient_leaks`: splits, and what a published split leaks
@@ -24,7 +24,7 @@ import re
 import warnings
 import zipfile
 import zlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,8 +75,8 @@ def require(root: Path | str, needs: Mapping[str, str], dataset: str) -> dict[st
     return paths
 
 
-def optional_table(root: Path, pattern: str, dataset: str) -> Path | None:
-    """The path of a table that may be missing, found as by `require`; warns of a table with a similar name."""
+def optional_file(root: Path, pattern: str, dataset: str) -> Path | None:
+    """The path of a file that may be missing, found as by `require`; warns of a table with a similar name."""
     path = _match(root, pattern, dataset)
     if path is None:
         stem = re.split(r"[*.|]", pattern)[0]
@@ -107,7 +107,7 @@ def _match(root: Path, patterns: str, dataset: str) -> Path | None:
     return None
 
 
-def existing(root: Path | str, paths: Sequence[str]) -> set[str]:
+def existing(root: Path | str, paths: Iterable[str]) -> set[str]:
     """Those of `paths` (posix, relative to `root`) that are files: each folder is listed once, several at a time."""
     root = Path(root)
     wanted: dict[str, set[str]] = {}
@@ -125,6 +125,12 @@ def existing(root: Path | str, paths: Sequence[str]) -> set[str]:
 
     with ThreadPoolExecutor(THREADS) as pool:
         return {path for paths in pool.map(files_of, wanted) for path in paths}
+
+
+def complete(root: Path, cells: pd.Series) -> pd.Series:
+    """Bool for each cell: all its paths (";" between them) are files below `root`."""
+    paths = cells.str.split(";")
+    return paths.map(existing(root, paths.explode()).issuperset).astype(bool)
 
 
 def first_existing(root: Path, candidates: Sequence[pd.Series]) -> pd.Series:
@@ -333,7 +339,7 @@ def check_cells(path: Path | str, column: str, values: pd.Series, good: object, 
     """Raise ManifestError with the first cells of `values` that are not `good` (bool, same length) and their number."""
     bad = values[~np.asarray(good, bool)]
     if len(bad):
-        rows = ", ".join(f"row {index + 2}: {_shorten(value)}" for index, value in bad.iloc[:5].items())
+        rows = ", ".join(f"row {index + 2}: {shorten(value)}" for index, value in bad.iloc[:5].items())
         raise ManifestError(f"{path}, column {column!r}: {len(bad)} bad value{'s'[: len(bad) > 1]} ({rows}); {remedy}")
 
 
@@ -365,7 +371,8 @@ def check_boxes(
     return table.assign(**numbers)
 
 
-def _shorten(value: object) -> str:
+def shorten(value: object) -> str:
+    """Its `repr`, at most 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
@@ -392,7 +399,7 @@ class Rows:
         self.table = self.table[~bad]
         rows, key = (rows.drop_duplicates("study_id"), "study_id") if by_study else (rows, self.key)
         self.failures += [
-            Failure(str(study), int(index) + 2, column, _shorten(value), reason)
+            Failure(str(study), int(index) + 2, column, shorten(value), reason)
             for index, study, value in zip(rows.index, rows[key], rows[shown], strict=True)
         ]
 
@@ -545,13 +552,13 @@ def finish(
 # ------------------------------------------------------------------------------------------------------------ splits
 
 
-def draw_valid(frame: pd.DataFrame, *, seed: int, share: float = 1 / 8) -> pd.DataFrame:
-    """The frame with a share of its training patients in valid, stratified by the labels."""
+def draw_valid(frame: pd.DataFrame, *, seed: int, fraction: float = 1 / 8) -> pd.DataFrame:
+    """The frame with a fraction of its training patients in valid, stratified by the labels."""
     train = (frame["split"] == "train").to_numpy()
     if not train.any():
         return frame
     split = np.array(frame["split"], object)
-    split[train] = assign_splits(frame[train], fractions={"train": 1 - share, "valid": share}, seed=seed)["split"]
+    split[train] = assign_splits(frame[train], fractions={"train": 1 - fraction, "valid": fraction}, seed=seed)["split"]
     return frame.assign(split=split)
 
 

@@ -1,7 +1,9 @@
-"""What the tests of dataset adapters share: small DICOM and PNG files, and the one message of a refusal."""
+"""What the tests of dataset adapters share: small files, real tables where they are, and the message of a refusal."""
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,6 +38,29 @@ def write_dicom(path: Path, *, size: int = 16, **tags: str) -> None:
 def write_picture(path: Path, size: tuple[int, int] = (32, 24), gray: int = 90) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("L", size, gray).save(path)
+
+
+def write_rows(path: Path, header: str, rows: list[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join([header, *rows]) + "\n", encoding="utf-8")
+
+
+def wheel_table(name: str) -> Path:
+    """An owner's table in the wheel of torchxrayvision; skips the test where it is not installed."""
+    wheel = importlib.util.find_spec("torchxrayvision")
+    path = Path(wheel.origin).parent / "data" / name if wheel else None
+    if path is None or not path.is_file():
+        pytest.skip(f"torchxrayvision, whose wheel holds {name}, is not installed")
+    return path
+
+
+def real_folder(name: str) -> Path:
+    """A folder of real data, by GLORIA_DATA (the folder of all, or one of it); skips the test where it is not there."""
+    data = Path(os.environ.get("GLORIA_DATA", Path(__file__).parents[3] / "shared" / "data"))
+    path = data if data.name == name else (data.parent if (data.parent / name).is_dir() else data) / name
+    if not path.is_dir():
+        pytest.skip(f"no folder {path}; set GLORIA_DATA")
+    return path
 
 
 def refusal(prepare: Callable[..., pd.DataFrame], root: Path, **options: object) -> str:

@@ -1,7 +1,5 @@
 """CheXpert and its 5x200 set: trees in the owner's three layouts, bad input, and the real training table."""
 
-import gzip
-import importlib.util
 import json
 import shutil
 from collections import Counter
@@ -10,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from owner_trees import prepared_twice, refusal, wheel_table, write_rows
 from PIL import Image
 
-from gloria_core.data.manifest import CHEXPERT_LABELS, COMPETITION_LABELS, ManifestError, read_manifest, write_manifest
+from gloria_core.data.manifest import CHEXPERT_LABELS, COMPETITION_LABELS, write_manifest
+from gloria_core.data.raw_folder import Rows
 from gloria_core.data.sources import prepare as prepare_by_name
 from gloria_core.data.sources.chexpert import prepare, published_parts, read_images, ruled_5x200
 from gloria_core.data.sources.chexpert_5x200 import prepare as prepare_5x200
@@ -66,27 +66,15 @@ def make_tree(root: Path, *, layout: str = "small", n_patients: int = 60) -> lis
 
 
 def write_table(path: Path, rows: list[str], header: str = HEADER) -> None:
-    path.write_text("\n".join([header, *rows]) + "\n")
-
-
-def said(function, *args, **options) -> str:
-    with pytest.raises(ManifestError) as caught:
-        function(*args, **options)
-    return str(caught.value)
+    write_rows(path, header, rows)
 
 
 @pytest.mark.parametrize("layout", ["small", "original", "batches"])
 def test_each_layout_gives_a_good_manifest(tmp_path, layout):
     make_tree(tmp_path / "root", layout=layout)
-    frame = prepare_by_name("chexpert", tmp_path / "root", {"hold_out": "", "views": "all"})
-    first = write_manifest(frame, tmp_path / "m.csv")
-    pd.testing.assert_frame_equal(read_manifest(tmp_path / "m.csv", root=tmp_path / "root"), frame)
-    again = prepare(tmp_path / "root", hold_out="", views="all")
-    assert write_manifest(again, tmp_path / "n.csv") == first
-    assert (tmp_path / "m.csv").read_bytes() == (tmp_path / "n.csv").read_bytes()
+    frame = prepared_twice(prepare, tmp_path / "root", tmp_path, hold_out="", views="all")
     assert len(frame) == 125 and frame["patient_id"].nunique() == 65
     assert frame["split"].value_counts()["test"] == 5 and set(frame["split"]) == {"train", "valid", "test"}
-    assert (frame.groupby("patient_id")["split"].nunique() == 1).all()
     study = frame.set_index("study_id").loc["patient00010_study1"]
     assert study["views"] == "AP;LATERAL" and study["Pneumonia"] == -1 and np.isnan(study["Support Devices"])
     assert study["Fracture"] == 0 and study["is_male"] == 1 and study["is_ap_view"] == 1 and study["meta_age"] == "50"
@@ -114,8 +102,8 @@ def test_patients_of_a_list_are_held_out(tmp_path):
         "patient00007_study1_view2_lateral",
         "patient00007_study2_view1_frontal",
     }
-    assert "200 are asked for" in said(prepare, tmp_path)
-    assert "the 5x200 set needs 200" in said(prepare, tmp_path, split_rule="published")
+    assert "200 are asked for" in refusal(prepare, tmp_path)
+    assert "the 5x200 set needs 200" in refusal(prepare, tmp_path, split_rule="published")
 
 
 # --- 5x200 -----------------------------------------------------------------------------------------------------------
@@ -151,15 +139,15 @@ def test_5x200_from_lists(tmp_path):
     wrong = pd.read_csv(table)
     wrong.loc[1, "Edema"] = 1 - wrong.loc[1, "Edema"]
     wrong.to_csv(table, index=False)
-    assert "row 3, column 'Edema'" in said(prepare_5x200, tmp_path, given=table)
+    assert "row 3, column 'Edema'" in refusal(prepare_5x200, tmp_path, given=table)
     (tmp_path / "train.csv").unlink()
     alone = prepare_5x200(tmp_path, given=listed)
     assert (
         len(alone) == 2 and alone["Pneumonia"].isna().all() and (alone[list(COMPETITION_LABELS)] == 1).sum().sum() == 2
     )
     listed.write_text("[1, 2]")
-    assert "not PRIOR's list" in said(prepare_5x200, tmp_path, given=listed)
-    assert "no such list" in said(prepare_5x200, tmp_path, given=tmp_path / "nowhere.csv")
+    assert "not PRIOR's list" in refusal(prepare_5x200, tmp_path, given=listed)
+    assert "no such list" in refusal(prepare_5x200, tmp_path, given=tmp_path / "nowhere.csv")
 
 
 def test_5x200_with_reports(tmp_path):
@@ -170,7 +158,7 @@ def test_5x200_with_reports(tmp_path):
     )
     given = tmp_path / "list.csv"
     given.write_text("Path\n" + "".join(f"x/train/patient{n:05d}/study1/view1_frontal.jpg\n" for n in (3, 4)))
-    assert "patient00004" in said(prepare_5x200, tmp_path, given=given, reports=plus)
+    assert "patient00004" in refusal(prepare_5x200, tmp_path, given=given, reports=plus)
     frame = prepare_5x200(tmp_path, given=given, reports=plus, on_error="exclude")
     assert frame["impression"].tolist() == ["1. Edema.\n2. No change."]
     assert "no impression" in frame.attrs["excluded"][0]["reason"]
@@ -180,20 +168,20 @@ def test_5x200_with_reports(tmp_path):
 
 
 def test_wrong_folder(tmp_path):
-    text = said(prepare, tmp_path)
+    text = refusal(prepare, tmp_path)
     assert "lacks" in text and "train.csv" in text and "valid.csv" in text and "stanfordaimi" in text
-    assert "not a folder" in said(prepare, tmp_path / "nowhere")
+    assert "not a folder" in refusal(prepare, tmp_path / "nowhere")
 
 
 def test_missing_images(tmp_path):
     make_tree(tmp_path)
     shutil.rmtree(tmp_path / "train/patient00001/study2")
-    text = said(prepare, tmp_path, hold_out="")
+    text = refusal(prepare, tmp_path, hold_out="")
     assert "1 problem" in text and "row 4" in text and "patient00001/study2" in text and "exclude" in text
     frame = prepare(tmp_path, hold_out="", on_error="exclude")
     assert len(frame) == 124 and [item["row"] for item in frame.attrs["excluded"]] == [4]
     shutil.rmtree(tmp_path / "train")
-    assert "nothing is left" in said(prepare, tmp_path, hold_out="", on_error="exclude")
+    assert "nothing is left" in refusal(prepare, tmp_path, hold_out="", on_error="exclude")
     assert len(prepare(tmp_path, hold_out="", check_images=False)) == 125
 
 
@@ -201,7 +189,7 @@ def test_missing_images(tmp_path):
 def test_changed_column(tmp_path, old):
     rows = make_tree(tmp_path, n_patients=3)
     write_table(tmp_path / "train.csv", rows, HEADER.replace(old, f"{old}s", 1))
-    text = said(prepare, tmp_path)
+    text = refusal(prepare, tmp_path)
     assert "train.csv" in text and repr(old) in text and f"Did you mean '{old}s'" in text
 
 
@@ -220,7 +208,7 @@ BAD = {
 def test_bad_rows(tmp_path, case):
     rows = make_tree(tmp_path, n_patients=3)
     write_table(tmp_path / "train.csv", [BAD[case][0], *rows[1:]])
-    text = said(prepare, tmp_path)
+    text = refusal(prepare, tmp_path)
     assert "train.csv" in text and BAD[case][1] in text and "row " in text and len(text.splitlines()) == 1
 
 
@@ -237,24 +225,25 @@ def test_unknown_options(tmp_path):
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory) -> Path:
-    found = importlib.util.find_spec("torchxrayvision")
-    if found is None:
-        pytest.skip("torchxrayvision, whose wheel holds CheXpert's train.csv, is not installed")
+    table = wheel_table("chexpert_train.csv.gz")
     root = tmp_path_factory.mktemp("real")
-    raw = Path(found.origin).parent / "data" / "chexpert_train.csv.gz"
-    (root / "train.csv").write_bytes(gzip.decompress(raw.read_bytes()))
+    shutil.copy(table, root / "train.csv.gz")
     write_table(root / "valid.csv", [row(f"x/valid/patient{64541 + i}/study1/view1_frontal.jpg") for i in range(200)])
     return root
 
 
 @pytest.fixture(scope="module")
 def real_table(real) -> pd.DataFrame:
-    return read_images(real / "train.csv")
+    return read_images(real / "train.csv.gz")
+
+
+def rows_of(table: pd.DataFrame) -> Rows:
+    return Rows(table, source="train.csv", cell=("Path", "path"), key="image_id")
 
 
 def test_the_real_table(real_table):
     table = real_table
-    assert (len(table), table["patient"].nunique(), table["study"].nunique()) == (223_414, 64_540, 187_641)
+    assert (len(table), table["patient_id"].nunique(), table["study_id"].nunique()) == (223_414, 64_540, 187_641)
     assert table["view"].value_counts().to_dict() == {"AP": 161_590, "LATERAL": 32_387, "PA": 29_420, "FRONTAL": 17}
     counts = {name: tuple(int((table[name] == value).sum()) for value in (1, 0, -1)) for name in COMPETITION_LABELS}
     assert counts == {
@@ -271,9 +260,9 @@ def test_the_real_default_keeps_the_5x200_patients_apart(real, real_table):
     assert len(held) == 1000 and (held[list(COMPETITION_LABELS)] == 1).sum().tolist() == [200] * 5
     findings = [name for name in CHEXPERT_LABELS if name != "No Finding"]
     assert ((held[findings] == 1).sum(axis=1) == 1).all() and not (held[findings] == -1).any(axis=None)
-    assert "LATERAL" not in set(held["view"]) and held["study"].is_unique
+    assert "LATERAL" not in set(held["view"]) and held["study_id"].is_unique
     frame = prepare(real, check_images=False)
-    assert not set(held["patient"]) & set(frame["patient_id"])
+    assert not set(held["patient_id"]) & set(frame["patient_id"])
     assert frame["split"].value_counts().to_dict() == {"train": 177_869, "valid": 3_633, "test": 200}
     assert set(frame.attrs["leaks"].values()) == {0}
     reasons = Counter(item["reason"].split(" - ")[-1] for item in frame.attrs["excluded"])
@@ -285,19 +274,20 @@ def test_the_real_default_keeps_the_5x200_patients_apart(real, real_table):
 )
 def test_the_real_published_split_counts_its_leak(real_table, paper, both, mixed):
     """5,000 validation images without the released code's mix-up, and how bad that would have been."""
-    parts, left, leaks = published_parts(real_table, real_table[:0], paper, "5x200")
-    train, valid = parts["train"], parts["valid"]
-    assert (len(train), len(valid), len(left)) == (217_414, 5_000, 1_000)
+    parts, leaks = published_parts(rows_of(real_table), rows_of(real_table[:0]), paper, "5x200")
+    train, valid = parts["train"].table, parts["valid"].table
+    assert (len(train), len(valid), len(parts["train"].failures)) == (217_414, 5_000, 1_000)
     assert not set(train["path"]) & set(valid["path"])
-    assert len(set(train["patient"]) & set(valid["patient"])) == both
+    assert len(set(train["patient_id"]) & set(valid["patient_id"])) == both
     assert leaks["validation images still in train, released code (not rebuilt)"] == mixed
     assert leaks["patients of the 5x200 set in train"] == 799
 
 
 def test_the_real_split_of_cxr_clip(real_table):
-    parts, left, _ = published_parts(real_table, real_table[:0], "cxr_clip", "5x200")
-    assert (len(parts["train"]), len(parts["test"]), len(left)) == (216_389, 1_000, 6_025)
-    assert not set(parts["train"]["patient"]) & set(parts["test"]["patient"])
+    parts, _ = published_parts(rows_of(real_table), rows_of(real_table[:0]), "cxr_clip", "5x200")
+    train, test = parts["train"].table, parts["test"].table
+    assert (len(train), len(test), len(parts["train"].failures)) == (216_389, 1_000, 6_025)
+    assert not set(train["patient_id"]) & set(test["patient_id"])
 
 
 def test_published_split_of_a_small_table(tmp_path):
@@ -305,7 +295,7 @@ def test_published_split_of_a_small_table(tmp_path):
     make_tree(tmp_path)
     given = tmp_path / "list.csv"
     given.write_text("Path\nCheXpert-v1.0/train/patient00007/study2/view1_frontal.jpg\n")
-    assert "draws 5000" in said(prepare, tmp_path, split_rule="published", hold_out=given)
+    assert "draws 5000" in refusal(prepare, tmp_path, split_rule="published", hold_out=given)
     frame = prepare(tmp_path, split_rule="published", paper="cxr_clip", hold_out=given, views="all")
     assert frame["split"].value_counts().to_dict() == {"train": 177, "valid": 5, "test": 1}
     assert len(frame.attrs["excluded"]) == 2

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from owner_trees import prepared_twice, refusal
 from PIL import Image
 
-from gloria_core.data.manifest import CHEXPERT_LABELS, ManifestError, read_manifest, write_manifest
+from gloria_core.data.manifest import CHEXPERT_LABELS
 from gloria_core.data.sources.chexpert_plus import TABLE, prepare
 
 
@@ -42,20 +43,10 @@ def make_tree(root: Path, *, home: str = "", suffix: str = ".jpg", n: int = 60, 
     return table
 
 
-def said(root: Path, **options) -> str:
-    with pytest.raises(ManifestError) as caught:
-        prepare(root, **options)
-    return str(caught.value)
-
-
 @pytest.mark.parametrize(("home", "suffix"), [("", ".jpg"), ("PNG", ".png"), ("CheXpert-v1.0-small", ".jpg")])
 def test_each_home_of_the_images(tmp_path, home, suffix):
     make_tree(tmp_path, home=home, suffix=suffix, n=160)
-    frame = prepare(tmp_path)
-    write_manifest(frame, tmp_path / "a.csv")
-    pd.testing.assert_frame_equal(read_manifest(tmp_path / "a.csv", root=tmp_path), frame)
-    write_manifest(prepare(tmp_path), tmp_path / "b.csv")
-    assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
+    frame = prepared_twice(prepare, tmp_path, tmp_path)
     assert frame["split"].value_counts().to_dict() == {"train": 152, "valid": 4, "test": 4}
     row = frame.set_index("study_id").loc["patient00007_study1"]
     assert row["impression"] == "1. Stable 7. 2. Seen by Dr. <alpha> XXXX.\n\nEnd."
@@ -78,27 +69,27 @@ def test_published_split_labels_and_list(tmp_path):
     make_tree(tmp_path)
     assert prepare(tmp_path, split_rule="published")["split"].value_counts().to_dict() == {"train": 56, "valid": 4}
     assert "Edema" not in prepare(tmp_path, labels="none")
-    assert "findings_fixed.json is missing" in said(tmp_path, labels="findings")
+    assert "findings_fixed.json is missing" in refusal(prepare, tmp_path, labels="findings")
     given = tmp_path / "list.csv"
     given.write_text("Path\nx/train/patient00007/study1/view1_frontal.jpg\n")
     frame = prepare(tmp_path, hold_out=given)
     assert "patient00007" not in set(frame["patient_id"]) and len(frame) == 59
     (tmp_path / "chexbert_labels/impression_fixed.json").write_text('{"path_to_image": "a.jpg"}\n')
-    assert "line 1: no labels" in said(tmp_path)
+    assert "line 1: no labels" in refusal(prepare, tmp_path)
 
 
 def test_bad_input(tmp_path):
-    assert "lacks" in said(tmp_path) and "stanfordaimi" in said(tmp_path)
+    assert "lacks" in refusal(prepare, tmp_path) and "stanfordaimi" in refusal(prepare, tmp_path)
     table = make_tree(tmp_path, n=6, labels=False)
     assert "Edema" not in prepare(tmp_path)
     (tmp_path / "train/patient00001/study1/view1_frontal.jpg").unlink()
-    assert "row 2" in said(tmp_path) and "no such image file" in said(tmp_path)
+    assert "row 2" in refusal(prepare, tmp_path) and "no such image file" in refusal(prepare, tmp_path)
     frame = prepare(tmp_path, on_error="exclude")
     assert len(frame) == 5 and frame.attrs["excluded"][0]["row"] == 2
 
     def broken(change) -> str:
         change(table.copy()).to_csv(tmp_path / TABLE, index=False)
-        return said(tmp_path)
+        return refusal(prepare, tmp_path)
 
     text = broken(lambda t: t.rename(columns={"section_impression": "impression"}))
     assert "lacks column 'section_impression'" in text and "'impression'" in text
@@ -106,4 +97,4 @@ def test_bad_input(tmp_path):
     assert "column 'path_to_image'" in broken(lambda t: t.assign(path_to_image=["../" + p for p in t["path_to_image"]]))
     assert "column 'split'" in broken(lambda t: t.assign(split="dev"))
     (tmp_path / TABLE).write_bytes((tmp_path / TABLE).read_bytes()[:0])
-    assert "cannot be read as a table" in said(tmp_path)
+    assert "cannot be read as a table" in refusal(prepare, tmp_path)

@@ -1,19 +1,17 @@
 """The covid_pairs source: a made folder with every kind of row, and the real one where it is there."""
 
 import json
-import os
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from owner_trees import prepared_twice, real_folder
 from PIL import Image
 
-from gloria_core.data.manifest import ManifestError, masks_of, read_manifest, write_manifest
+from gloria_core.data.manifest import ManifestError, masks_of
 from gloria_core.data.prompts import load_prompts
 from gloria_core.data.sources import covid_pairs, prepare
 
-DATA = Path(os.environ.get("GLORIA_DATA", Path(__file__).parents[3] / "shared" / "data")) / "covid_pairs"
 COLUMNS = list(covid_pairs.COLUMNS)
 ROWS = [
     # id, text, finding, view, patient, sex, lesions
@@ -121,20 +119,17 @@ def test_prompts_know_every_label():
     assert set(load_prompts("covid_pairs").classes) == set(covid_pairs.LABELS)
 
 
-@pytest.mark.skipif(not (DATA / "index.csv").is_file(), reason="the real covid_pairs folder is not here (GLORIA_DATA)")
 def test_the_real_collection(tmp_path):
-    frame = covid_pairs.prepare(DATA, lateral=True)
+    root = real_folder("covid_pairs")
+    frame = prepared_twice(covid_pairs.prepare, root, tmp_path, lateral=True)
     assert len(frame) == 338 and frame["patient_id"].nunique() == 182
-    assert frame.groupby("patient_id")["split"].nunique().max() == 1
     assert set(frame["split"]) == {"train", "valid", "test"}
-    write_manifest(frame, tmp_path / "manifest.csv")
-    assert len(read_manifest(tmp_path / "manifest.csv", root=DATA)) == 338
-    distinct = covid_pairs.prepare(DATA, lateral=True, deduplicate=True)
+    distinct = covid_pairs.prepare(root, lateral=True, deduplicate=True)
     assert 270 < len(distinct) <= 275  # 275 texts as they are written; fewer by their words
-    everything = covid_pairs.prepare(DATA, lateral=True, texts_only=False)
+    everything = covid_pairs.prepare(root, lateral=True, texts_only=False)
     labels = [[mask["label"] for mask in masks_of(row)] for row in everything.to_dict("records")]
     assert sum("Lung" in row for row in labels) == 181
     assert sum("Ground Glass Opacity" in row for row in labels) == 36
     for row in everything[everything["masks"] != ""].head(30).to_dict("records"):
-        size = Image.open(DATA / row["images"]).size
-        assert all(Image.open(DATA / mask["path"]).size == size for mask in masks_of(row))
+        size = Image.open(root / row["images"]).size
+        assert all(Image.open(root / mask["path"]).size == size for mask in masks_of(row))

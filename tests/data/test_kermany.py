@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from owner_trees import prepared_twice, refusal, write_picture
+from owner_trees import prepared_twice, real_folder, refusal, write_picture, write_rows
 from PIL import Image
 
 from gloria_core.data.manifest import masks_of
 from gloria_core.data.sources.kermany import prepare
 
-DATA = Path(os.environ.get("GLORIA_DATA", "../shared/data"))
-REAL = (DATA.parent if DATA.name == "nih_sample" else DATA) / "kermany_lungs"
 HEADER = "id,image,lung_mask,label,subtype,patient,split_original,mask_matched_by"
 
 
@@ -42,7 +39,7 @@ def make_index(root: Path, n: int = 12) -> list[str]:
 
 
 def write_index(root: Path, rows: list[str], header: str = HEADER) -> None:
-    (root / "index.csv").write_text("\n".join([header, *rows]) + "\n")
+    write_rows(root / "index.csv", header, rows)
 
 
 def test_owners_folder(tmp_path):
@@ -110,16 +107,15 @@ def test_bad_index(tmp_path, case):
 
 
 def test_real_folder(tmp_path):
-    if not (REAL / "index.csv").is_file():
-        pytest.skip(f"no re-packed folder {REAL}; set GLORIA_DATA")
-    frame = prepared_twice(prepare, REAL, tmp_path)
+    root = real_folder("kermany_lungs")
+    frame = prepared_twice(prepare, root, tmp_path)
     assert len(frame) == 2070 and frame["patient_id"].nunique() == 1507 and frame["Pneumonia"].sum() == 1422
     assert (frame["masks"] != "").all() and frame.attrs["excluded"] == [] and frame.attrs["leaks"] == {}
-    leaks = prepare(REAL, split_rule="published").attrs["leaks"]
+    leaks = prepare(root, split_rule="published").attrs["leaks"]
     assert leaks == {"patients in train and test": 34, "test images": 150, "test images whose patient is in train": 41}
     row = frame.iloc[5]
     mask = masks_of(row)[0]
-    with Image.open(REAL / mask["path"]) as drawn, Image.open(REAL / row["images"]) as image:
+    with Image.open(root / mask["path"]) as drawn, Image.open(root / row["images"]) as image:
         assert (
             mask["label"] == "Lungs" and drawn.size == image.size and 0.1 < np.asarray(drawn).astype(bool).mean() < 0.6
         )

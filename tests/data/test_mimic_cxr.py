@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from owner_trees import prepared_twice, refusal
 from PIL import Image
 
-from gloria_core.data.manifest import CHEXPERT_LABELS, ManifestError, read_manifest, write_manifest
+from gloria_core.data.manifest import CHEXPERT_LABELS
 from gloria_core.data.sources.mimic_cxr import mimic_sections, prepare, section_name
 
 TABLES = {name: f"mimic-cxr-2.0.0-{name}.csv.gz" for name in ("metadata", "split", "chexpert")}
@@ -48,12 +49,6 @@ def make_tree(root: Path, n: int = 20) -> None:
     table[["dicom_id", "study_id", "subject_id", "split"]].to_csv(root / TABLES["split"], index=False)
     names = ["subject_id", "study_id", *sorted(CHEXPERT_LABELS)]
     pd.DataFrame(labels, columns=names).to_csv(root / TABLES["chexpert"], index=False)
-
-
-def said(root: Path, **options) -> str:
-    with pytest.raises(ManifestError) as caught:
-        prepare(root, **options)
-    return str(caught.value)
 
 
 def edit(path: Path, change) -> None:
@@ -113,11 +108,7 @@ def test_section_names(heading, name):
 
 def test_a_good_manifest(tmp_path):
     make_tree(tmp_path)
-    frame = prepare(tmp_path)
-    write_manifest(frame, tmp_path / "a.csv")
-    pd.testing.assert_frame_equal(read_manifest(tmp_path / "a.csv", root=tmp_path), frame)
-    write_manifest(prepare(tmp_path), tmp_path / "b.csv")
-    assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
+    frame = prepared_twice(prepare, tmp_path, tmp_path)
     assert frame["split"].value_counts().to_dict() == {"train": 8, "valid": 4, "test": 4}
     assert set(frame.attrs["leaks"].values()) == {0} and set(frame["views"]) == {"PA", "AP"}
     row = frame.set_index("study_id").loc["s50000006"]
@@ -172,12 +163,16 @@ def test_hold_out(tmp_path):
     assert any("held out by ms.csv" in item["reason"] for item in frame.attrs["excluded"])
 
 
-def test_unpacked_reports_read_the_same(tmp_path):
+@pytest.mark.parametrize("place", ["mimic-cxr-reports", "reports", "other name", "", "zip"])
+def test_reports_are_found_wherever_they_were_unpacked(tmp_path, place):
     make_tree(tmp_path)
     before = prepare(tmp_path)
-    with zipfile.ZipFile(tmp_path / "mimic-cxr-reports.zip") as archive:
-        archive.extractall(tmp_path / "mimic-cxr-reports")
-    (tmp_path / "mimic-cxr-reports.zip").unlink()
+    if place == "zip":
+        (tmp_path / "downloads").mkdir()
+        shutil.move(tmp_path / "mimic-cxr-reports.zip", tmp_path / "downloads")
+    else:
+        shutil.unpack_archive(tmp_path / "mimic-cxr-reports.zip", tmp_path / place)
+        (tmp_path / "mimic-cxr-reports.zip").unlink()
     pd.testing.assert_frame_equal(prepare(tmp_path), before)
 
 
@@ -185,32 +180,34 @@ def test_unpacked_reports_read_the_same(tmp_path):
 
 
 def test_wrong_folder_names_everything(tmp_path):
-    text = said(tmp_path)
+    text = refusal(prepare, tmp_path)
     assert all(word in text for word in ("metadata", "split", "chexpert", "physionet"))
     make_tree(tmp_path)
     (tmp_path / "mimic-cxr-reports.zip").unlink()
-    assert "mimic-cxr-reports.zip: the reports, from https://physionet.org/content/mimic-cxr/" in said(tmp_path)
+    text = refusal(prepare, tmp_path)
+    assert "mimic-cxr-reports.zip: the reports, from https://physionet.org/content/mimic-cxr/" in text
+    assert "mimic-cxr-reports/files/p10/p10000032/s50414267.txt" in text
 
 
 def test_truncated_zip(tmp_path):
     make_tree(tmp_path)
     path = tmp_path / "mimic-cxr-reports.zip"
     path.write_bytes(path.read_bytes()[:-100])
-    assert "mimic-cxr-reports.zip: no readable zip archive" in said(tmp_path)
+    assert "mimic-cxr-reports.zip: no readable zip archive" in refusal(prepare, tmp_path)
     (tmp_path / TABLES["split"]).write_bytes((tmp_path / TABLES["split"]).read_bytes()[:40])
-    assert "cannot be read as a table" in said(tmp_path)
+    assert "cannot be read as a table" in refusal(prepare, tmp_path)
 
 
 def test_missing_image_and_report(tmp_path):
     make_tree(tmp_path)
     shutil.rmtree(tmp_path / "files/p10/p10000006")
-    text = said(tmp_path)
+    text = refusal(prepare, tmp_path)
     assert "1 problem" in text and "d006-0.jpg" in text and "metadata" in text
     assert len(prepare(tmp_path, on_error="exclude")) == 15
     with zipfile.ZipFile(tmp_path / "mimic-cxr-reports.zip", "w") as archive:
         archive.writestr("files/p10/p10000000/s50000000.txt", REPORTS[0])
         archive.writestr("files/p10/p10000001/s50000001.txt", REPORTS[1])
-    assert "no report in mimic-cxr-reports" in said(tmp_path, check_images=False)
+    assert "no report in mimic-cxr-reports" in refusal(prepare, tmp_path, check_images=False)
     assert len(prepare(tmp_path, check_images=False, on_error="exclude")) == 2
 
 
@@ -235,5 +232,5 @@ def test_bad_tables(tmp_path, case):
     make_tree(tmp_path, 6)
     name, change, words = CHANGES[case]
     edit(tmp_path / TABLES[name], change)
-    text = said(tmp_path)
+    text = refusal(prepare, tmp_path)
     assert TABLES[name].split(".csv")[0] in text and words in text and len(text.splitlines()) == 1

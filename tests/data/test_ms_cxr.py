@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pytest
+from owner_trees import prepared_twice, refusal
 from PIL import Image
 
-from gloria_core.data.manifest import ManifestError, boxes_of, masks_of, read_manifest, write_manifest
+from gloria_core.data.manifest import boxes_of, masks_of
 from gloria_core.data.sources.ms_cxr import patients_of, prepare
 from gloria_core.tasks.phrases import phrases_from_masks
 
@@ -38,20 +38,11 @@ def make_tree(root: Path, *, half: bool = False) -> pd.DataFrame:
     return table
 
 
-def said(root: Path, **options) -> str:
-    with pytest.raises(ManifestError) as caught:
-        prepare(root, **options)
-    return str(caught.value)
-
-
 def test_a_good_manifest(tmp_path):
     make_tree(tmp_path)
-    frame = prepare(tmp_path)
-    write_manifest(frame, tmp_path / "a.csv")
-    pd.testing.assert_frame_equal(read_manifest(tmp_path / "a.csv", root=tmp_path), frame)
+    prepare(tmp_path)
     bytes_before = [path.read_bytes() for path in sorted((tmp_path / "ms_cxr_masks").iterdir())]
-    write_manifest(prepare(tmp_path), tmp_path / "b.csv")
-    assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
+    frame = prepared_twice(prepare, tmp_path, tmp_path)
     assert [path.read_bytes() for path in sorted((tmp_path / "ms_cxr_masks").iterdir())] == bytes_before
     first, second = (row for _, row in frame.iterrows())
     assert first["impression"] == "small left pneumothorax. Opacity at the right base."
@@ -98,17 +89,17 @@ def test_splits_and_leaks(tmp_path):
 
 
 def test_bad_input(tmp_path):
-    assert "physionet.org/content/ms-cxr" in said(tmp_path)
+    assert "physionet.org/content/ms-cxr" in refusal(prepare, tmp_path)
     table = make_tree(tmp_path)
     (tmp_path / image_path(2)).unlink()
-    assert "no such image file" in said(tmp_path) and "row 5" in said(tmp_path)
+    assert "no such image file" in refusal(prepare, tmp_path) and "row 5" in refusal(prepare, tmp_path)
     assert len(prepare(tmp_path, on_error="exclude")) == 1
     (tmp_path / image_path(2)).write_bytes(b"broken")
-    assert "cannot be read" in said(tmp_path)
+    assert "cannot be read" in refusal(prepare, tmp_path)
 
     def broken(change) -> str:
         change(table.copy()).to_csv(tmp_path / NAME, index=False)
-        return said(tmp_path, check_images=False)
+        return refusal(prepare, tmp_path, check_images=False)
 
     text = broken(lambda t: t.rename(columns={"label_text": "label_txt"}))
     assert "lacks column 'label_text'. Did you mean 'label_txt'" in text

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
-import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from owner_trees import prepared_twice, real_folder, refusal, wheel_table, write_rows
 from PIL import Image
 
-from gloria_core.data.manifest import ManifestError, boxes_of, read_manifest, write_manifest
+from gloria_core.data.manifest import boxes_of
 from gloria_core.data.prompts import load_prompts
 from gloria_core.data.sources.nih import NIH_LABELS, prepare, read_boxes, read_entries
 from gloria_core.data.splits import label_subset
@@ -23,13 +22,6 @@ HEADER = (
     "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]"
 )
 BOX_HEADER = "Image Index,Finding Label,Bbox [x,y,w,h],,,"
-
-SAMPLE = Path(os.environ.get("GLORIA_DATA", "../shared/data/nih_sample"))
-if (SAMPLE / "nih_sample").is_dir():
-    SAMPLE = SAMPLE / "nih_sample"
-needs_sample = pytest.mark.skipif(
-    not (SAMPLE / "Data_Entry_2017_v2020.csv").is_file(), reason=f"no NIH sample in {SAMPLE}; set GLORIA_DATA"
-)
 
 
 def entry(patient: int, number: int, labels: str = "No Finding", age: str = "57", sex: str = "M", view: str = "PA"):
@@ -54,13 +46,7 @@ def make_tree(root: Path, *, layout: str = "official", n_patients: int = 20, siz
 
 
 def write_table(root: Path, rows: list[str], header: str = HEADER, name: str = "Data_Entry_2017_v2020.csv") -> None:
-    (root / name).write_text("\n".join([header, *rows]) + "\n")
-
-
-def message(root: Path, **options: object) -> str:
-    with pytest.raises(ManifestError) as caught:
-        prepare(root, **options)
-    return str(caught.value)
+    write_rows(root / name, header, rows)
 
 
 # --- both layouts ----------------------------------------------------------------------------------------------------
@@ -69,16 +55,10 @@ def message(root: Path, **options: object) -> str:
 @pytest.mark.parametrize("layout", ["official", "flat"])
 def test_both_layouts_give_a_good_manifest(tmp_path, layout):
     make_tree(tmp_path / "root", layout=layout)
-    frame = prepare(tmp_path / "root", seed=1)
-    write_manifest(frame, tmp_path / "m.csv")
-    back = read_manifest(tmp_path / "m.csv", root=tmp_path / "root")
-    pd.testing.assert_frame_equal(back, frame)
-    assert len(frame) == 40 and frame["patient_id"].nunique() == 20
-    assert (frame.groupby("patient_id")["split"].nunique() == 1).all() and set(frame["split"]) == {
-        "train",
-        "valid",
-        "test",
-    }
+    frame = prepared_twice(prepare, tmp_path / "root", tmp_path, seed=1)
+    assert (
+        len(frame) == 40 and frame["patient_id"].nunique() == 20 and set(frame["split"]) == {"train", "valid", "test"}
+    )
     row = frame.set_index("study_id").loc["00000003_001"]
     assert row["images"] == (
         "images_003/images/00000003_001.png" if layout == "official" else "images/00000003_001.jpg"
@@ -95,6 +75,18 @@ def test_boxes_are_in_pixels_of_the_file(tmp_path):
     make_tree(tmp_path)
     row = prepare(tmp_path).set_index("study_id").loc["00000001_000"]
     assert boxes_of(row) == [{"label": "Infiltration", "image": 0, "xywh": [32.0, 32.0, 8.0, 8.0]}]
+
+
+@pytest.mark.parametrize("name", ["BBox_List_2017_Official_NIH.csv", "bbox_list_2017.CSV", "BBox_List_2017.csv.gz"])
+def test_the_box_table_under_its_other_names(tmp_path, name):
+    make_tree(tmp_path)
+    boxes, content = prepare(tmp_path)["boxes"], (tmp_path / "BBox_List_2017.csv").read_bytes()
+    (tmp_path / "BBox_List_2017.csv").unlink()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assert prepare(tmp_path)["boxes"].equals(boxes) and (boxes != "").any()
+    (tmp_path / name).rename(tmp_path / "BBoxes_List2017.csv")
+    with pytest.warns(UserWarning, match="BBoxes_List2017.csv is not read"):
+        assert (prepare(tmp_path)["boxes"] == "").all()
 
 
 def test_older_header_and_ages(tmp_path):
@@ -122,9 +114,9 @@ def test_published_split(tmp_path):
     rows = make_tree(tmp_path)
     images = [row.partition(",")[0] for row in rows]
     (tmp_path / "train_val_list.txt").write_text("\n".join(images[:30]))
-    assert "test_list.txt is missing" in message(tmp_path, split_rule="published")
+    assert "test_list.txt is missing" in refusal(prepare, tmp_path, split_rule="published")
     (tmp_path / "test_list.txt").write_text("\n".join(images[30:-2]))
-    assert "2 images are in neither" in message(tmp_path, split_rule="published")
+    assert "2 images are in neither" in refusal(prepare, tmp_path, split_rule="published")
     (tmp_path / "test_list.txt").write_text("\n".join(images[30:]))
     frame = prepare(tmp_path, split_rule="published")
     assert list(frame.loc[frame["split"] == "test", "study_id"]) == [name[:-4] for name in images[30:]]
@@ -136,7 +128,7 @@ def test_published_split_with_a_patient_in_both_lists(tmp_path):
     images = [row.partition(",")[0] for row in make_tree(tmp_path)]
     (tmp_path / "train_val_list.txt").write_text("\n".join(images[:31]))
     (tmp_path / "test_list.txt").write_text("\n".join(images[31:]))
-    assert "patient in two splits" in message(tmp_path, split_rule="published")
+    assert "patient in two splits" in refusal(prepare, tmp_path, split_rule="published")
 
 
 def test_texts_say_the_labels_and_only_the_view(tmp_path):
@@ -173,7 +165,7 @@ def test_missing_images_are_counted_named_or_excluded(tmp_path):
     make_tree(tmp_path)
     for name in ("images_001/images/00000001_000.png", "images_002/images/00000001_001.png"):
         (tmp_path / name).unlink()
-    text = message(tmp_path)
+    text = refusal(prepare, tmp_path)
     assert "2 problems" in text and "row 2" in text and "00000001_001" in text and "on_error='exclude'" in text
     frame = prepare(tmp_path, on_error="exclude")
     assert len(frame) == 38
@@ -181,14 +173,14 @@ def test_missing_images_are_counted_named_or_excluded(tmp_path):
     shutil.rmtree(tmp_path / "images_001")
     shutil.rmtree(tmp_path / "images_002")
     shutil.rmtree(tmp_path / "images_003")
-    assert "nothing is left" in message(tmp_path, on_error="exclude")
+    assert "nothing is left" in refusal(prepare, tmp_path, on_error="exclude")
 
 
 @pytest.mark.parametrize("old", ["Image Index", "Finding Labels", "Patient ID", "View Position", "Patient Gender"])
 def test_changed_column_name(tmp_path, old):
     rows = make_tree(tmp_path)
     write_table(tmp_path, rows, header=HEADER.replace(old, f"{old}s"))
-    text = message(tmp_path)
+    text = refusal(prepare, tmp_path)
     assert "Data_Entry_2017_v2020.csv" in text and repr(old) in text and f"Did you mean '{old}s'" in text
 
 
@@ -206,7 +198,7 @@ BAD_ROWS = {
 def test_bad_entries(tmp_path, case):
     rows = make_tree(tmp_path)
     write_table(tmp_path, [BAD_ROWS[case][0], *rows[1:]])
-    text = message(tmp_path)
+    text = refusal(prepare, tmp_path)
     assert all(word in text for word in ("Data_Entry_2017_v2020.csv", *BAD_ROWS[case][1:]))
 
 
@@ -222,14 +214,14 @@ BAD_BOXES = {
 def test_bad_boxes(tmp_path, case):
     make_tree(tmp_path)
     (tmp_path / "BBox_List_2017.csv").write_text(f"{BOX_HEADER}\n{BAD_BOXES[case][0]}\n")
-    text = message(tmp_path)
+    text = refusal(prepare, tmp_path)
     assert "BBox_List_2017.csv" in text and all(word in text for word in BAD_BOXES[case][1:])
 
 
 def test_box_on_an_unreadable_image(tmp_path):
     make_tree(tmp_path)
     (tmp_path / "images_001/images/00000001_000.png").write_bytes(b"broken")
-    assert "cannot be read" in message(tmp_path)
+    assert "cannot be read" in refusal(prepare, tmp_path)
     frame = prepare(tmp_path, on_error="exclude")
     assert len(frame) == 40 and "cannot be read" in frame.attrs["excluded"][0]["reason"]
 
@@ -237,12 +229,12 @@ def test_box_on_an_unreadable_image(tmp_path):
 def test_image_twice_table_twice_or_absent(tmp_path):
     rows = make_tree(tmp_path)
     shutil.copy(tmp_path / "images_001/images/00000001_000.png", tmp_path / "images_002/images/")
-    assert "occurs twice" in message(tmp_path)
+    assert "occurs twice" in refusal(prepare, tmp_path)
     write_table(tmp_path, rows, name="Data_Entry_2017.csv")
-    assert "several files" in message(tmp_path)
-    assert "not a folder" in message(tmp_path / "nowhere")
+    assert "several files" in refusal(prepare, tmp_path)
+    assert "not a folder" in refusal(prepare, tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    assert "lacks\n  Data_Entry_2017*.csv: the labels" in message(tmp_path / "empty")
+    assert "lacks\n  Data_Entry_2017*.csv: the labels" in refusal(prepare, tmp_path / "empty")
 
 
 def test_unknown_options(tmp_path):
@@ -274,23 +266,17 @@ COUNTS = {
 
 
 @pytest.fixture(scope="module")
-def full_tables(tmp_path_factory) -> Path:
-    xrv = importlib.util.find_spec("torchxrayvision")
-    if xrv is None:
-        pytest.skip("torchxrayvision, whose wheel holds NIH's full tables, is not installed")
-    source, target = Path(xrv.origin).parent / "data", tmp_path_factory.mktemp("full")
-    for name in ("Data_Entry_2017_v2020.csv", "BBox_List_2017.csv"):
-        (target / name).write_bytes(gzip.decompress((source / f"{name}.gz").read_bytes()))
-    return target
+def full_tables() -> Path:
+    return wheel_table("Data_Entry_2017_v2020.csv.gz").parent
 
 
 def test_full_tables_have_the_published_counts(full_tables):
-    entries = read_entries(full_tables / "Data_Entry_2017_v2020.csv")
+    entries = read_entries(full_tables / "Data_Entry_2017_v2020.csv.gz")
     assert len(entries) == 112_120 and entries["patient"].nunique() == 30_805
     found = {label: int(entries["labels"].map(lambda names, label=label: label in names).sum()) for label in COUNTS}
     assert found == COUNTS
     assert (entries["view"] == "AP").sum() == 44_810 and (entries["sex"] == "M").sum() == 63_340
-    boxes = read_boxes(full_tables / "BBox_List_2017.csv")
+    boxes = read_boxes(full_tables / "BBox_List_2017.csv.gz")
     assert len(boxes) == 984 and boxes["image"].nunique() == 880 and set(boxes["image"]) <= set(entries["image"])
     assert (boxes["x"] + boxes["w"]).max() <= 1024 and (boxes["y"] + boxes["h"]).max() <= 1024
     assert (boxes["label"] == "Infiltration").sum() == 123
@@ -299,14 +285,10 @@ def test_full_tables_have_the_published_counts(full_tables):
 # --- the real sample -------------------------------------------------------------------------------------------------
 
 
-@needs_sample
 def test_real_sample(tmp_path):
-    frame = prepare(SAMPLE)
+    frame = prepared_twice(prepare, real_folder("nih_sample"), tmp_path)
     assert len(frame) == 9168 and frame["patient_id"].nunique() == 6826
     assert frame.attrs["excluded"] == []
-    assert (frame.groupby("patient_id")["split"].nunique() == 1).all()
-    write_manifest(frame, tmp_path / "m.csv")
-    pd.testing.assert_frame_equal(read_manifest(tmp_path / "m.csv", root=SAMPLE), frame)
     assert frame["Infiltration"].sum() == 2950 and frame["No Finding"].sum() == 4171 and frame["Hernia"].sum() == 35
     assert frame["meta_source"].value_counts()["A"] == 7448 and (frame["meta_rsna_class"] != "").sum() == 8153
     boxes = [box for _, row in frame[frame["boxes"] != ""].iterrows() for box in boxes_of(row)]

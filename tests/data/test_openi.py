@@ -12,10 +12,10 @@ from typing import ClassVar
 
 import pandas as pd
 import pytest
+from owner_trees import prepared_twice, refusal
 from PIL import Image
 
 from gloria_core.data.download import DownloadError, fetch
-from gloria_core.data.manifest import ManifestError, read_manifest, write_manifest
 from gloria_core.data.sources.openi import (
     IMAGES,
     REPORTS,
@@ -58,19 +58,9 @@ def make_tree(root: Path, n: int = 12) -> None:
     (root / "indiana_projections.csv").write_text("\n".join(rows) + "\n")
 
 
-def said(root: Path, **options) -> str:
-    with pytest.raises(ManifestError) as caught:
-        prepare(root, **options)
-    return str(caught.value)
-
-
 def test_a_good_manifest(tmp_path):
     make_tree(tmp_path)
-    frame = prepare(tmp_path)
-    write_manifest(frame, tmp_path / "a.csv")
-    pd.testing.assert_frame_equal(read_manifest(tmp_path / "a.csv", root=tmp_path), frame)
-    write_manifest(prepare(tmp_path), tmp_path / "b.csv")
-    assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
+    frame = prepared_twice(prepare, tmp_path, tmp_path)
     assert len(frame) == 10 and set(frame["views"]) == {"FRONTAL"}
     row = frame.set_index("study_id").loc["CXR7"]
     assert row["images"] == "NLMCXR_png/CXR7_7_IM-0001-1001.png" and row["impression"] == "Normal XXXX."
@@ -94,21 +84,21 @@ def test_other_image_folders_and_missing_images(tmp_path):
     assert other["images"].tolist()[0] == "images/1_IM-0001-1001.dcm.png"
     pd.testing.assert_frame_equal(other.drop(columns="images"), whole.drop(columns="images"))
     (tmp_path / "images/1_IM-0001-1001.dcm.png").unlink()
-    assert "CXR1_1_IM-0001-1001" in said(tmp_path) and "no such image file" in said(tmp_path)
+    assert "CXR1_1_IM-0001-1001" in refusal(prepare, tmp_path) and "no such image file" in refusal(prepare, tmp_path)
     assert len(prepare(tmp_path, on_error="exclude")) == 9
 
 
 def test_bad_folders_and_reports(tmp_path):
-    assert "NLMCXR_png" in said(tmp_path) and "openi.download(root)" in said(tmp_path)
-    assert "not a folder" in said(tmp_path / "nowhere")
+    assert "NLMCXR_png" in refusal(prepare, tmp_path) and "openi.download(root)" in refusal(prepare, tmp_path)
+    assert "not a folder" in refusal(prepare, tmp_path / "nowhere")
     make_tree(tmp_path)
     (tmp_path / "ecgen-radiology/99.xml").write_text(report(7))
-    assert "'CXR7' occurs twice" in said(tmp_path)
+    assert "'CXR7' occurs twice" in refusal(prepare, tmp_path)
     (tmp_path / "ecgen-radiology/99.xml").write_text(report(99)[:-40])
-    assert "99.xml: no report" in said(tmp_path)
+    assert "99.xml: no report" in refusal(prepare, tmp_path)
     (tmp_path / "ecgen-radiology/99.xml").unlink()
     (tmp_path / "indiana_projections.csv").write_text("filename,views\n1.png,Frontal\n")
-    assert "lacks column 'projection'" in said(tmp_path)
+    assert "lacks column 'projection'" in refusal(prepare, tmp_path)
     with pytest.raises(ValueError, match="views"):
         prepare(tmp_path, views="side")
 
@@ -140,7 +130,7 @@ def test_the_real_reports_and_projections(tmp_path):
     counts = {name: int((whole[name] == 1).sum()) for name in ("No Finding", "Cardiomegaly", "Pleural Effusion")}
     assert counts == {"No Finding": 1379, "Cardiomegaly": 345, "Pleural Effusion": 149}
     (tmp_path / REPORTS).write_bytes(wheel_file(REPORTS).read_bytes()[:100_000])
-    assert "cut short or damaged" in said(tmp_path, check_images=False)
+    assert "cut short or damaged" in refusal(prepare, tmp_path, check_images=False)
 
 
 # --- download --------------------------------------------------------------------------------------------------------

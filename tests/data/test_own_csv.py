@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from owner_trees import prepared_twice, refusal, write_picture
+from owner_trees import prepared_twice, refusal, write_picture, write_rows
 
 from gloria_core.data.sources import prepare as prepare_any
 from gloria_core.data.sources.own_csv import prepare
@@ -30,8 +30,7 @@ def make(root: Path, n: int = 20) -> list[str]:
 
 
 def write(root: Path, rows: list[str], header: str) -> None:
-    root.mkdir(parents=True, exist_ok=True)
-    (root / "studies.csv").write_text("\n".join([header, *rows]) + "\n", encoding="utf-8")
+    write_rows(root / "studies.csv", header, rows)
 
 
 def test_columns_and_labels_by_name(tmp_path):
@@ -64,6 +63,23 @@ def test_columns_of_the_manifests_own_names_need_no_mapping(tmp_path):
     frame = prepared_twice(prepare, root, tmp_path)
     assert frame["split"].tolist() == ["train", "valid", "test"] and frame["views"].tolist() == ["PA;LATERAL"] * 3
     assert frame["study_id"].tolist() == ["sa", "sb", "sc"] and frame["findings"].tolist() == ["Seen."] * 3
+
+
+def test_a_table_as_a_spreadsheet_saves_it(tmp_path):
+    """Capitals in the header, semicolons, Windows-1252 or UTF-16."""
+    for name in ("a", "b"):
+        write_picture(tmp_path / f"{name}.png")
+    text = "Image;PATIENT;Split;Impression\na.png;p;train;Épanchement\nb.png;q;test;Rien\n"
+    for encoding in ("utf-8-sig", "utf-16", "cp1252"):
+        (tmp_path / "studies.csv").write_bytes(text.encode(encoding))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error" if encoding != "cp1252" else "ignore")
+            frame = prepare(tmp_path)
+        assert frame["impression"].tolist() == ["Épanchement", "Rien"] and frame["patient_id"].tolist() == ["p", "q"]
+        assert frame["split"].tolist() == ["train", "test"]
+    (tmp_path / "studies.csv").write_bytes((text + "a.png;r;test;Séquelles\n").encode("cp1252"))
+    with pytest.warns(UserWarning, match="not UTF-8"):
+        assert "read as Windows-1252" in refusal(prepare, tmp_path)
 
 
 def test_patients_from_paths_or_a_warning(tmp_path):

@@ -1,15 +1,13 @@
 """PadChest: trees, labels, and the owner's table of 160,861 images."""
 
-import importlib.util
 import shutil
 from collections import Counter
 from pathlib import Path
 
 import pandas as pd
-import pytest
+from owner_trees import prepared_twice, refusal, wheel_table
 from PIL import Image
 
-from gloria_core.data.manifest import ManifestError, read_manifest, write_manifest
 from gloria_core.data.raw_folder import read_table
 from gloria_core.data.sources.padchest import COLUMNS as RULES
 from gloria_core.data.sources.padchest import LABELS, NAME, prepare
@@ -47,19 +45,9 @@ def make_tree(root: Path, n: int = 20) -> pd.DataFrame:
     return table
 
 
-def said(root: Path, **options) -> str:
-    with pytest.raises(ManifestError) as caught:
-        prepare(root, **options)
-    return str(caught.value)
-
-
 def test_a_good_manifest(tmp_path):
     make_tree(tmp_path)
-    frame = prepare(tmp_path)
-    write_manifest(frame, tmp_path / "a.csv")
-    pd.testing.assert_frame_equal(read_manifest(tmp_path / "a.csv", root=tmp_path), frame)
-    write_manifest(prepare(tmp_path), tmp_path / "b.csv")
-    assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
+    frame = prepared_twice(prepare, tmp_path, tmp_path)
     assert len(frame) == 19 and set(frame["views"]) == {"PA", "AP"}
     assert [item["study_id"] for item in frame.attrs["excluded"]] == ["st6", "st6"]
     row = frame.set_index("study_id").loc["st5"]
@@ -79,17 +67,17 @@ def test_all_images_in_one_folder(tmp_path):
         shutil.move(file, tmp_path / "images")
     assert prepare(tmp_path)["images"].str.startswith("images/").all()
     (tmp_path / "images/3_0.png").unlink()
-    assert "3_0.png" in said(tmp_path)
+    assert "3_0.png" in refusal(prepare, tmp_path)
     assert len(prepare(tmp_path, on_error="exclude")) == 18
 
 
 def test_bad_input(tmp_path):
-    assert NAME in said(tmp_path) and "bimcv" in said(tmp_path)
+    assert NAME in refusal(prepare, tmp_path) and "bimcv" in refusal(prepare, tmp_path)
     table = make_tree(tmp_path)
 
     def broken(change) -> str:
         change(table.copy()).to_csv(tmp_path / NAME, index=False)
-        return said(tmp_path)
+        return refusal(prepare, tmp_path)
 
     assert "Did you mean 'Label'" in broken(lambda t: t.rename(columns={"Labels": "Label"}))
     assert "occurs twice" in broken(lambda t: pd.concat([t, t[:1]]))
@@ -99,10 +87,7 @@ def test_bad_input(tmp_path):
 
 
 def test_the_real_table(tmp_path):
-    found = importlib.util.find_spec("torchxrayvision")
-    if found is None:
-        pytest.skip("torchxrayvision, whose wheel holds PadChest's table, is not installed")
-    shutil.copy(Path(found.origin).parent / "data" / f"{NAME}.gz", tmp_path)
+    shutil.copy(wheel_table(f"{NAME}.gz"), tmp_path)
     table = read_table(tmp_path / f"{NAME}.gz", RULES)
     assert (len(table), table["patient_id"].nunique(), table["study_id"].nunique()) == (160_861, 67_625, 109_931)
     assert (table["method"] == "Physician").sum() == 39_053 and (table["labels"] == "nan").sum() == 103

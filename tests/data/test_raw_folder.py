@@ -23,7 +23,7 @@ from gloria_core.data.raw_folder import (
     group_studies,
     locate,
     manifest_frame,
-    optional_table,
+    optional_file,
     patient_leaks,
     read_table,
     require,
@@ -58,16 +58,16 @@ def test_require_names_all_that_is_missing_and_what_is_there(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["boxes_2017.csv", "BOXES_2017.csv", "Boxes_2017.csv.gz", "boxes_2017.csv.zip"])
-def test_optional_tables_are_found(tmp_path, recwarn, name):
+def test_optional_files_are_found(tmp_path, recwarn, name):
     (tmp_path / name).write_bytes(b"")
-    assert optional_table(tmp_path, "boxes_2017.csv", "Some").name == name and not recwarn.list
+    assert optional_file(tmp_path, "boxes_2017.csv", "Some").name == name and not recwarn.list
 
 
 @pytest.mark.parametrize("name", ["boxes_2018.csv", "boxes-2017.txt", "Boxes_2017_final.xlsx"])
 def test_a_table_that_is_nearly_an_optional_one_is_named(tmp_path, name):
     (tmp_path / name).write_bytes(b"")
     with pytest.warns(UserWarning, match=f"{name} is not read.*boxes_2017.csv"):
-        assert optional_table(tmp_path, "boxes_2017.csv", "Some") is None
+        assert optional_file(tmp_path, "boxes_2017.csv", "Some") is None
 
 
 def test_existing_lists_each_folder_once(tmp_path, monkeypatch):

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
-import zipfile
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from owner_trees import prepared_twice, refusal, write_dicom
+from owner_trees import prepared_twice, real_folder, refusal, wheel_table, write_dicom, write_rows
 from PIL import Image
 
 from gloria_core.data.images import read_gray
@@ -19,8 +17,6 @@ from gloria_core.data.manifest import boxes_of
 from gloria_core.data.sources.rsna_pneumonia import prepare
 
 HEADER = "patientId,x,y,width,height,Target"
-SAMPLE = Path(os.environ.get("GLORIA_DATA", "../shared/data/nih_sample"))
-SAMPLE = SAMPLE / "nih_sample" if (SAMPLE / "nih_sample").is_dir() else SAMPLE
 
 
 def make_tree(root: Path, *, n: int = 20, suffix: str = ".dcm") -> list[str]:
@@ -44,7 +40,7 @@ def make_tree(root: Path, *, n: int = 20, suffix: str = ".dcm") -> list[str]:
 
 
 def write_labels(root: Path, rows: list[str], header: str = HEADER) -> None:
-    (root / "stage_2_train_labels.csv").write_text("\n".join([header, *rows]) + "\n")
+    write_rows(root / "stage_2_train_labels.csv", header, rows)
 
 
 def test_owners_tree_becomes_a_good_manifest(tmp_path):
@@ -137,15 +133,10 @@ def test_wrong_folder_and_options(tmp_path):
 @pytest.fixture(scope="module")
 def full(tmp_path_factory) -> Path:
     """The full table beside empty files: no pixel is read for a manifest."""
-    found = importlib.util.find_spec("torchxrayvision")
-    archive = Path(found.origin).parent / "data/kaggle_stage_2_train_labels.csv.zip" if found else None
-    if archive is None or not archive.is_file():
-        pytest.skip("torchxrayvision, whose wheel holds RSNA's table, is not installed")
-    root = tmp_path_factory.mktemp("rsna")
+    archive, root = wheel_table("kaggle_stage_2_train_labels.csv.zip"), tmp_path_factory.mktemp("rsna")
     (root / "stage_2_train_images").mkdir()
-    with zipfile.ZipFile(archive) as files:
-        files.extractall(root)
-    for name in pd.read_csv(root / "stage_2_train_labels.csv")["patientId"].unique():
+    shutil.copy(archive, root / "stage_2_train_labels.csv.zip")
+    for name in pd.read_csv(archive)["patientId"].unique():
         (root / f"stage_2_train_images/{name}.dcm").touch()
     return root
 
@@ -177,9 +168,7 @@ def test_published_splits_of_the_full_table(full, rule, sizes, positives):
 
 def test_published_split_has_patients_on_both_sides(full):
     """Of the images whose NIH patient the sample tells, a third of the test images has a patient who is in train."""
-    if not (SAMPLE / "rsna_to_nih.csv").is_file():
-        pytest.skip(f"no rsna_to_nih.csv in {SAMPLE}; set GLORIA_DATA")
-    (full / "rsna_to_nih.csv").write_bytes((SAMPLE / "rsna_to_nih.csv").read_bytes())
+    shutil.copy(real_folder("nih_sample") / "rsna_to_nih.csv", full)
     try:
         leaks = prepare(full, split_rule="published").attrs["leaks"]
         frame = prepare(full)

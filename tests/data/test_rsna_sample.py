@@ -1,15 +1,11 @@
-import os
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 import pytest
+from owner_trees import real_folder
 from PIL import Image
 
 from gloria_core.data.manifest import ManifestError, boxes_of, finding_columns
 from gloria_core.data.sources import available, prepare
-
-DATA = Path(os.environ.get("GLORIA_DATA", Path(__file__).parents[3] / "shared" / "data")) / "nih_sample"
 
 
 @pytest.fixture
@@ -122,9 +118,8 @@ def test_absent_tables_and_options(root):
         prepare("rsna_sample", root)
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason=f"no data in {DATA}; set GLORIA_DATA")
 def test_the_real_subset():
-    frame = prepare("rsna_sample", DATA)
+    frame = prepare("rsna_sample", real_folder("nih_sample"))
     boxes = [box for row in frame.to_dict("records") for box in boxes_of(row)]
     assert len(frame) == 8153 and len(boxes) == 397
     assert all(b["xywh"][0] >= 0 and b["xywh"][0] + b["xywh"][2] <= 224.01 for b in boxes)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gzip
-import importlib.util
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from owner_trees import prepared_twice, refusal, write_dicom, write_picture
+from owner_trees import prepared_twice, refusal, wheel_table, write_dicom, write_picture, write_rows
 from PIL import Image
 
 from gloria_core.data.annotations import decode_rle
@@ -43,8 +42,7 @@ def make_stage1(root: Path, n: int = 24) -> list[str]:
 def write_table(
     root: Path, rows: list[str], header: str = "ImageId, EncodedPixels", name: str = "train-rle.csv"
 ) -> None:
-    root.mkdir(parents=True, exist_ok=True)
-    (root / name).write_text("\n".join([header, *rows]) + "\n")
+    write_rows(root / name, header, rows)
 
 
 def test_stage_1_with_its_odd_header(tmp_path):
@@ -181,13 +179,9 @@ def test_wrong_folder_missing_image_and_column(tmp_path):
 
 def test_the_owners_full_table(tmp_path):
     """12,047 images; GLoRIA's and MGCA's split of rows has 154 images in train and in test."""
-    found = importlib.util.find_spec("torchxrayvision")
-    source = Path(found.origin).parent / "data/siim-pneumothorax-train-rle.csv.gz" if found else None
-    if source is None or not source.is_file():
-        pytest.skip("torchxrayvision, whose wheel holds SIIM's table, is not installed")
-    (tmp_path / "train-rle.csv").write_bytes(gzip.decompress(source.read_bytes()))
+    shutil.copy(wheel_table("siim-pneumothorax-train-rle.csv.gz"), tmp_path / "train-rle.csv.gz")
     (tmp_path / "dicom-images-train").mkdir()
-    for name in pd.read_csv(tmp_path / "train-rle.csv")["ImageId"].unique():
+    for name in pd.read_csv(tmp_path / "train-rle.csv.gz")["ImageId"].unique():
         (tmp_path / f"dicom-images-train/{name}.dcm").touch()
     frame = prepare(tmp_path, masks=False)
     assert len(frame) == 12_047 and frame["Pneumothorax"].sum() == 2_669

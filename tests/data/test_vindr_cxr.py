@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import gzip
-import importlib.util
+import shutil
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from owner_trees import prepared_twice, refusal, write_dicom
+from owner_trees import prepared_twice, refusal, wheel_table, write_dicom, write_rows
 
 from gloria_core.data.manifest import boxes_of
 from gloria_core.data.sources.vindr_cxr import labels_of_boxes, prepare, read_boxes
 
 BOXES, LABELS = "image_id,rad_id,class_name,x_min,y_min,x_max,y_max", "image_id,rad_id,Cardiomegaly,Nodule/Mass,COPD"
 TEST_BOXES, TEST_LABELS = "image_id,class_name,x_min,y_min,x_max,y_max", "image_id,Cardiomegaly,Nodule/Mass,COPD"
-
-
-def write(path: Path, header: str, rows: list[str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join([header, *rows]) + "\n")
 
 
 def make_physionet(root: Path, n: int = 16) -> None:
@@ -33,13 +27,15 @@ def make_physionet(root: Path, n: int = 16) -> None:
             boxes += [f"t{i:02d},{reader},Cardiomegaly,{100 + 10 * r},200,300,400"] * heart
             boxes += [f"t{i:02d},{reader},Nodule/Mass,10,10,20.5,20"] * nodule
             boxes += [f"t{i:02d},{reader},No finding,,,,"] * (not (heart or nodule))
-    write(root / "annotations/annotations_train.csv", BOXES, boxes)
-    write(root / "annotations/image_labels_train.csv", f"{LABELS},No finding", labels)
+    write_rows(root / "annotations/annotations_train.csv", BOXES, boxes)
+    write_rows(root / "annotations/image_labels_train.csv", f"{LABELS},No finding", labels)
     for i in range(4):
         write_dicom(root / f"test/e{i}.dicom")
-    write(root / "annotations/annotations_test.csv", TEST_BOXES, ["e0,Cardiomegaly,1,2,30,40", "e1,No finding,,,,"])
+    write_rows(
+        root / "annotations/annotations_test.csv", TEST_BOXES, ["e0,Cardiomegaly,1,2,30,40", "e1,No finding,,,,"]
+    )
     rows = ["e0,1,0,0,0", "e1,0,0,0,1", "e2,0,0,1,0", "e3,0,0,0,1"]
-    write(root / "annotations/image_labels_test.csv", f"{TEST_LABELS},No finding", rows)
+    write_rows(root / "annotations/image_labels_test.csv", f"{TEST_LABELS},No finding", rows)
 
 
 def test_physionet_union_and_majority(tmp_path):
@@ -74,7 +70,7 @@ def test_kaggle_layout(tmp_path):
         write_dicom(root / f"train/k{i:02d}.dicom")
         rows += [f"k{i:02d},{'ILD' if i % 3 == 0 and r else 'No finding'},{5 if i % 3 == 0 and r else 14},R{r},"
                  + ("10,10,50,50" if i % 3 == 0 and r else ",,,") for r in range(3)]  # fmt: skip
-    write(root / "train.csv", "image_id,class_name,class_id,rad_id,x_min,y_min,x_max,y_max", rows)
+    write_rows(root / "train.csv", "image_id,class_name,class_id,rad_id,x_min,y_min,x_max,y_max", rows)
     frame = prepared_twice(prepare, root, tmp_path).set_index("study_id")
     assert (
         frame["ILD"].sum() == 4 and frame["No Finding"].sum() == 8 and set(frame["split"]) == {"train", "valid", "test"}
@@ -102,7 +98,7 @@ BAD = {
 def test_bad_tables(tmp_path, name, case):
     make_physionet(tmp_path)
     header, row, expected = case
-    write(tmp_path / "annotations" / name, header, [row])
+    write_rows(tmp_path / "annotations" / name, header, [row])
     assert expected in refusal(prepare, tmp_path) and name in refusal(prepare, tmp_path)
 
 
@@ -119,13 +115,9 @@ def test_missing_files(tmp_path):
 
 
 def test_the_contests_full_table(tmp_path):
-    found = importlib.util.find_spec("torchxrayvision")
-    source = Path(found.origin).parent / "data/vinbigdata-train.csv.gz" if found else None
-    if source is None or not source.is_file():
-        pytest.skip("torchxrayvision, whose wheel holds VinDr's table, is not installed")
     (tmp_path / "train").mkdir()
-    (tmp_path / "train.csv").write_bytes(gzip.decompress(source.read_bytes()))
-    table = pd.read_csv(tmp_path / "train.csv")
+    source = shutil.copy(wheel_table("vinbigdata-train.csv.gz"), tmp_path / "train.csv.gz")
+    table = pd.read_csv(source)
     for name in table["image_id"].unique():
         (tmp_path / f"train/{name}.dicom").touch()
     frame = prepare(tmp_path, split_rule="published", overlap=1.0)
@@ -134,5 +126,5 @@ def test_the_contests_full_table(tmp_path):
     seen = marked.groupby("class_name")["image_id"].nunique()
     assert len(seen) == 14 and all(frame[name].sum() == count for name, count in seen.items())
     assert frame["No Finding"].sum() == 15_000 - marked["image_id"].nunique() == 10_606
-    strict = labels_of_boxes(read_boxes(tmp_path / "train.csv"), "majority")
+    strict = labels_of_boxes(read_boxes(tmp_path / "train.csv.gz"), "majority")
     assert len(strict) == 15_000 and 0 < strict["Cardiomegaly"].sum() < frame["Cardiomegaly"].sum()

@@ -90,8 +90,7 @@ def _cells(path: Path, column: str, cells: pd.Series, read: Callable[[str], Any]
         try:
             values.append(read(text.strip()))
         except ValueError as error:
-            shown = text if len(text) <= 80 else text[:77] + "..."
-            raise ManifestError(f"{path}, row {row}, column {column!r}: {shown!r} {error}") from error
+            raise ManifestError(f"{path}, row {row}, column {column!r}: {raw.shorten(text)} {error}") from error
     return values
 
 
@@ -182,13 +181,12 @@ def prepare(
     parts, failures = [], []
     for split, path in zip(named, raw.require(root, needs, "cgmh").values(), strict=True):
         rows = raw.Rows(read_studies(path, root, split, tasks, path_prefix), source=path, cell=("images", "images"))
-        images = rows.table["images"].str.split(";")
-        rows.exclude_missing(images.map(raw.existing(root, images.explode().tolist()).issuperset), on_error)
+        rows.exclude_missing(raw.complete(root, rows.table["images"]), on_error)
         parts.append(rows.table)
         failures += rows.failures
     frame = raw.manifest_frame(pd.concat(parts), tasks)
     if not valid:
-        frame = raw.draw_valid(frame, share=0.1, seed=seed)
+        frame = raw.draw_valid(frame, fraction=0.1, seed=seed)
     frame = assign_label_ranks(frame, seed=seed)
     if prompts:
         frame = _with_texts(frame, _prompts(prompts, root), tasks, seed=seed, n_negative=n_negative)

@@ -147,7 +147,7 @@ def listed_patients(path: str | Path) -> set[str]:
     return set(read_list(Path(path))["key"].str.split("/").str[1]) if str(path) else set()
 
 
-VALID_SHARE = 0.02
+VALID_FRACTION = 0.02
 """Fraction of the training patients that is valid by default; near the 5,000 images of GLoRIA and MGCA."""
 PUBLISHED_VALID = 5000
 
@@ -206,8 +206,7 @@ def prepare(
         table = rows.table.assign(images=locate(root, paths[TRAIN].parent, rows.table))
         rows.table = table if unit == "study" else table.assign(study_id=table["image_id"])
         if check_images:
-            there = rows.table["images"].isin(raw.existing(root, rows.table["images"]))
-            rows.exclude_missing(there, on_error, reason="listed, but no such file")
+            rows.exclude_missing(raw.complete(root, rows.table["images"]), on_error)
         rows.keep_views(views)
         frames.append(raw.group_studies(rows.table).assign(split=split))
     failures = [failure for rows in parts.values() for failure in rows.failures]
@@ -216,7 +215,7 @@ def prepare(
         raise ManifestError(f"{paths[TRAIN]}: no image of view {views!r}; use views='all'")
     frame = raw.manifest_frame(frame, [*CHEXPERT_LABELS, "is_ap_view", "is_male"])
     if split_rule == "patient":
-        frame = raw.draw_valid(frame, share=VALID_SHARE, seed=seed)
+        frame = raw.draw_valid(frame, fraction=VALID_FRACTION, seed=seed)
         leaks = raw.patient_leaks(frame["patient_id"], frame["split"])
     elif paper != "cxr_clip":
         leaks = raw.patient_leaks(frame["patient_id"], frame["split"]) | leaks

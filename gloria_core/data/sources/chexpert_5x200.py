@@ -54,8 +54,7 @@ def prepare(
     Raises ManifestError naming file, row, column and remedy.
     """
     root = Path(root)
-    names = TRAIN.split("|")
-    if given and not any(any(root.glob(name)) for name in names):
+    if given and raw.optional_file(root, TRAIN, "CheXpert") is None:
         path, folder, table = Path(given), root, _from_list(Path(given))
     else:
         path = raw.require(root, {TRAIN: f"the labels of the 223,414 training images, {WHERE}"}, "CheXpert")[TRAIN]
@@ -68,8 +67,7 @@ def prepare(
         table["impression"] = table["key"].map(_impressions(Path(reports)))
     rows = raw.Rows(table, source=path, cell=("Path", "path"))
     if check_images:
-        there = table["images"].isin(raw.existing(root, table["images"]))
-        rows.exclude_missing(there, None, reason="listed, but no such file")
+        rows.exclude_missing(raw.complete(root, table["images"]), None)
     silent = rows.table["impression"].fillna("") == "" if reports else pd.Series(False, index=rows.table.index)
     rows.exclude_missing(~silent, on_error, reason="no impression")
     frame = raw.manifest_frame(rows.table, [*CHEXPERT_LABELS, "is_ap_view", "is_male"])

@@ -16,7 +16,7 @@ from pydantic import validate_call
 
 from gloria_core.data import raw_folder as raw
 from gloria_core.data.manifest import CHEXPERT_LABELS, ManifestError, OnError
-from gloria_core.data.sources.chexpert import PROJECTION, SIDE, VALID_SHARE, listed_patients, named_images
+from gloria_core.data.sources.chexpert import PROJECTION, SIDE, VALID_FRACTION, listed_patients, named_images
 from gloria_core.data.sources.mimic_cxr import unwrapped
 
 TABLE = "df_chexpert_plus_240401.csv"
@@ -86,7 +86,7 @@ def prepare(
     frame = raw.manifest_frame(raw.group_studies(table), [*names, "is_ap_view", "is_male"])
     if split_rule == "patient":
         official = frame["split"] == "valid"
-        frame = raw.draw_valid(frame, share=VALID_SHARE, seed=seed)
+        frame = raw.draw_valid(frame, fraction=VALID_FRACTION, seed=seed)
         frame["split"] = frame["split"].mask(official, "test")
     leaks = raw.patient_leaks(frame["patient_id"], frame["split"])
     return raw.finish(frame, source=f"manifest of {root}", seed=seed, failures=rows.failures, leaks=leaks)

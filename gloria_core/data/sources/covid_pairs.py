@@ -90,7 +90,7 @@ def prepare(
     table = raw.read_table(path, COLUMNS)
     table["impression"] = table["impression"].str.strip()
     rows = raw.Rows(table, source=path, cell=("id", "study_id"))
-    rows.exclude_missing(table["images"].isin(raw.existing(root, table["images"])), on_error, cell=("path", "images"))
+    rows.exclude_missing(raw.complete(root, table["images"]), on_error, cell=("path", "images"))
     if not lateral:
         rows.exclude(rows.table["meta_view"] == "L", "a lateral view")
     if texts_only:

@@ -61,13 +61,13 @@ def prepare(
     Raises ManifestError naming file, row, column and remedy.
     """
     root = Path(root)
-    path = raw.optional_table(root, "index.csv", "kermany")
+    path = raw.optional_file(root, "index.csv", "kermany")
     table = raw.read_table(path, COLUMNS, optional=OPTIONAL) if path else _read_folders(root)
     rows = raw.Rows(table, source=path or root, cell=("image", "images"))
-    there = raw.existing(root, [*table["images"], *table["mask"]])
-    rows.exclude_missing(table["images"].isin(there), None)
+    rows.exclude_missing(raw.complete(root, table["images"]), None)
     mask = rows.table["mask"]
-    rows.exclude_missing(mask.isin([*there, ""]), on_error, reason="no such mask file", cell=("lung_mask", "mask"))
+    there = (mask == "") | raw.complete(root, mask)
+    rows.exclude_missing(there, on_error, reason="no such mask file", cell=("lung_mask", "mask"))
     table = rows.table.assign(views="AP", masks=raw.mask_cells(MASK, rows.table["mask"]))
     order = ["meta_subtype", "meta_original_split", "meta_mask_matched_by"]
     frame = raw.manifest_frame(table[[name for name in table if name not in order] + order], [LABEL])

@@ -118,8 +118,8 @@ def read_reports(root: Path, studies: pd.DataFrame) -> pd.DataFrame:
 
 def _report_texts(root: Path, studies: pd.DataFrame) -> Iterator[tuple[str, bytes]]:
     """Study id and bytes of each wanted report."""
-    path = root / REPORTS
-    if path.is_file():
+    path = next((path for path in (root / REPORTS, *sorted(root.glob(f"*/{REPORTS}"))) if path.is_file()), None)
+    if path is not None:
         wanted = set(studies["study_id"])
         try:
             with zipfile.ZipFile(path) as archive:
@@ -208,8 +208,7 @@ def prepare(
     rows = raw.Rows(_read_images(metadata, official), source=metadata, cell=("dicom_id", "dicom"))
     rows.keep_views(views, known="known")
     if check_images:
-        there = rows.table["images"].isin(raw.existing(root, rows.table["images"]))
-        rows.exclude_missing(there, on_error, reason="listed, but no such file", cell=("dicom_id", "images"))
+        rows.exclude_missing(raw.complete(root, rows.table["images"]), on_error, cell=("dicom_id", "images"))
     rows.check_rest("use views='all'")
     rows.table["row"] = rows.table.index
     rows.table = raw.group_studies(rows.table).set_index("row")

@@ -68,8 +68,7 @@ def prepare(
     source = f"{path} (images of MIMIC-CXR-JPG under {root})"
     rows = raw.Rows(_read(path), source=source, cell=("path", "images"))
     if check_images:
-        there = raw.existing(root, rows.table["images"].unique().tolist())
-        rows.exclude_missing(rows.table["images"].isin(there), on_error)
+        rows.exclude_missing(raw.complete(root, rows.table["images"]), on_error)
         rows.table = _scaled(rows.table, root, path)
     if split_rule == "published":
         split, remedy = rows.table["split"], "it is train, val or test (version 1.1.0); or use 'patient'"

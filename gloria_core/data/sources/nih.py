@@ -82,9 +82,10 @@ def read_boxes(path: Path) -> pd.DataFrame:
 
 def read_extra(root: Path, name: str, value: str, images: pd.Series) -> pd.Series | None:
     """The column `value` of an optional table by `image_index`, for each of the images; None without the table."""
-    if not (root / name).is_file():
+    path = raw.optional_file(root, name, "nih")
+    if path is None:
         return None
-    table = raw.read_table(root / name, {"image_index": "image", value: "value"})
+    table = raw.read_table(path, {"image_index": "image", value: "value"})
     return images.map(dict(zip(table["image"], table["value"], strict=True))).fillna("")
 
 
@@ -130,7 +131,7 @@ def prepare(
     for name, (file, value) in extras.items():
         if (cells := read_extra(root, file, value, table["image"])) is not None:
             table[name] = cells
-    boxes = raw.optional_table(root, BOXES, "nih")
+    boxes = raw.optional_file(root, BOXES, "nih")
     if boxes is not None:
         table["boxes"] = _boxes(table, boxes, root, rows, missing, on_error)
     images = table["image"].tolist()

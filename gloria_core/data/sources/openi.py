@@ -126,7 +126,7 @@ def projections(root: Path) -> dict[str, str]:
     map. The rules for the other images of a study: a lateral header is believed; a frontal header is believed where no
     other image of the study is frontal; and where the t-SNE image is lateral, the one other image of two is frontal.
     """
-    people = raw.optional_table(root, "indiana_projections.csv", "openi")
+    people = raw.optional_file(root, "indiana_projections.csv", "openi")
     if people is not None:
         view = raw.Column("view", values={"Frontal": "FRONTAL", "Lateral": "LATERAL"})
         return _by_image(raw.read_table(people, {"filename": "image", "projection": view}))

@@ -96,8 +96,7 @@ def prepare(
     views = studies["views"].str.upper() if "views" in studies else unknown
     studies["views"] = views.where(views.str.strip(";") != "", unknown)
     rows = raw.Rows(studies, source=source, cell=(named["image"], "images"))
-    there = raw.existing(root, images.explode().tolist())
-    rows.exclude_missing(images.map(there.issuperset), on_error)
+    rows.exclude_missing(raw.complete(root, studies["images"]), on_error)
     frame = raw.manifest_frame(rows.table, list(label_of))
     if "split" not in frame:
         frame = assign_splits(frame, fractions=fractions, seed=seed)
@@ -117,7 +116,8 @@ def _read(path: Path, named: Mapping[str, str], label_of: Mapping[str, str], sep
         if column in wanted:
             raise ManifestError(f"{path}: column {column!r} is given as {wanted[column].name} and as label {name!r}")
         wanted[column] = raw.Column(name)
-    free = {name: rule for name, rule in COLUMNS.items() if name in header and name not in (*named, *wanted)}
+    taken, lower = {*named, *map(str.lower, wanted)}, [name.lower() for name in header]
+    free = {name: rule for name, rule in COLUMNS.items() if name in lower and name not in taken}
     free |= {name: name for name in header if name.startswith(META) and name not in wanted}
     remedy = "Name your columns by the options columns and labels"
     table = raw.read_table(path, {**wanted, **free}, separator=separator, remedy=remedy)

@@ -82,7 +82,7 @@ def prepare(
     table, boxes = read_labels(paths[LABELS])
     table = table.sort_values("study_id")
     name = table["study_id"]
-    classes = raw.optional_table(root, CLASSES_TABLE, "rsna_pneumonia")
+    classes = raw.optional_file(root, CLASSES_TABLE, "rsna_pneumonia")
     nih = name.map(_nih_names(root)).fillna("")
     patient = nih.map(lambda image: nih_patient(image) if image else "")
     table = table.assign(
@@ -138,7 +138,7 @@ def _nih_names(root: Path) -> dict[str, str]:
             raise ManifestError(
                 f"{path}: no list of entries with 'subset_img_id' and 'img_id' ({error!r}); download it again"
             ) from error
-    if (path := root / "rsna_to_nih.csv").is_file():
+    if path := raw.optional_file(root, "rsna_to_nih.csv", "rsna_pneumonia"):
         table = raw.read_table(path, {"patientId": raw.Column("name", unique=True), "image_index": "image"})
         return dict(zip(table["name"], table["image"], strict=True))
     return {}

@@ -74,7 +74,7 @@ def prepare(root: Path | str, *, seed: int = 0, on_error: OnError = "raise") -> 
 
 def _with_entries(frame: pd.DataFrame, root: Path) -> pd.DataFrame:
     """The frame with what NIH's table says of each image; added after the splits, which it does not move."""
-    path = raw.optional_table(root, TABLE, "rsna_sample")
+    path = raw.optional_file(root, TABLE, "rsna_sample")
     if path is None:
         return frame
     of = read_entries(path).set_index("study_id").reindex(frame["study_id"]).reset_index()

@@ -104,8 +104,8 @@ def prepare(
 
 def _tables(root: Path) -> list[tuple[str, Path, Path | None]]:
     """Split, table of boxes and table of image labels (None: Kaggle's layout) of what is there."""
-    if (root / "train.csv").is_file():
-        return [("train", root / "train.csv", None)]
+    if kaggle := raw.optional_file(root, "train.csv", "vindr_cxr"):
+        return [("train", kaggle, None)]
     folder = "annotations/" if (root / "annotations").is_dir() else ""
     kinds = {"annotations": "the boxes", "image_labels": "the labels"}
     needs = {
