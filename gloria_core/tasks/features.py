@@ -38,9 +38,6 @@ class Features:
     pooled: np.ndarray
     embedding: np.ndarray
 
-    def __len__(self) -> int:
-        return len(self.study_ids)
-
 
 @dataclass(frozen=True)
 class EncodedTexts:
@@ -71,13 +68,8 @@ def frontal_image(row: Mapping[str, Any], *, or_first: bool = False) -> tuple[in
 
 
 @contextmanager
-def inference(model: nn.Module, device: torch.device | str | None, precision: Precision) -> Iterator[torch.device]:
-    """Eval mode, no gradients, autocast; gives the device of the model and restores every module's mode.
-
-    A `device` moves the model there and leaves it there; None does not move it.
-    """
-    if device is not None:
-        model.to(device)
+def inference(model: nn.Module, precision: Precision) -> Iterator[torch.device]:
+    """Eval mode, no gradients, autocast; gives the device of the model and restores every module's mode."""
     where = next(model.parameters()).device
     dtype = getattr(torch, choose_precision(where, precision))
     modes = [(module, module.training) for module in model.modules()]
@@ -111,7 +103,7 @@ def image_batches(
         rows = slice(first, min(first + batch_size, len(paths)))
         stack = np.stack([center_crop(np.asarray(cache[path]), config.crop) for path in paths[rows]])
         # entered once for each batch: a caller that stops early leaves neither eval mode nor autocast behind
-        with inference(model, None, precision) as where:
+        with inference(model, precision) as where:
             pixels = to_tensor(stack, channels=config.channels, norm=config.norm).to(where)
             features = in_float32(model.encode_images(pixels))
         finite = features.pooled.isfinite().all(dim=1) & features.regions.isfinite().flatten(1).all(dim=1)
@@ -135,7 +127,7 @@ def image_features(
         raise ValueError("no studies to encode: the frame is empty")
     pooled, embedding = [], []
     for _, images in image_batches(model, frame, cache, or_first=or_first, batch_size=batch_size, precision=precision):
-        with inference(model, None, "float32") as where:
+        with inference(model, "float32") as where:
             _, no_text = blank_pair(model, where)
             embedding.append(model.objective.global_embeddings(images, no_text)[0].float().cpu())
         pooled.append(images.pooled.cpu())
@@ -167,9 +159,9 @@ def text_features(
     batch = tokenize(model.tokenizer, texts, max_tokens=model.config.max_tokens, names=[f"text {t!r}" for t in texts])
     parts, embedding = [], []
     for first in range(0, len(texts), batch_size):
-        with inference(model, None, precision) as where:
+        with inference(model, precision) as where:
             part = in_float32(model.encode_texts(select(batch, slice(first, first + batch_size)).to(where)))
-        with inference(model, None, "float32"):
+        with inference(model, "float32"):
             no_image, _ = blank_pair(model, where)
             embedding.append(model.objective.global_embeddings(no_image, part)[1].float().cpu())
         parts.append(part)

@@ -113,7 +113,7 @@ def phrase_maps(
         part = pairs[first : first + 32]
         rows = [number[phrase.text] for _, phrase in part]
         some_images, some_texts = select(images, [image for image, _ in part]), select(texts.features, rows)
-        with inference(model, None, "float32") as where:
+        with inference(model, "float32") as where:
             inputs = some_images.to(where), some_texts.to(where)
             values = {kind: maps(model.objective, *inputs, kind=kind).cpu().double() for kind in kinds}
         for i, (_, phrase) in enumerate(part):

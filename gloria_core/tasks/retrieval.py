@@ -75,7 +75,7 @@ class Scores:
             yield rows, self.queries[rows] @ self.candidates.T
 
 
-def cosine(queries: np.ndarray, candidates: np.ndarray, *, device: torch.device | str = "cpu") -> Scores:
+def cosine(queries: np.ndarray, candidates: np.ndarray) -> Scores:
     """Cosine of embeddings (Q, D) and (C, D), in float32. A vector of zeros has cosine 0 with everything.
 
     Raises ValueError for other shapes, no rows, or the first row that is not finite.
@@ -89,7 +89,7 @@ def cosine(queries: np.ndarray, candidates: np.ndarray, *, device: torch.device 
         finite = np.isfinite(values).all(axis=1)
         if not finite.all():
             raise ValueError(f"{name} {int(finite.argmin())} has values that are NaN or infinite")
-        tensor = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).to(device)
+        tensor = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
         vectors.append(nn.functional.normalize(tensor, dim=1))
     return Scores(*vectors)
 
@@ -162,7 +162,7 @@ def search(
         raise ValueError(f"{len(query_groups)} and {len(candidate_groups)} groups for scores {scores.shape}")
     if not 1 <= k <= scores.shape[1]:
         raise ValueError(f"k is {k}; it must be 1 to {scores.shape[1]}, the number of candidates")
-    groups = [torch.as_tensor(group, device=scores.queries.device) for group in (query_groups, candidate_groups)]
+    groups = [torch.as_tensor(group) for group in (query_groups, candidate_groups)]
     parts = []
     for rows, block in scores.batches(batch_size):
         relevant = groups[0][rows, None] == groups[1]
@@ -171,7 +171,7 @@ def search(
             raise ValueError(f"query {rows.start + int(best.argmin())} has no relevant candidate")
         above, tied = _above_and_tied(block, best)
         counts = (above, tied & ~relevant, tied & relevant, relevant)
-        parts.append((*_first(block, k), *(count.sum(dim=1).cpu().numpy() for count in counts)))
+        parts.append((*_first(block, k), *(count.sum(dim=1).numpy() for count in counts)))
     columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
     return Ranking(*columns, queries=np.arange(scores.shape[0]), candidates=scores.shape[1])
 
@@ -192,28 +192,22 @@ def label_shares(
     """
     if len(labels) != scores.shape[1]:
         raise ValueError(f"{len(labels)} rows of labels for {scores.shape[1]} candidates")
-    device, numbers = (
-        scores.candidates.device,
-        None if patients is None else torch.from_numpy(pd.factorize(np.asarray(patients))[0]),
-    )
-    weights = torch.tensor(np.column_stack([labels, np.ones(len(labels))]), dtype=torch.float32, device=device)
-    shares, overall = (
-        np.empty((scores.shape[0], labels.shape[1], len(ks))),
-        np.empty((scores.shape[0], labels.shape[1])),
-    )
+    numbers = None if patients is None else torch.from_numpy(pd.factorize(np.asarray(patients))[0])
+    weights = torch.tensor(np.column_stack([labels, np.ones(len(labels))]), dtype=torch.float32)
+    shares, overall = [], []
     for rows, block in scores.batches(batch_size):
         if numbers is not None:
-            block[(numbers[rows, None] == numbers).to(device)] = -torch.inf
-        first = block.topk(max(ks), dim=1).values
+            block[numbers[rows, None] == numbers] = -torch.inf
+        first, of_k = block.topk(max(ks), dim=1).values, []
         if first.isneginf().any():
             raise ValueError(f"k is {max(ks)}: a query has fewer candidates of other patients")
-        for i, k in enumerate(ks):
-            above, tied = (part.float() @ weights for part in _above_and_tied(block, first[:, [k - 1]]))
-            above, tied = above.double().cpu(), tied.double().cpu()
-            shares[rows, :, i] = ((above + (k - above[:, -1:]) / tied[:, -1:] * tied) / k)[:, :-1]
-        total = ((~block.isneginf()).float() @ weights).double().cpu()
-        overall[rows] = (total / total[:, -1:])[:, :-1]
-    return shares, overall
+        for k in ks:
+            above, tied = ((part.float() @ weights).double() for part in _above_and_tied(block, first[:, [k - 1]]))
+            of_k.append(((above + (k - above[:, -1:]) / tied[:, -1:] * tied) / k)[:, :-1])
+        shares.append(torch.stack(of_k, dim=2))
+        total = ((~block.isneginf()).float() @ weights).double()
+        overall.append((total / total[:, -1:])[:, :-1])
+    return torch.cat(shares).numpy(), torch.cat(overall).numpy()
 
 
 def _above_and_tied(block: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
@@ -225,7 +219,7 @@ def _above_and_tied(block: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
 
 def _first(block: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Candidates (b, k) of the highest scores, and the scores; of equal ones the earlier candidate comes first."""
-    values, places = (part.cpu().numpy() for part in block.topk(k, dim=1))
+    values, places = (part.numpy() for part in block.topk(k, dim=1))
     order = np.lexsort((places, -values), axis=1)
     return np.take_along_axis(places, order, axis=1), np.take_along_axis(values, order, axis=1)
 
@@ -417,7 +411,7 @@ def rerank(
     similarity, (used, number) = np.empty(len(queries), dtype=np.float32), np.unique(of_image, return_inverse=True)
     options = {"or_first": or_first, "batch_size": batch_size, "precision": precision}
     for rows, images in image_batches(model, frame.iloc[used], cache, **options):
-        with inference(model, None, "float32") as where:
+        with inference(model, "float32") as where:
             for i in range(rows.start, rows.stop):
                 image, mine = select(images, [i - rows.start]), np.flatnonzero(number == i)
                 for pairs in np.split(mine, range(64, len(mine), 64)):

@@ -152,7 +152,7 @@ def explain_image(
     # published models clean their prompts: columns of `similarity` are named by the prompts as they were given
     names = prompt_list(prompts)
     texts = text_features(model, names, precision=precision).features
-    with inference(model, None, "float32") as where:
+    with inference(model, "float32") as where:
         similarity = model.objective.similarity(features, texts.to(where)).float().cpu().numpy()
     values = combine(similarity, names, prompts, scoring=scoring)[0]
     best = {label: max(sides(prompts, label)[0], key=lambda t: similarity[0, names.index(t)]) for label in prompts}
@@ -161,7 +161,7 @@ def explain_image(
     pixels = {}
     for label in [label for label in table.index if label != NORMAL][:mapped] if kind else ():
         text = select(texts, [names.index(best[label])])
-        with inference(model, None, "float32") as where:
+        with inference(model, "float32") as where:
             rows = maps(model.objective, features, text.to(where), kind=kind)[0].double().cpu()
         words = (text.word_mask & ~text.special_mask)[0].cpu()
         pixels[label] = geometry.map_to_original(rows[: len(words)][words].mean(dim=0), crop=model.config.crop)

@@ -155,7 +155,7 @@ def similarities(
     similarity = np.empty((len(frame), len(texts)), dtype=np.float32)
     step = len(texts) if kind == "prior" else TEXTS_AT_A_TIME
     for rows, images in image_batches(model, frame, cache, batch_size=batch_size, precision=precision):
-        with inference(model, None, "float32") as where:
+        with inference(model, "float32") as where:
             for first in range(0, len(texts), step):
                 columns = slice(first, first + step)
                 block = _similarity(model.objective, images, select(texts.features, columns).to(where), kind)

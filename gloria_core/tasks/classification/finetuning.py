@@ -292,7 +292,7 @@ def predict(tuned: Finetuned, frame: pd.DataFrame, cache, *, batch_size: int = 6
     pixels, logits = tuned.image_config, []
     data = LabelledImages(frame, pd.DataFrame(index=frame.index), cache, crop=pixels.crop)
     for images, _, _ in DataLoader(data, batch_size=batch_size):
-        with inference(tuned.model, None, "auto") as device:
+        with inference(tuned.model, "auto") as device:
             inputs = to_tensor(images.numpy(), channels=pixels.channels, norm=pixels.norm).to(device)
             logits.append(tuned.model(inputs).float().cpu().numpy())
     return pd.DataFrame(np.concatenate(logits), columns=list(tuned.labels))

@@ -112,7 +112,7 @@ def frozen_stages(model: nn.Module, data: BoxData, settings: Settings, *, batch_
     kept: list[Tensor] = []
     for first in range(0, len(data), batch_size):
         rows = np.arange(first, min(first + batch_size, len(data)))
-        with inference(detector, None, settings.precision) as where:
+        with inference(detector, settings.precision) as where:
             found = detector.stages(_pixels(model, data, rows, where))
         if not kept:
             size = sum(stage[0].numel() * stage.element_size() for stage in found) * len(data)
@@ -143,7 +143,7 @@ def train_detector(
     if not len(rows) or not len(valid):
         raise ValueError(f"{len(rows)} training and {len(valid)} validation studies; a detector needs both")
     detector = build_detector(model, data, settings, seed=seed)
-    with inference(detector, None, settings.precision) as where:
+    with inference(detector, settings.precision) as where:
         some = np.random.default_rng(seed).permutation(np.asarray(rows))[:STANDARDISED_BY]
         detector.standardise(_stages(detector, model, data, np.sort(some), stages, where))
     learning = [p for p in detector.parameters() if p.requires_grad]
@@ -189,9 +189,9 @@ def detect(
     found = []
     for first in range(0, len(rows), batch_size):
         batch = np.asarray(rows[first : first + batch_size])
-        with inference(detector, None, precision) as where:
+        with inference(detector, precision) as where:
             here = _stages(detector, model, data, batch, stages, where)
-        with inference(detector, None, "float32"):
+        with inference(detector, "float32"):
             boxes = detector.detect([stage.float() for stage in here])
         found += [Boxes(*(b[name].cpu().numpy() for name in ("boxes", "labels", "scores"))) for b in boxes]
     return found

@@ -209,7 +209,7 @@ def _word_maps(image: EncodedImage, texts: EncodedTexts, entries: Sequence[Mappi
     The words on screen are the first model's; another model's words are matched by their place in the text.
     """
     by_kind = []
-    with inference(image.model, None, "float32") as device:
+    with inference(image.model, "float32") as device:
         for kind in image.kinds:
             rows = maps(image.model.objective, image.features.to(device), texts.features.to(device), kind=kind)
             rows = rows.float().cpu().numpy()
