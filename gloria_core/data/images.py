@@ -1,13 +1,13 @@
 """Image files to 8-bit gray arrays, and gray arrays to the tensor an encoder takes.
 
-A radiograph comes as PNG or JPEG of 8 bits, as PNG of 16 bits, or as DICOM. The file's content decides, not its name.
-Whatever cannot be read whole raises `ImageError` with the file's name: a half-decoded image must not reach training.
+A radiograph comes as PNG or JPEG of 8 bits, as PNG of 16 bits, or as DICOM. The file's content decides, not its name;
+"DICM" at byte 128 comes first, because the 128 bytes before it are free and may look like a TIFF. Whatever cannot be
+read whole raises `ImageError` with the file's name: a half-decoded image must not reach training.
 
-DICOM radiographs to 8-bit gray, as a viewing station shows them.
-
-The order is that of DICOM PS3.3: modality transform (C.11.1), then the first VOI lookup table or else the first window
-(C.11.2), then MONOCHROME1 turned around. Without a table or a window, values of more than 8 bits are stretched from the
-smallest to the largest; pixel padding counts as background and takes no part in that.
+DICOM is shown as a viewing station shows it, in the order of PS3.3: modality transform (C.11.1), then the first VOI
+lookup table or else the first window (C.11.2), then MONOCHROME1 turned around. A VOI table is scaled by its largest
+entry. Without a table or a window, values of more than 8 bits are stretched from the smallest to the largest; pixel
+padding counts as background and takes no part in that. A blank element, or a window without a width, counts as absent.
 """
 
 from __future__ import annotations
@@ -18,22 +18,30 @@ from io import BytesIO
 from pathlib import Path
 from typing import Literal
 
+import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from pydicom import Dataset, dcmread
+from pydicom.multival import MultiValue
 from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_windowing
+from pydicom.sequence import Sequence
+from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from torch import Tensor
 
 Norm = Literal["half", "imagenet", "prior"]
-PRIOR_MEAN, PRIOR_STD = 0.4755, 0.3011
+_MEAN_STD = {
+    "half": ([0.5], [0.5]),
+    "imagenet": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+    "prior": ([0.4755], [0.3011]),
+}
+_LUMINANCE = np.array([0.299, 0.587, 0.114])  # of red, green, blue (ITU-R 601)
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-_PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
-_OTHER = {b"BM": "BMP", b"II*\0": "TIFF", b"MM\0*": "TIFF"}
+_PNG, _JPEG, _BMP, _TIFF = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"BM", (b"II*\0", b"MM\0*")
+_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # TIFF tags
 _COPY_AGAIN = "copy or download it again, or leave its study out"
+_EXPORT = "export it as 8-bit or 16-bit gray PNG"
 
 
 class ImageError(ValueError):
@@ -68,21 +76,13 @@ def read_bytes(path: str | Path, *, name: str | Path | None = None) -> bytes:
 
 
 def decode_gray(data: bytes, name: str | Path) -> NDArray[np.uint8]:
-    """`read_gray` for bytes that were already read; `name` is for messages and, without a signature, for its suffix."""
-
-    if data.startswith((_PNG, _JPEG, *_OTHER)):
+    """`read_gray` for bytes that were already read; `name` is for messages."""
+    if data[128:132] == b"DICM" or _begins_with_element(data):
+        return _decode_dicom(data, name)
+    if data.startswith((_PNG, _JPEG, _BMP, *_TIFF)):
         return _decode_picture(data, name)
-    if looks_like_dicom(data, name):
-        return decode_dicom(data, name)
     start = data[:16].decode("ascii", "replace")
     raise ImageError(f"{name}: not a PNG, JPEG or DICOM file (it begins with {start!r}): export or {_COPY_AGAIN}")
-
-
-def stretch_to_byte(values: NDArray, low: float, high: float) -> NDArray[np.uint8]:
-    """Linear map of [low, high] to [0, 255], rounded, clipped; all zero if the range is empty. Shape kept."""
-    if high <= low:
-        return np.zeros(values.shape, np.uint8)
-    return np.clip(np.rint((values.astype(np.float64) - low) * (255.0 / (high - low))), 0, 255).astype(np.uint8)
 
 
 def to_tensor(images: NDArray[np.uint8] | Tensor, *, channels: int = 3, norm: Norm = "half") -> Tensor:
@@ -99,138 +99,228 @@ def to_tensor(images: NDArray[np.uint8] | Tensor, *, channels: int = 3, norm: No
         raise ValueError(f"to_tensor takes uint8 images (..., H, W), got {pixels.dtype} {tuple(pixels.shape)}")
     if channels not in (1, 3):
         raise ValueError(f"channels={channels}: a gray image becomes 1 or 3 channels")
-    scaled = pixels.to(torch.float32).div_(255).unsqueeze(-3)
-    if norm in ("half", "prior"):
-        mean, std = (0.5, 0.5) if norm == "half" else (PRIOR_MEAN, PRIOR_STD)
-        return scaled.sub_(mean).div_(std).repeat_interleave(channels, dim=-3)
-    if norm == "imagenet":
-        if channels != 3:
-            raise ValueError("norm='imagenet' has three means: use channels=3, or norm='half' for one channel")
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-        return (scaled - mean) / std
-    raise ValueError(f"norm={norm!r} is unknown: use 'half', 'imagenet' or 'prior'")
+    if norm not in _MEAN_STD:
+        raise ValueError(f"norm={norm!r} is unknown: use 'half', 'imagenet' or 'prior'")
+    if norm == "imagenet" and channels != 3:
+        raise ValueError("norm='imagenet' has three means: use channels=3, or norm='half' for one channel")
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in _MEAN_STD[norm])
+    scaled = (pixels.to(torch.float32).div_(255).unsqueeze(-3) - mean).div_(std)
+    return scaled.repeat_interleave(channels // len(mean), dim=-3)
+
+
+def _stretch(values: NDArray, low: float, high: float) -> NDArray[np.uint8]:
+    """Linear map of [low, high] to [0, 255], rounded, clipped; all zero if the range is empty. Shape kept."""
+    if high <= low:
+        return np.zeros(values.shape, np.uint8)
+    return np.clip(np.rint((values.astype(np.float64) - low) * (255.0 / (high - low))), 0, 255).astype(np.uint8)
 
 
 def _decode_picture(data: bytes, name: str | Path) -> NDArray[np.uint8]:
-    if data.startswith(_PNG):
-        _check_png(data, name)
+    _check_end(data, name)
     try:
         with Image.open(BytesIO(data), formats=("PNG", "JPEG", "BMP", "TIFF")) as picture:
             frames = getattr(picture, "n_frames", 1)
             if frames != 1:
                 raise ImageError(f"{name}: {frames} frames in one file: export the one that is the radiograph")
-            picture.load()
-            # Pillow may not miss the end marker if all pixels came out; a thumbnail's lies before the last scan
-            if picture.format == "JPEG" and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
-                raise OSError("the end marker is missing")
-            return _luminance(picture)
+            tags = picture.tag_v2 if picture.format == "TIFF" else {}
+            bits = max(tags.get(_BITS, (8,))) if tags else data[24] if picture.format == "PNG" else 8
+            signed = tags.get(_SAMPLE_FORMAT, (1,))[0] == 2
+            if picture.format == "JPEG":
+                picture = ImageOps.exif_transpose(picture)
+            if picture.mode.startswith(("I", "F")):
+                values = np.asarray(picture)
+                values = values.view(np.uint32) if picture.mode == "I" and bits == 32 and not signed else values
+            elif bits > 8:  # Pillow would cut deep colour to 8 bits
+                pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if not tags else None
+                if pixels is None:
+                    raise ImageError(f"{name}: {bits} bits a colour channel cannot be read: {_EXPORT}")
+                values = pixels if pixels.ndim == 2 else pixels[..., 2::-1] @ _LUMINANCE
+            elif signed:
+                values = np.asarray(picture).view(np.int8)
+            else:
+                return np.array(picture.convert("L"))
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name}: {error}. Shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it") from None
+    except (UnidentifiedImageError, ValueError, KeyError) as error:  # the file is whole, Pillow does not know its kind
+        cause = str(error).split(" <")[0]  # without the address of a buffer
+        raise ImageError(f"{name}: {_kind(data)} cannot be read ({cause}): {_EXPORT}") from error
     # a damaged file can fail anywhere in the decoder, and Pillow promises no common class
     except Exception as error:
         raise ImageError(f"{name}: truncated or damaged ({error}): {_COPY_AGAIN}") from error
+    if not np.isfinite(values).all():
+        raise ImageError(f"{name}: pixels that are no numbers (NaN or infinite): {_EXPORT}")
+    gray = _stretch(values, float(values.min()), float(values.max()))
+    return 255 - gray if tags.get(_PHOTOMETRIC) == 0 else gray  # Pillow turns WhiteIsZero around for 8 bits only
 
 
-def _luminance(picture: Image.Image) -> NDArray[np.uint8]:
-    if picture.format == "JPEG":
-        picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith(("I", "F")):
-        wide = np.asarray(picture)
-        return stretch_to_byte(wide, float(wide.min()), float(wide.max()))
-    return np.array(picture.convert("L"))
+def _kind(data: bytes) -> str:
+    """What a picture is that Pillow does not read, with its depth: read from the header of a JPEG or TIFF."""
+    if data.startswith(_TIFF):
+        tags, stream = TiffImagePlugin.ImageFileDirectory_v2(data[:8]), BytesIO(data)
+        stream.seek(tags.next)
+        tags.load(stream)
+        return f"a TIFF of {'/'.join(map(str, tags.get(_BITS, (1,))))} bits"
+    place = 2
+    while data.startswith(_JPEG) and place + 5 <= len(data):
+        if 0xC0 <= data[place + 1] <= 0xCF and data[place + 1] not in (0xC4, 0xC8, 0xCC):  # start of frame
+            return f"a JPEG of {data[place + 4]} bits"
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return "this kind of image"
 
 
-def _check_png(data: bytes, name: str | Path) -> None:
-    """Walk the chunks: Pillow stops at the last pixel and would not notice a flipped bit or a lost end."""
-    place = len(_PNG)
-    while place + 12 <= len(data):
-        (length,) = struct.unpack_from(">I", data, place)
-        end = place + 12 + length
-        if end > len(data):
-            break
-        (expected,) = struct.unpack_from(">I", data, end - 4)
-        if zlib.crc32(memoryview(data)[place + 4 : end - 4]) != expected:
-            raise ImageError(f"{name}: damaged (checksum of the PNG part at byte {place} differs): {_COPY_AGAIN}")
-        if data[place + 4 : place + 8] == b"IEND":
-            return
-        place = end
-    raise ImageError(f"{name}: truncated (the PNG ends after {len(data)} bytes without its last part): {_COPY_AGAIN}")
+def _check_end(data: bytes, name: str | Path) -> None:
+    """Raises ImageError for a file that ends too early, and for a PNG with a flipped bit: Pillow may not notice."""
+    end = None
+    if data.startswith(_PNG):
+        place, end = len(_PNG), f"the PNG ends after {len(data)} bytes without its last part"
+        while place + 12 <= len(data):
+            (length,) = struct.unpack_from(">I", data, place)
+            stop = place + 12 + length
+            if stop > len(data):
+                break
+            if zlib.crc32(memoryview(data)[place + 4 : stop - 4]) != struct.unpack_from(">I", data, stop - 4)[0]:
+                raise ImageError(f"{name}: damaged (checksum of the PNG part at byte {place} differs): {_COPY_AGAIN}")
+            if data[place + 4 : place + 8] == b"IEND":
+                return
+            place = stop
+    # Pillow may not miss the end marker if all pixels came out; a thumbnail's lies before the last scan
+    elif data.startswith(_JPEG) and data.rfind(b"\xff\xd9") <= data.rfind(b"\xff\xda"):
+        end = "the end marker is missing"
+    elif data.startswith(_BMP) and len(data) < int.from_bytes(data[2:6], "little"):
+        end = f"the BMP has {len(data)} bytes of {int.from_bytes(data[2:6], 'little')}"
+    elif data.startswith(_TIFF):
+        order = "little" if data.startswith(b"II") else "big"
+        place = int.from_bytes(data[4:8], order)
+        if len(data) < place + 6 + 12 * int.from_bytes(data[place : place + 2], order):
+            end = "the TIFF ends in its directory"
+    if end:
+        raise ImageError(f"{name}: truncated ({end}): {_COPY_AGAIN}")
 
 
-_BARE_SUFFIXES = ("", ".dcm", ".dicom", ".dic", ".ima")
+def _begins_with_element(data: bytes) -> bool:
+    """Whether an old file without the DICM mark begins with an element of group 2 or 8, in one of three codings."""
+    if data[:2] in (b"\x00\x02", b"\x00\x08"):  # big endian
+        return data[2:3] == b"\0" and data[4:6].isalpha() and data[4:6].isupper()
+    explicit = data[4:6].isalpha() and data[4:6].isupper()
+    implicit = int.from_bytes(data[4:8], "little") <= min(len(data), 2**16)
+    return data[:2] in (b"\x02\0", b"\x08\0") and data[3:4] == b"\0" and (explicit or implicit)
 
 
-def looks_like_dicom(data: bytes, name: str | Path) -> bool:
-    """True with the DICM mark, or for an old file without it that begins with a group-2 or group-8 element."""
-    if data[128:132] == b"DICM":
-        return True
-    return Path(name).suffix.lower() in _BARE_SUFFIXES and data[:2] in (b"\x02\x00", b"\x08\x00") and data[3:4] == b"\0"
-
-
-def decode_dicom(data: bytes, name: str | Path) -> NDArray[np.uint8]:
+def _decode_dicom(data: bytes, name: str | Path) -> NDArray[np.uint8]:
     """One single-frame DICOM image. Shape: (H, W) uint8. Raises: ImageError naming the file and the remedy."""
-    dataset = None
+    # a damaged file can fail anywhere in the reader and in the decoders, with any exception
     try:
         dataset = dcmread(BytesIO(data), force=True)
-        if "PixelData" not in dataset:
-            raise ImageError(f"{name}: a DICOM file without an image (no PixelData): leave it out of the manifest")
         frames = int(dataset.get("NumberOfFrames") or 1)
-        if frames != 1:
-            raise ImageError(f"{name}: {frames} frames in one file: export the one that is the radiograph")
-        return _as_shown(dataset)
-    except ImageError:
-        raise
+    except Exception as error:
+        raise ImageError(f"{name}: truncated or damaged DICOM ({_one_line(error)}): {_COPY_AGAIN}") from error
+    if not any(keyword in dataset for keyword in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
+        if "Rows" in dataset or not len(dataset):  # pydicom drops an element without an end
+            raise ImageError(f"{name}: truncated DICOM (it ends before or in its pixels): {_COPY_AGAIN}")
+        raise ImageError(f"{name}: a DICOM file without an image (no PixelData), or cut before it: leave its study out")
+    if not dataset.file_meta.get("TransferSyntaxUID"):
+        implicit, little = dataset.original_encoding
+        explicit = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
+        dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else explicit
+    try:
+        stored = dataset.pixel_array if frames == 1 else None
+        if frames == 1 and stored.ndim > (2 if (dataset.get("SamplesPerPixel") or 1) == 1 else 3):
+            frames = len(stored)  # more than the header says
     except (NotImplementedError, RuntimeError) as error:
-        syntax = getattr(getattr(dataset, "file_meta", None), "TransferSyntaxUID", "unknown")
-        kind = getattr(syntax, "name", syntax)
+        syntax = dataset.file_meta.TransferSyntaxUID.name
+        cause = "damaged, or of a kind without" if "exceptions were raised" in str(error) else "without"
         raise ImageError(
-            f"{name}: no decoder for DICOM transfer syntax {kind!r} ({_first_line(error)}): "
+            f"{name}: pixels in DICOM transfer syntax {syntax!r}, {cause} a decoder here ({_one_line(error)}): "
             "install 'pylibjpeg[all]', or convert the file to an uncompressed syntax"
         ) from error
-    # a damaged header can fail anywhere in the reader, with any exception
+    except AttributeError as error:
+        raise ImageError(f"{name}: incomplete DICOM header ({_one_line(error)}): {_COPY_AGAIN}") from error
+    except Exception as error:
+        raise ImageError(f"{name}: truncated or damaged DICOM ({_one_line(error)}): {_COPY_AGAIN}") from error
+    if frames != 1:
+        raise ImageError(f"{name}: {frames} frames in one file: export the one that is the radiograph")
+    try:
+        return _as_shown(stored, dataset)
     except Exception as error:
         raise ImageError(
-            f"{name}: truncated or damaged DICOM ({_first_line(error)}): copy it again, or leave its study out"
+            f"{name}: the pixels are whole, but an element that says how to show them cannot be used "
+            f"({_one_line(error)}): correct or remove it"
         ) from error
 
 
-def _as_shown(dataset: Dataset) -> NDArray[np.uint8]:
-    stored = dataset.pixel_array
+def _as_shown(stored: NDArray, dataset: Dataset) -> NDArray[np.uint8]:
     kind = dataset.PhotometricInterpretation
+    bits = int(dataset.get("BitsStored") or dataset.BitsAllocated)
     if kind == "PALETTE COLOR":
         stored = apply_color_lut(stored, dataset)
-        stored = stretch_to_byte(stored, 0, np.iinfo(stored.dtype).max)
+        bits = stored.dtype.itemsize * 8
     if stored.ndim == 3:
-        return np.rint(stored[..., :3] @ np.array([0.299, 0.587, 0.114])).astype(np.uint8)
-    padding = _padding(stored, dataset)
-    gray = _eight_bits(apply_modality_lut(stored, dataset), dataset, padding)
+        gray = stored[..., :3] @ _LUMINANCE
+        whole = bits <= 8 or kind == "PALETTE COLOR"
+        return _stretch(gray, 0, 2**bits - 1) if whole else _stretch(gray, float(gray.min()), float(gray.max()))
+    _drop_blank_elements(dataset)
+    padding = np.zeros(stored.shape, bool)
+    if "PixelPaddingValue" in dataset:
+        ends = dataset.PixelPaddingValue, dataset.get("PixelPaddingRangeLimit", dataset.PixelPaddingValue)
+        padding = (stored >= min(ends)) & (stored <= max(ends))
+    values = apply_modality_lut(stored, dataset)
+    seen = values[~padding]
+    if "VOILUTSequence" in dataset:
+        gray = _look_up(values, dataset.VOILUTSequence[0], signed=bool(dataset.PixelRepresentation))
+    elif "WindowWidth" in dataset:
+        # the window of values far outside gives the two ends of the output range
+        with np.errstate(over="ignore"):
+            ends = apply_windowing(np.array([-1e12, 1e12]), dataset)
+            gray = _stretch(apply_windowing(values, dataset), *map(float, ends))
+    elif bits <= 8 and values.dtype == np.uint8:
+        gray = _stretch(values, 0, 2**bits - 1)
+    else:
+        gray = _stretch(values, float(seen.min()), float(seen.max())) if seen.size else np.zeros(values.shape, np.uint8)
     if kind == "MONOCHROME1":
         gray = 255 - gray
     gray[padding] = 0
     return gray
 
 
-def _eight_bits(values: NDArray, dataset: Dataset, padding: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    if dataset.get("VOILUTSequence"):
-        return _look_up(values, dataset.VOILUTSequence[0], signed=bool(dataset.PixelRepresentation))
-    if dataset.get("WindowWidth") is not None and dataset.get("WindowCenter") is not None:
-        # the window of values far outside gives the two ends of the output range
-        with np.errstate(over="ignore"):
-            ends = apply_windowing(np.array([-1e12, 1e12]), dataset)
-            return stretch_to_byte(apply_windowing(values, dataset), *map(float, ends))
-    if dataset.BitsStored <= 8 and values.dtype == np.uint8:
-        return values.copy()
-    seen = values[~padding]
-    if not seen.size:
-        return np.zeros(values.shape, np.uint8)
-    return stretch_to_byte(values, float(seen.min()), float(seen.max()))
+def _drop_blank_elements(dataset: Dataset) -> None:
+    """Remove blank display elements, tables without content, windows without a width, and a rescaling by 1 and 0."""
+    for keyword in (
+        "PixelPaddingValue",
+        "PixelPaddingRangeLimit",
+        "VOILUTFunction",
+        "RescaleSlope",
+        "RescaleIntercept",
+    ):
+        if keyword in dataset and dataset.get(keyword) in (None, ""):
+            delattr(dataset, keyword)
+    slope, intercept = dataset.get("RescaleSlope", 1), dataset.get("RescaleIntercept", 0)
+    dataset.RescaleSlope, dataset.RescaleIntercept = slope, intercept
+    if (slope, intercept) == (1, 0):
+        del dataset.RescaleSlope, dataset.RescaleIntercept
+    for keyword in ("ModalityLUTSequence", "VOILUTSequence"):
+        if keyword in dataset:
+            tables = [item for item in dataset.get(keyword) or () if item.get("LUTDescriptor") and item.get("LUTData")]
+            setattr(dataset, keyword, Sequence(tables))
+            if not tables:
+                delattr(dataset, keyword)
+    if "WindowWidth" in dataset or "WindowCenter" in dataset:
+        centers, widths = (
+            value if isinstance(value, MultiValue) else [value]
+            for value in (dataset.get("WindowCenter"), dataset.get("WindowWidth"))
+        )
+        windows = [pair for pair in zip(centers, widths, strict=False) if None not in pair and "" not in pair]
+        smallest = 1 if dataset.get("VOILUTFunction", "LINEAR") == "LINEAR" else 1e-9
+        windows = [pair for pair in windows if pair[1] >= smallest]
+        dataset.WindowCenter, dataset.WindowWidth = windows[0] if windows else (None, None)
+        if not windows:
+            del dataset.WindowCenter, dataset.WindowWidth
 
 
 def _look_up(values: NDArray, item: Dataset, *, signed: bool) -> NDArray[np.uint8]:
     """The VOI table on all values at once; pydicom's own wraps 12-bit values around where the entries have 8 bits."""
-    entries, first, bits = (int(part) for part in item.LUTDescriptor)
+    entries, first, _ = (int(part) for part in item.LUTDescriptor)
     entries = entries or 2**16
     if signed and first >= 2**15:
         first -= 2**16  # the descriptor's second value is signed where the pixels are
@@ -239,16 +329,8 @@ def _look_up(values: NDArray, item: Dataset, *, signed: bool) -> NDArray[np.uint
         table = np.frombuffer(table, "<u2" if len(table) >= 2 * entries else np.uint8)
     table = np.asarray(table, np.float64)[:entries]
     index = np.clip(np.rint(np.asarray(values, np.float64)).astype(np.int64) - first, 0, len(table) - 1)
-    return stretch_to_byte(table[index], 0, 2**bits - 1)
+    return _stretch(table[index], 0, table.max())  # the declared bits may be more than the entries use
 
 
-def _padding(stored: NDArray, dataset: Dataset) -> NDArray[np.bool_]:
-    value = dataset.get("PixelPaddingValue")
-    if value is None:
-        return np.zeros(stored.shape, bool)
-    limit = dataset.get("PixelPaddingRangeLimit", value)
-    return (stored >= min(value, limit)) & (stored <= max(value, limit))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

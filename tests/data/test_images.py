@@ -97,8 +97,8 @@ def test_missing_empty_folder_and_foreign_files_say_what_to_do(tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [("PNG", {}), ("JPEG", {"quality": 90}), ("JPEG", {"quality": 90, "progressive": True}), ("TIFF", {})],
-    ids=["png", "jpeg", "progressive-jpeg", "tiff"],
+    [("PNG", {}), ("JPEG", {"quality": 90}), ("JPEG", {"quality": 90, "progressive": True}), ("TIFF", {}), ("BMP", {})],
+    ids=["png", "jpeg", "progressive-jpeg", "tiff", "bmp"],
 )
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_a_file_cut_anywhere_is_refused(tmp_path, kind, options):
@@ -129,15 +129,121 @@ def test_several_frames_are_refused(tmp_path, gray):
             read_gray(tmp_path / name)
 
 
-def test_a_decompression_bomb_is_refused(tmp_path):
+def png(values, depth, colour, palette=b""):
+    """A PNG of any depth and colour form. Shape: values (H, W) or (H, W, C); colour 0 gray, 2 RGB, 3 palette, 4, 6."""
+
     def part(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 0, 0, 0, 0)
-    bomb = b"\x89PNG\r\n\x1a\n" + part(b"IHDR", header) + part(b"IDAT", zlib.compress(b"")) + part(b"IEND", b"")
-    (tmp_path / "bomb.png").write_bytes(bomb)
+    rows = values.reshape(len(values), -1)
+    if depth >= 8:
+        rows = rows.astype(f">u{depth // 8}")
+    else:
+        bits = (rows[:, :, None] >> np.arange(depth)[::-1]) & 1
+        rows = np.packbits(bits.reshape(len(rows), -1).astype(np.uint8), axis=1)
+    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], depth, colour, 0, 0, 0)
+    parts = [part(b"IHDR", header), part(b"PLTE", palette) if palette else b""]
+    content = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts) + part(b"IDAT", content) + part(b"IEND", b"")
+
+
+def tiff(values, bits, photometric, *, sample_format=1, order="<"):
+    """An uncompressed TIFF of one strip. Shape: values (H, W) or (H, W, C)."""
+    samples, data = values.shape[2] if values.ndim == 3 else 1, values.tobytes()
+    height, width = values.shape[:2]
+    strip = 8 + 2 + 12 * 10 + 4
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: strip + 16, 277: samples, 278: height}
+    directory = struct.pack(order + "H", 10)
+    for tag, value in sorted((tags | {279: len(data), 339: sample_format}).items()):
+        if tag in (258, 339) and samples > 2:  # one value a sample does not fit into the entry
+            directory += struct.pack(order + "HHII", tag, 3, samples, strip + 8 * (tag == 339))
+        else:
+            directory += struct.pack(order + "HHIHH", tag, 3, 1, value, 0)
+    beyond = struct.pack(order + "8H", *[bits] * 4, *[sample_format] * 4)
+    mark = b"II*\0" if order == "<" else b"MM\0*"
+    return mark + struct.pack(order + "I", 8) + directory + bytes(4) + beyond + data
+
+
+RAMP = np.linspace(0, 1, 64).reshape(8, 8)
+
+
+@pytest.mark.parametrize(
+    ("depth", "colour"),
+    [
+        *[(d, 0) for d in (1, 2, 4, 8, 16)],
+        *[(d, 3) for d in (1, 2, 4, 8)],
+        *[(d, c) for d in (8, 16) for c in (2, 4, 6)],
+    ],
+)
+def test_every_depth_and_colour_of_png_fills_the_range(depth, colour):
+    top = 2**depth - 1
+    ramp = np.rint(RAMP * top).astype(int)
+    values = {0: ramp, 3: ramp}.get(colour, np.stack([ramp] * {2: 3, 4: 2, 6: 4}.get(colour, 1), axis=-1))
+    palette = np.repeat(np.rint(np.arange(top + 1) / top * 255), 3).astype(np.uint8).tobytes() if colour == 3 else b""
+    assert np.abs(decode_gray(png(values, depth, colour, palette), "a.png") - ramp / top * 255).max() <= 1
+
+
+def test_deep_colour_is_stretched_and_weighed_before_it_becomes_bytes():
+    narrow = np.rint(RAMP * 500 + 100).astype(int)
+    shown = decode_gray(png(np.stack([narrow] * 3, axis=-1), 16, 2), "a.png")
+    assert (shown == np.rint((narrow - 100) * 255 / 500)).all()
+    red_and_green = np.zeros((1, 3, 3), int)
+    red_and_green[0, 1, 0] = red_and_green[0, 2, 1] = 40_000
+    assert decode_gray(png(red_and_green, 16, 2), "a.png").tolist() == [[0, round(0.299 / 0.587 * 255), 255]]
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("turned", [False, True], ids=["black-is-zero", "white-is-zero"])
+@pytest.mark.parametrize(
+    ("kind", "bits", "sample_format"),
+    [
+        ("u1", 8, 1),
+        ("i1", 8, 2),
+        ("u2", 16, 1),
+        ("i2", 16, 2),
+        ("u4", 32, 1),
+        ("i4", 32, 2),
+        ("f4", 32, 3),
+        ("f8", 64, 3),
+    ],
+)
+def test_every_depth_of_gray_tiff_fills_the_range_or_is_named(order, turned, kind, bits, sample_format):
+    low, high = (-1, 3) if kind[0] == "f" else (np.iinfo(kind).min, np.iinfo(kind).max)
+    values = (RAMP * (high - low) + low).astype(order + kind)
+    data = tiff(values, bits, 0 if turned else 1, sample_format=sample_format, order=order)
+    try:
+        shown = decode_gray(data, "a.tif").astype(float)
+    except ImageError as error:
+        assert kind not in ("u1", "f4") and f"a TIFF of {bits} bits cannot be read" in str(error)
+    else:
+        assert np.abs(shown - (255 - RAMP * 255 if turned else RAMP * 255)).max() <= 1.01
+
+
+@pytest.mark.parametrize("samples", [3, 4])
+def test_deep_colour_tiff_is_refused_by_its_depth(samples):
+    values = np.stack([np.rint(RAMP * 65535).astype("<u2")] * samples, axis=-1)
+    with pytest.raises(ImageError, match=r"a\.tif.* 16(/16)* bits.* cannot be read: export"):
+        decode_gray(tiff(values, 16, 2), "a.tif")
+
+
+def test_pixels_that_are_no_numbers_are_refused():
+    with pytest.raises(ImageError, match="NaN"):
+        decode_gray(tiff(np.full((4, 4), np.nan, "<f4"), 32, 1, sample_format=3), "a.tif")
+
+
+def test_a_twelve_bit_jpeg_is_named_not_called_damaged():
+    data = bytearray(encoded(textured(), "JPEG"))
+    data[data.index(b"\xff\xc0") + 4] = 12
+    with pytest.raises(ImageError, match="a JPEG of 12 bits cannot be read"):
+        decode_gray(bytes(data), "a.jpg")
+
+
+def test_a_decompression_bomb_is_refused():
+    data = bytearray(png(np.zeros((1, 1), int), 8, 0))
+    data[16:24] = struct.pack(">II", 50_000, 50_000)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
     with pytest.raises(ImageError, match="MAX_IMAGE_PIXELS"):
-        read_gray(tmp_path / "bomb.png")
+        decode_gray(bytes(data), "bomb.png")
 
 
 def test_to_tensor_norms():
