@@ -25,7 +25,8 @@ def draw_map(axis: Axes, values: np.ndarray, *, signed: bool, reach: float | Non
     `signed` maps have zero in the middle of the colours, and `reach` at their ends (the largest absolute value by
     default); others go from their lowest to their highest value.
     """
-    low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    known = values[np.isfinite(values)]
+    low, high = (float(known.min()), float(known.max())) if len(known) else (0.0, 0.0)
     largest = max(abs(low), abs(high), 1e-12)
     meaning = "lowest to highest of this map"
     if signed:
@@ -62,8 +63,7 @@ def attention_row(
     titles = ["image" + ("\ntrue region outlined" if len(outlines) or len(boxes) else ""), *names]
     titles = [wrapped(text, 34) for text in titles]
     lines = max(text.count("\n") for text in titles)
-    height = np.clip(2.9 * image.shape[0] / image.shape[1], 1.8, 5.0)
-    height += 1.1 + 0.16 * lines
+    height = np.clip(2.9 * image.shape[0] / image.shape[1], 1.8, 5.0) + 1.1 + 0.16 * lines
     figure, axes = new_figure(len(titles), columns=len(titles), width=3.1, height=height)
     marks = [Mark("truth", mask=mask) for mask in outlines] + [Mark("truth", box=box) for box in boxes]
     for axis, text, name in zip(axes, titles, [None, *maps], strict=True):

@@ -80,8 +80,8 @@ def _answer_bars(axis: Axes, table: pd.DataFrame) -> None:
     for place, (_, row) in enumerate(table.iterrows()):
         text = f"{row['score']:.2f}"
         if ranked:
-            known = np.isfinite(row["probability"])
-            text = f"{row['probability']:.0%} ({row['prevalence']:.0%})" if known else "- (too few to calibrate)"
+            text = f"{100 * row['probability']:.0f} % ({100 * row['prevalence']:.0f} %)"
+            text = text if np.isfinite(row["probability"]) else "- (too few to calibrate)"
         axis.text(max(value.iloc[place], 0) + 0.02, place, text, va="center", fontsize=8)
     axis.set_yticks(range(len(table)), table.index, fontsize=9)
     axis.invert_yaxis()

@@ -6,7 +6,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 
-from gloria_core.viz.attention import TRUTH, attention_row, control_bars
+from gloria_core.viz.attention import TRUTH, attention_row, control_bars, snapshot_strip
 
 IMAGE = np.zeros((40, 30), dtype=np.uint8)
 
@@ -131,3 +131,17 @@ def test_control_bars_show_values_in_order():
     assert "n = 50 phrases" in figure.get_suptitle()
     with pytest.raises(ValueError, match="one target"):
         control_bars(pd.concat([rows, rows.assign(target="Edema")]))
+
+
+def test_snapshots_share_one_scale_and_an_unseen_map_is_left_blank():
+    values, unseen = np.full(IMAGE.shape, -0.5), np.full(IMAGE.shape, np.nan)
+    figure = snapshot_strip([IMAGE, IMAGE], [0, 3], [[values / 2, unseen], [values, unseen]], titles=["a", "b"])
+    axes = _map_axes(figure)
+    assert [axis.images[1].get_clim() for axis in axes[:2]] == [(-0.5, 0.5)] * 2
+    assert [axis.get_title() for axis in axes] == ["epoch 0", "epoch 3", "", ""]
+    assert [axes[0].get_ylabel(), axes[2].get_ylabel()] == ["a", "b"]
+    figure.draw_without_rendering()
+    blank = snapshot_strip([IMAGE], [0], [[unseen]], titles=["a"])
+    assert np.isfinite(_map_axes(blank)[0].images[1].get_clim()).all()
+    with pytest.raises(ValueError, match="one title an image"):
+        snapshot_strip([IMAGE], [0, 1], [[values]], titles=["a"])

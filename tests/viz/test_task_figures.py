@@ -170,7 +170,7 @@ def test_answer_figure_with_and_without_a_map():
     figure = answer_figure(IMAGE, table, values=values, finding="Edema")
     assert len(figure.axes[1].images) == 2 and figure.axes[1].images[1].get_clim() == (-0.5, 0.5)
     texts = texts_of(figure)
-    assert "60% (20%)" in texts and "- (too few to calibrate)" in texts
+    assert "60 % (20 %)" in texts and "- (too few to calibrate)" in texts
     figure.canvas.draw()
     alone = answer_figure(IMAGE, table[["score"]])
     assert "image (the objective has no map)" in texts_of(alone) and "0.50" in texts_of(alone)
