@@ -1,23 +1,17 @@
-"""A prepared dataset: the manifest, where its files are, and the decoded-image cache, opened from one path.
+"""Prepared datasets, their studies as items, and items as batches.
 
-Notebook 01 writes `manifest.csv` and, beside it, `dataset.json` (name, root, image size, cache folder). Every later
+Notebook 01 writes `manifest.csv` and, next to it, `dataset.json` (name, root, image size, cache folder). Every later
 notebook is given the path of the manifest alone and gets all of it back with `open_dataset`.
 
-Studies of a manifest as items: images from the cache, text cut from the report, labels.
-
-Item i depends on the seed, the epoch and i, never on workers, processes or the order in which items are asked for.
-
-Items -> batches, in an order that depends on the seed and the epoch only.
-
-Nothing here depends on the number of workers or processes, so a training run can be resumed in the middle of an epoch
-and repeated with several processes.
+An item depends on the seed, the epoch and its number, and the order of the batches on the seed and the epoch: never on
+workers, processes or what was read before. So a training run can be resumed in the middle of an epoch.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -25,263 +19,20 @@ from typing import Literal, Protocol
 import numpy as np
 import pandas as pd
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerFast
 
 from gloria_core.data.cache import ImageCache, require_shards
 from gloria_core.data.files import atomic_write, did_you_mean
 from gloria_core.data.images import Norm, to_tensor
-from gloria_core.data.manifest import (
-    COMPETITION_LABELS,
-    ManifestError,
-    label_columns,
-    read_manifest,
-    write_manifest,
-)
+from gloria_core.data.manifest import COMPETITION_LABELS, ManifestError, label_columns, read_manifest, write_manifest
 from gloria_core.data.prompts import PromptSet
 from gloria_core.data.reports import Span, StudyTexts
 from gloria_core.data.tokenizer import tokenize
 from gloria_core.types import Batch
 
+# With augment=True: largest relative change of contrast, and of brightness as a share of the gray range.
 JITTER = 0.1
-"""Largest relative change of contrast, and of brightness as a share of the gray range, under augment=True."""
-
-
-class Images(Protocol):
-    """What the dataset asks of an image cache: the gray image of a path as (size, size) uint8."""
-
-    def image(self, path: str) -> np.ndarray: ...
-
-
-@dataclass(frozen=True)
-class StudyItem:
-    """One study as the workers hand it over.
-
-    Shape: pixels (V, crop, crop) uint8; `spans[t]` the sentences of `texts[t]`; labels (K,) float32, NaN unknown.
-    """
-
-    pixels: np.ndarray
-    texts: tuple[str, ...]
-    spans: tuple[tuple[Span, ...], ...]
-    labels: np.ndarray
-    index: int
-    study_id: str
-
-
-class StudyDataset(Dataset[StudyItem]):
-    """Images, text and labels of the studies in a manifest frame.
-
-    text: the section that is read; "both" joins findings and impression, or whichever of them has text.
-    sentence: "all" reads the section whole, "random" one sentence of it, "published" one sentence cut and cleaned by
-        GLoRIA's released rule (`pretraining_dataset.py`, its word limit of 5 included).
-    views: images per study. One view is a frontal where the study has one. Several are distinct views (by the
-        manifest's `views`) as long as the study has them, then further images of these views, then the same images
-        again, each with an augmentation of its own (CXR-CLIP, You et al. 2023). Without augmentation the first ones
-        are taken, frontals first; with it, random ones.
-    texts: texts per study. With text="both" and sentence="all" they are its sections in random order, each once as long
-        as the study has them (CXR-CLIP); otherwise independent draws.
-    augmented_texts, prompts, n_negative: other wordings, and reports for studies without text; see `StudyTexts`. They
-        are drawn anew for every text and epoch; without augmentation reports from labels are the fixed ones.
-    augment: False centre crop; "crop" random crop, as GLoRIA (256 -> 224); True random crop and a mild jitter of
-        brightness and contrast. Never a flip: reports say left and right.
-    labels: label columns in this order; by default all of the manifest.
-
-    Item i depends on (seed, epoch, i) only.
-    Raises: ReportError naming studies whose chosen section is empty (with `prompts`: that have no label either),
-    PromptError for a label without sentences, ValueError for unknown options or columns.
-    """
-
-    def __init__(
-        self,
-        frame: pd.DataFrame,
-        cache: Images,
-        *,
-        crop: int,
-        text: Literal["impression", "findings", "both"] = "impression",
-        sentence: Literal["all", "random", "published"] = "all",
-        views: int = 1,
-        texts: int = 1,
-        augment: bool | Literal["crop"] = False,
-        seed: int = 0,
-        labels: Sequence[str] | None = None,
-        augmented_texts: bool = False,
-        prompts: PromptSet | None = None,
-        n_negative: int = 0,
-    ) -> None:
-        _one_of("text", text, ("impression", "findings", "both"))
-        _one_of("sentence", sentence, ("all", "random", "published"))
-        _one_of("augment", augment, (False, True, "crop"))
-        for name, value in (("crop", crop), ("views", views), ("texts", texts)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
-        self.frame = frame.reset_index(drop=True)
-        self.cache, self.crop, self.seed, self.epoch = cache, crop, seed, 0
-        self.sentence, self.augment, self.views, self.texts = sentence, augment, views, texts
-        self.label_names = list(label_columns(frame) if labels is None else labels)
-        unknown = [name for name in self.label_names if name not in frame.columns]
-        if unknown:
-            raise ValueError(f"no label column {unknown}; the manifest has {label_columns(frame)}")
-        self._labels = self.frame[self.label_names].to_numpy(dtype=np.float32, na_value=np.nan)
-        self._study_ids = self.frame["study_id"].astype(str).tolist()
-        self._images = [path.split(";") for path in self.frame["images"]]
-        names = self.frame["views"].astype(str).str.upper()
-        self._views = [[view.strip() for view in row.split(";")] for row in names]
-        self._texts = StudyTexts(
-            self.frame,
-            text=text,
-            sentence=sentence,
-            augmented=augmented_texts,
-            prompts=prompts,
-            n_negative=n_negative,
-            fixed=augment is False,
-        )
-
-    def __len__(self) -> int:
-        return len(self._study_ids)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Draws sentences, crops and views anew; call it before the epoch's loader is made."""
-        self.epoch = int(epoch)
-
-    def __getitem__(self, index: int) -> StudyItem:
-        index = range(len(self))[index]
-        # separate streams: changing how texts are drawn leaves the crops alone
-        draw_text, draw_image = (np.random.default_rng([self.seed, self.epoch, index, part]) for part in range(2))
-        chosen = self._texts.draw(index, self.texts, draw_text)
-        pixels = np.stack([self._image(index, number, draw_image) for number in self._choose(index, draw_image)])
-        return StudyItem(
-            pixels=pixels,
-            texts=tuple(text for text, _ in chosen),
-            spans=tuple(spans for _, spans in chosen),
-            labels=self._labels[index],
-            index=index,
-            study_id=self._study_ids[index],
-        )
-
-    def _choose(self, index: int, draw: np.random.Generator) -> list[int]:
-        """Numbers of the images to show."""
-        views = self._views[index]
-        frontals = [i for i, view in enumerate(views) if view != "LATERAL"]
-        numbers = repeats = frontals or list(range(len(views)))
-        if self.views > 1:
-            numbers = frontals + [i for i in range(len(views)) if i not in frontals]
-        if self.augment:
-            numbers = [numbers[i] for i in draw.permutation(len(numbers))]
-        if self.views > 1:
-            kinds = list(dict.fromkeys(views[i] for i in numbers))
-            if self.augment:  # every view equally often first, however many images it has
-                kinds = [kinds[k] for k in draw.permutation(len(kinds))]
-            turn = {i: sum(views[j] == views[i] for j in numbers[:place]) for place, i in enumerate(numbers)}
-            numbers = sorted(numbers, key=lambda i: (turn[i], kinds.index(views[i])))
-        missing = max(0, self.views - len(numbers))
-        return (numbers + repeats * missing)[: self.views]
-
-    def _image(self, index: int, number: int, draw: np.random.Generator) -> np.ndarray:
-        image = np.asarray(self.cache.image(self._images[index][number]))
-        room = image.shape[0] - self.crop
-        if room < 0:
-            raise ValueError(f"crop={self.crop} is larger than the cached images ({image.shape[0]} px)")
-        top, left = draw.integers(0, room + 1, size=2) if self.augment else (room // 2, room // 2)
-        image = image[top : top + self.crop, left : left + self.crop]
-        if self.augment is not True:
-            return np.ascontiguousarray(image)
-        contrast, brightness = draw.uniform(-JITTER, JITTER, size=2)
-        gray = np.arange(256)
-        table = (gray - 127.5) * (1 + contrast) + 127.5 + 255 * brightness
-        return np.clip(np.rint(table), 0, 255).astype(np.uint8)[image]
-
-
-def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}")
-
-
-class Collate:
-    """Items -> Batch: pads and tokenises the texts, normalises the pixels as `images.to_tensor` does."""
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerFast,
-        *,
-        channels: int = 3,
-        norm: Norm = "half",
-        max_tokens: int = 97,
-    ) -> None:
-        self.tokenizer, self.channels, self.norm, self.max_tokens = tokenizer, channels, norm, max_tokens
-
-    def __call__(self, items: Sequence[StudyItem]) -> Batch:
-        """Shape: pixels (B, V, C, crop, crop) float32; N = B * T texts, study-major."""
-        pixels = torch.from_numpy(np.stack([item.pixels for item in items]))
-        return Batch(
-            pixels=to_tensor(pixels, channels=self.channels, norm=self.norm),
-            text=tokenize(
-                self.tokenizer,
-                [text for item in items for text in item.texts],
-                max_tokens=self.max_tokens,
-                sentence_spans=[spans for item in items for spans in item.spans],
-                names=[f"study {item.study_id}" for item in items for _ in item.texts],
-            ),
-            labels=torch.from_numpy(np.stack([item.labels for item in items])),
-            index=torch.tensor([item.index for item in items]),
-        )
-
-
-class _Batches(Sampler[list[int]]):
-    """Lists of item numbers, one a batch."""
-
-    def __init__(self, batches: list[list[int]]) -> None:
-        self.batches = batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter(self.batches)
-
-
-def make_loader(
-    dataset: StudyDataset,
-    collate: Collate,
-    *,
-    batch_size: int,
-    shuffle: bool,
-    seed: int = 0,
-    epoch: int | None = None,
-    drop_last: bool = False,
-    workers: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-    skip_batches: int = 0,
-) -> DataLoader[Batch]:
-    """Loader of one epoch; make a new one for the next.
-
-    `batch_size` counts the studies of one process, as torch does. Batch k of the `world_size` processes, joined in the
-    order of the ranks, is batch k of a single process with `world_size` times the batch size. `epoch` (default: the
-    dataset's) sets the order together with `seed`, and the draws of the items; the dataset itself is left as it is.
-    `skip_batches` leaves out the first ones without reading them.
-
-    Raises: ValueError when the last batch cannot be shared, or there is no whole batch with drop_last.
-    """
-    if not 0 <= rank < world_size or batch_size < 1:
-        raise ValueError(f"rank={rank}, world_size={world_size}, batch_size={batch_size}: rank from 0, sizes from 1")
-    current = copy.copy(dataset)
-    if epoch is not None:
-        current.set_epoch(epoch)
-    n = len(current)
-    order = np.random.default_rng([seed, current.epoch]).permutation(n) if shuffle else np.arange(n)
-    together = batch_size * world_size
-    stop = n - n % together if drop_last else n
-    if stop == 0:
-        raise ValueError(f"{n} studies make no batch of {batch_size} x {world_size}; use a smaller batch_size")
-    whole = [order[start : min(start + together, stop)] for start in range(0, stop, together)]
-    if len(whole[-1]) < world_size:
-        raise ValueError(f"the last batch has {len(whole[-1])} studies for {world_size} processes; use drop_last=True")
-    shares = [np.array_split(batch, world_size)[rank].tolist() for batch in whole[skip_batches:]]
-    return DataLoader(current, batch_sampler=_Batches(shares), collate_fn=collate, num_workers=workers)
-
-
-COMPETITION_SYNONYMS = ("Effusion",)
-"""The NIH tables' name for Pleural Effusion."""
 
 
 @dataclass(frozen=True)
@@ -297,7 +48,7 @@ class PreparedDataset:
     @property
     def competition(self) -> list[str]:
         """Label columns that are one of the five findings of the CheXpert competition: what `macro` is the mean of."""
-        named = {*COMPETITION_LABELS, *COMPETITION_SYNONYMS}
+        named = {*COMPETITION_LABELS, "Effusion"}  # the NIH tables' name of Pleural Effusion
         return [name for name in label_columns(self.frame) if name in named]
 
     def exclude(self, rule: str) -> pd.DataFrame:
@@ -393,3 +144,215 @@ def open_dataset(manifest: str | Path) -> PreparedDataset:
 def _relative(path: Path, folder: Path) -> str:
     path, folder = Path(path).resolve(), folder.resolve()
     return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
+
+
+class Images(Protocol):
+    """What the dataset asks of an image cache: the gray image of a path as (size, size) uint8."""
+
+    def image(self, path: str) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class StudyItem:
+    """One study as the workers hand it over.
+
+    Shape: pixels (V, crop, crop) uint8; `spans[t]` the sentences of `texts[t]`; labels (K,) float32, NaN unknown.
+    """
+
+    pixels: np.ndarray
+    texts: tuple[str, ...]
+    spans: tuple[tuple[Span, ...], ...]
+    labels: np.ndarray
+    index: int
+    study_id: str
+
+
+class StudyDataset(Dataset[StudyItem]):
+    """Images, text and labels of the studies in a manifest frame.
+
+    text: the section that is read; "both" joins findings and impression, or whichever of them has text.
+    sentence: "all" reads the section whole, "random" one sentence of it, "published" one sentence cut and cleaned by
+        GLoRIA's released rule (`pretraining_dataset.py`, its word limit of 5 included).
+    views: images per study. One view is a frontal where the study has one. Several are distinct views (by the
+        manifest's `views`) as long as the study has them, then further images of these views, then the same images
+        again, each with an augmentation of its own (CXR-CLIP, You et al. 2023). Without augmentation the first ones
+        are taken, frontals first; with it, random ones.
+    texts: texts per study. With text="both" and sentence="all" they are its sections in random order, each once as long
+        as the study has them (CXR-CLIP); otherwise independent draws.
+    augmented_texts, prompts, n_negative: other wordings, and reports for studies without text; see `StudyTexts`. They
+        are drawn anew for every text and epoch; without augmentation reports from labels are the fixed ones.
+    augment: False centre crop; "crop" random crop, as GLoRIA (256 -> 224); True random crop and a mild jitter of
+        brightness and contrast. Never a flip: reports say left and right.
+    labels: label columns in this order; by default all of the manifest.
+
+    Item i depends on (seed, epoch, i) only.
+    Raises: ReportError naming studies whose chosen section is empty (with `prompts`: that have no label either),
+    PromptError for a label without sentences, ValueError for unknown options or columns.
+    """
+
+    def __init__(
+        self,
+        frame: pd.DataFrame,
+        cache: Images,
+        *,
+        crop: int,
+        text: Literal["impression", "findings", "both"] = "impression",
+        sentence: Literal["all", "random", "published"] = "all",
+        views: int = 1,
+        texts: int = 1,
+        augment: bool | Literal["crop"] = False,
+        seed: int = 0,
+        labels: Sequence[str] | None = None,
+        augmented_texts: bool = False,
+        prompts: PromptSet | None = None,
+        n_negative: int = 0,
+    ) -> None:
+        for name, value, allowed in (
+            ("text", text, ("impression", "findings", "both")),
+            ("sentence", sentence, ("all", "random", "published")),
+            ("augment", augment, (False, True, "crop")),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}")
+        for name, value in (("crop", crop), ("views", views), ("texts", texts)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        self.frame = frame.reset_index(drop=True)
+        self.cache, self.crop, self.seed, self.epoch = cache, crop, seed, 0
+        self.sentence, self.augment, self.views, self.texts = sentence, augment, views, texts
+        self.label_names = list(label_columns(frame) if labels is None else labels)
+        unknown = [name for name in self.label_names if name not in frame.columns]
+        if unknown:
+            raise ValueError(f"no label column {unknown}; the manifest has {label_columns(frame)}")
+        self._labels = self.frame[self.label_names].to_numpy(dtype=np.float32, na_value=np.nan)
+        self._study_ids = self.frame["study_id"].tolist()
+        self._images = self.frame["images"].str.split(";").tolist()
+        self._views = self.frame["views"].str.split(";").tolist()
+        self._texts = StudyTexts(
+            self.frame,
+            text=text,
+            sentence=sentence,
+            augmented=augmented_texts,
+            prompts=prompts,
+            n_negative=n_negative,
+            fixed=augment is False,
+        )
+
+    def __len__(self) -> int:
+        return len(self._study_ids)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draws sentences, crops and views anew; call it before the epoch's loader is made."""
+        self.epoch = int(epoch)
+
+    def __getitem__(self, index: int) -> StudyItem:
+        index = range(len(self))[index]
+        # separate streams: changing how texts are drawn leaves the crops alone
+        text_rng, image_rng = (np.random.default_rng([self.seed, self.epoch, index, part]) for part in range(2))
+        texts, spans = zip(*self._texts.draw(index, self.texts, text_rng), strict=True)
+        numbers = self._choose(index, image_rng)
+        pixels = np.stack([self._image(self._images[index][number], image_rng) for number in numbers])
+        return StudyItem(pixels, texts, spans, self._labels[index], index, self._study_ids[index])
+
+    def _choose(self, index: int, rng: np.random.Generator) -> list[int]:
+        """Numbers of the images to show."""
+        views = self._views[index]
+        frontals = [i for i, view in enumerate(views) if view != "LATERAL"]
+        numbers = repeats = frontals or list(range(len(views)))
+        if self.views > 1:
+            numbers = frontals + [i for i in range(len(views)) if i not in frontals]
+        if self.augment:
+            numbers = [numbers[i] for i in rng.permutation(len(numbers))]
+        if self.views > 1:
+            kinds = list(dict.fromkeys(views[i] for i in numbers))
+            if self.augment:  # every view equally often first, however many images it has
+                kinds = [kinds[k] for k in rng.permutation(len(kinds))]
+            turn = {i: sum(views[j] == views[i] for j in numbers[:place]) for place, i in enumerate(numbers)}
+            numbers = sorted(numbers, key=lambda i: (turn[i], kinds.index(views[i])))
+        missing = max(0, self.views - len(numbers))
+        return (numbers + repeats * missing)[: self.views]
+
+    def _image(self, path: str, rng: np.random.Generator) -> np.ndarray:
+        image = np.asarray(self.cache.image(path))
+        margin = image.shape[0] - self.crop
+        if margin < 0:
+            raise ValueError(f"crop={self.crop} is larger than the cached images ({image.shape[0]} px)")
+        top, left = rng.integers(0, margin + 1, size=2) if self.augment else (margin // 2, margin // 2)
+        image = image[top : top + self.crop, left : left + self.crop]
+        if self.augment is not True:
+            return np.ascontiguousarray(image)
+        contrast, brightness = rng.uniform(-JITTER, JITTER, size=2)
+        gray = np.arange(256)
+        table = (gray - 127.5) * (1 + contrast) + 127.5 + 255 * brightness
+        return np.clip(np.rint(table), 0, 255).astype(np.uint8)[image]
+
+
+class Collate:
+    """Items -> Batch: pads and tokenises the texts, normalises the pixels as `images.to_tensor` does."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        channels: int = 3,
+        norm: Norm = "half",
+        max_tokens: int = 97,
+    ) -> None:
+        self.tokenizer, self.channels, self.norm, self.max_tokens = tokenizer, channels, norm, max_tokens
+
+    def __call__(self, items: Sequence[StudyItem]) -> Batch:
+        """Shape: pixels (B, V, C, crop, crop) float32; N = B * T texts, study-major."""
+        pixels = torch.from_numpy(np.stack([item.pixels for item in items]))
+        return Batch(
+            pixels=to_tensor(pixels, channels=self.channels, norm=self.norm),
+            text=tokenize(
+                self.tokenizer,
+                [text for item in items for text in item.texts],
+                max_tokens=self.max_tokens,
+                sentence_spans=[spans for item in items for spans in item.spans],
+                names=[f"study {item.study_id}" for item in items for _ in item.texts],
+            ),
+            labels=torch.from_numpy(np.stack([item.labels for item in items])),
+            index=torch.tensor([item.index for item in items]),
+        )
+
+
+def make_loader(
+    dataset: StudyDataset,
+    collate: Collate,
+    *,
+    batch_size: int,
+    shuffle: bool,
+    seed: int = 0,
+    epoch: int | None = None,
+    drop_last: bool = False,
+    workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    skip_batches: int = 0,
+) -> DataLoader[Batch]:
+    """Loader of one epoch; make a new one for the next.
+
+    `batch_size` counts the studies of one process, as torch does. Batch k of the `world_size` processes, joined in the
+    order of the ranks, is batch k of a single process with `world_size` times the batch size. `epoch` (default: the
+    dataset's) sets the order together with `seed`, and the draws of the items; the dataset itself is left as it is.
+    `skip_batches` leaves out the first ones without reading them.
+
+    Raises: ValueError when the last batch has fewer studies than processes, or there is no whole batch with drop_last.
+    """
+    if not 0 <= rank < world_size or batch_size < 1:
+        raise ValueError(f"rank={rank}, world_size={world_size}, batch_size={batch_size}: rank from 0, sizes from 1")
+    current = copy.copy(dataset)
+    if epoch is not None:
+        current.set_epoch(epoch)
+    n = len(current)
+    order = np.random.default_rng([seed, current.epoch]).permutation(n) if shuffle else np.arange(n)
+    together = batch_size * world_size
+    stop = n - n % together if drop_last else n
+    if stop == 0:
+        raise ValueError(f"{n} studies make no batch of {batch_size} x {world_size}; use a smaller batch_size")
+    whole = [order[start : min(start + together, stop)] for start in range(0, stop, together)]
+    if len(whole[-1]) < world_size:
+        raise ValueError(f"the last batch has {len(whole[-1])} studies for {world_size} processes; use drop_last=True")
+    parts = [np.array_split(batch, world_size)[rank].tolist() for batch in whole[skip_batches:]]
+    return DataLoader(current, batch_sampler=parts, collate_fn=collate, num_workers=workers)
