@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from gloria_core.tasks.detection import metrics as dm
-from gloria_core.tasks.detection.metrics import Boxes, box_iou, evaluate, image_ap, match
+from gloria_core.tasks.detection.metrics import Boxes, box_iou, evaluate, image_ap, match, precision_recall
 
 ONE = [0.0, 0.0, 10.0, 10.0]
 FAR = [50.0, 50.0, 60.0, 60.0]
@@ -158,11 +158,10 @@ def test_equals_pycocotools(seed):
 def test_resampling_is_repeating_images():
     truths, found = _random(5, images=12)
     counts = np.random.default_rng(0).integers(0, 4, 12)
-    one = dm._Class(0, truths, found, grouped=True)
+    one = precision_recall(0, truths, found)
     repeated = np.repeat(np.arange(12), counts)
-    again = dm._Class(0, [truths[i] for i in repeated], [found[i] for i in repeated], grouped=True)
-    for weighted, plain in zip(one(counts[None].astype(np.float32)), again(np.ones((1, len(repeated)))), strict=True):
-        np.testing.assert_allclose(weighted, plain)
+    again = precision_recall(0, [truths[i] for i in repeated], [found[i] for i in repeated])
+    np.testing.assert_allclose(one(counts[None].astype(np.float32)), again(np.ones((1, len(repeated)))))
 
 
 def test_blocks_change_nothing(monkeypatch):
@@ -217,10 +216,10 @@ def test_undefined_is_nan_with_a_note():
     table = evaluate(truths, found, ["a", "b", "c"], untrained=["c"], n_bootstrap=30)
     assert _value(table, "a") == 1
     assert np.isnan(_value(table, "b")) and "no box of this class in 2 images" in _row(table, "b")["note"]
-    assert _value(table, "macro") == 1 and _row(table, "macro")["note"] == "mean over 1 of 3 classes"
+    assert _value(table, "macro") == 1 and _row(table, "macro")["note"] == "mean over 1 of 3 labels"
     table = evaluate(truths, found, ["a", "b", "c"], untrained=["a"], n_bootstrap=30)
     assert "training subset" in _row(table, "a")["note"] and np.isnan(_row(table, "a")["ci_low"])
-    assert np.isnan(_value(table, "macro")) and _row(table, "macro")["note"] == "mean over 0 of 3 classes"
+    assert np.isnan(_value(table, "macro")) and _row(table, "macro")["note"] == "mean over 0 of 3 labels"
     nothing = evaluate(truths, [_boxes(scores=[])] * 2, ["a", "b", "c"], rule="published", n_bootstrap=5)
     assert nothing["value"].isna().all() and (nothing["n"] == 0).all()
     assert nothing["note"].iloc[0] == "no image to score"
@@ -236,16 +235,16 @@ def test_macro_is_of_the_named_classes():
 def test_errors():
     truths, found = [_boxes([ONE])], [_boxes([ONE], scores=[0.5])]
     for change, error, word in (
-        ({"found": []}, ValueError, "1 images"),
-        ({"found": truths}, ValueError, "no scores"),
-        ({"found": [_boxes([ONE], [3], [0.5])]}, ValueError, "class 3"),
+        ({"detections": []}, ValueError, "1 images"),
+        ({"detections": truths}, ValueError, "no scores"),
+        ({"detections": [_boxes([ONE], [3], [0.5])]}, ValueError, "class 3"),
         ({"rule": "kind"}, ValueError, "rule"),
         ({"metrics": ["map"]}, ValueError, "map_40_75"),
         ({"macro": ["b"]}, KeyError, "'b'"),
     ):
-        given = {"truths": truths, "found": found, "labels": ["a"]} | change
+        given = {"truths": truths, "detections": found, "labels": ["a"]} | change
         with pytest.raises(error, match=word):
-            evaluate(given.pop("truths"), given.pop("found"), given.pop("labels"), **given)
+            evaluate(**given)
     with pytest.raises(ValueError, match="x1 <= x2"):
         _boxes([[5, 0, 4, 1]])
     with pytest.raises(ValueError, match="finite"):

@@ -1,4 +1,4 @@
-"""Average precision of detected boxes, with bootstrap intervals, and the inflated rule of a released evaluation.
+"""Average precision of detected boxes with bootstrap intervals, and the inflated rule of a released evaluation.
 
 AP is COCO's (Lin et al. 2014, https://arxiv.org/abs/1405.0312; cocoapi's `cocoeval.py`). For one class and one IoU
 threshold, detections of all images are taken in order of their score. In each image a detection is true if a box of
@@ -7,33 +7,35 @@ Precision is made non-increasing from the right and read off at the 101 recalls 
 never reached); AP is the mean of the 101 values. `map_40_75` averages AP over IoU 0.40:0.05:0.75 (the thresholds of
 MGCA, Wang et al. 2022, table 3), `map_50_95` over 0.50:0.05:0.95 (COCO's). IoU is continuous: no "+1 pixel".
 
-Every image is scored: one without boxes has nothing to find, and whatever is found in it is false. A class without any
-box has no AP (NaN). Detections of equal score are one operating point, so that the order of the images changes
-nothing; COCO's code takes them in the order of the images, and without ties the two are equal.
+Every image is scored: in one without boxes every detection is false. A class without any box has no AP (NaN).
+Detections of equal score are one operating point, so that the order of the images changes nothing; COCO's code takes
+them in the order of the images, and without ties the two are equal.
 
-Intervals are percentile bootstrap over images or patients. The best precision to the right is a maximum, and repeated
-images lift it: the bootstrap values lie a little higher than the value itself.
+Intervals are percentile bootstrap over images or patients. The best precision to the right is a maximum, which repeated
+images raise: the bootstrap values are a little higher than the value itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import pandas as pd
+import torch
+import torchvision
 
-from gloria_core.tasks.metrics import interval, resamples
+from gloria_core.tasks.metrics import Statistic, bootstrap_rows
 
 Rule = Literal["every_image", "published"]
 
 IOUS = tuple(np.round(np.arange(0.40, 0.96, 0.05), 2))
 RECALLS = np.linspace(0.0, 1.0, 101)
-MOST_DETECTIONS = 100
-"""Detections that count, in one image and for one class: the best ones (COCO's maxDets)."""
+MAX_DETECTIONS = 100
+"""Detections that count, in one image and for one class: those of the highest scores (COCO's maxDets)."""
 PUBLISHED_SCORE = 0.5
-"""Confidence below which the released evaluation does not look."""
+"""Detections with a lower score are dropped by the released evaluation."""
 
 METRICS = {
     "map_40_75": ("ap", IOUS[:8]),
@@ -67,92 +69,85 @@ class Boxes:
         return len(self.labels)
 
     def where(self, keep: np.ndarray) -> Boxes:
-        """The boxes that a mask or a list of rows names, in that order."""
+        """The boxes that a mask or row numbers select, in that order."""
         return Boxes(self.boxes[keep], self.labels[keep], None if self.scores is None else self.scores[keep])
 
 
 def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Intersection over union of every pair. Shape: (n, 4), (m, 4) x1, y1, x2, y2 -> (n, m); 0 for two empty boxes."""
-    a, b = np.asarray(a, float).reshape(-1, 4), np.asarray(b, float).reshape(-1, 4)
-    sides = np.minimum(a[:, None, 2:], b[None, :, 2:]) - np.maximum(a[:, None, :2], b[None, :, :2])
-    inter = sides.clip(min=0).prod(axis=2)
-    union = (a[:, 2:] - a[:, :2]).prod(axis=1)[:, None] + (b[:, 2:] - b[:, :2]).prod(axis=1)[None, :] - inter
-    return np.divide(inter, union, out=np.zeros_like(inter), where=union > 0)
+    """`torchvision.ops.box_iou` of arrays in float64; 0 for two empty boxes. Shape: (n, 4), (m, 4) -> (n, m)"""
+    boxes = (torch.from_numpy(np.asarray(part, dtype=float).reshape(-1, 4)) for part in (a, b))
+    return torchvision.ops.box_iou(*boxes).nan_to_num(0.0).numpy()
 
 
-def match(truth: np.ndarray, found: np.ndarray, ious: Sequence[float] = IOUS) -> np.ndarray:
+def match(truth: np.ndarray, detected: np.ndarray, ious: Sequence[float] = IOUS) -> np.ndarray:
     """Which detections are true at each IoU threshold: (g, 4) boxes, (d, 4) detections by falling score -> (T, d) bool.
 
     Greedy, as in COCO's code: each detection takes the free box that it overlaps best, the later one of equals.
     """
-    overlap, least = box_iou(found, truth), np.minimum(np.asarray(ious), 1 - 1e-10)
-    true = np.zeros((len(least), len(found)), bool)
-    free = np.ones((len(least), len(truth)), bool)
-    rows = np.arange(len(least))
-    for d in np.flatnonzero(overlap.max(axis=1, initial=0) >= least.min()):
-        open_to = np.where(free & (overlap[d] >= least[:, None]), overlap[d], -1.0)
-        best = open_to.shape[1] - 1 - open_to[:, ::-1].argmax(axis=1)
-        true[:, d] = open_to[rows, best] >= 0
+    overlap, thresholds = box_iou(detected, truth), np.minimum(np.asarray(ious), 1 - 1e-10)
+    true = np.zeros((len(thresholds), len(detected)), bool)
+    free = np.ones((len(thresholds), len(truth)), bool)
+    rows = np.arange(len(thresholds))
+    for d in np.flatnonzero(overlap.max(axis=1, initial=0) >= thresholds.min()):
+        candidates = np.where(free & (overlap[d] >= thresholds[:, None]), overlap[d], -1.0)
+        best = candidates.shape[1] - 1 - candidates[:, ::-1].argmax(axis=1)
+        true[:, d] = candidates[rows, best] >= 0
         free[rows[true[:, d]], best[true[:, d]]] = False
     return true
 
 
-class _Class:
-    """One class matched once; calling it with (b, n) weights of images gives AP and recall, (b, T) each."""
+def precision_recall(
+    label: int, truths: Sequence[Boxes], detections: Sequence[Boxes], *, merge_ties: bool = True
+) -> Statistic:
+    """The statistic of one class, matched once: weights of images (b, n) -> AP and recall (b, 2, T).
 
-    def __init__(self, label: int, truths: Sequence[Boxes], found: Sequence[Boxes], *, grouped: bool) -> None:
-        images, scores, true = [], [], []
-        self.boxes = np.array([(t.labels == label).sum() for t in truths], float)
-        for number, (truth, boxes) in enumerate(zip(truths, found, strict=True)):
-            own = boxes.where(boxes.labels == label)
-            own = own.where(np.argsort(-own.scores, kind="stable")[:MOST_DETECTIONS])
-            images.append(np.full(len(own), number))
-            scores.append(own.scores)
-            true.append(match(truth.boxes[truth.labels == label], own.boxes))
-        scores, images = np.concatenate(scores), np.concatenate(images)
-        order = np.argsort(-scores, kind="stable")
-        self.images, self.true = images[order], np.concatenate(true, axis=1)[:, order]
-        places = np.arange(len(order))
-        # the last detection of the same score: where the operating point of a detection lies
-        ascending = -scores[order]
-        self.end = np.searchsorted(ascending, ascending, side="right") - 1 if grouped else places
+    `merge_ties`: detections of equal score are one operating point.
+    """
+    images, scores, true = [], [], []
+    n_boxes = np.array([(t.labels == label).sum() for t in truths], float)
+    for number, (truth, boxes) in enumerate(zip(truths, detections, strict=True)):
+        own = boxes.where(boxes.labels == label)
+        own = own.where(np.argsort(-own.scores, kind="stable")[:MAX_DETECTIONS])
+        images.append(np.full(len(own), number))
+        scores.append(own.scores)
+        true.append(match(truth.boxes[truth.labels == label], own.boxes))
+    falling = -np.concatenate(scores)
+    order = np.argsort(falling, kind="stable")
+    falling, images, true = falling[order], np.concatenate(images)[order], np.concatenate(true, axis=1)[:, order]
+    # the last detection of the same score: where the operating point of a detection is
+    last = np.searchsorted(falling, falling, side="right") - 1 if merge_ties else np.arange(len(order))
 
-    def __call__(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        rows = max(1, _CELLS // max(len(self.images), 1))
-        parts = [self._block(weights[first : first + rows]) for first in range(0, len(weights), rows)]
-        return np.concatenate([ap for ap, _ in parts]), np.concatenate([recall for _, recall in parts])
-
-    def _block(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        positives = weights @ self.boxes
-        each = weights[:, self.images].astype(float)
+    def of_block(weights: np.ndarray) -> np.ndarray:
+        positives = weights @ n_boxes
+        each = weights[:, images].astype(float)
         called = each.cumsum(axis=1)
-        ap, recall = np.zeros((2, len(weights), len(self.true)))
-        for t, true in enumerate(self.true):
-            # precision can only rise at a true detection, so all that is read off lies at those
-            places = np.flatnonzero(true)
+        values = np.zeros((len(weights), 2, len(true)))
+        for t, true_here in enumerate(true):
+            # precision can only rise at a true detection, so that it is read off only there
+            places = np.flatnonzero(true_here)
             if not len(places):
                 continue
-            end = self.end[places]
+            end = last[places]
             hits = each[:, places].cumsum(axis=1)[:, np.searchsorted(end, end, side="right") - 1]
             with np.errstate(invalid="ignore", divide="ignore"):
-                precision, reached = np.nan_to_num(hits / called[:, end]), hits / positives[:, None]
+                precision, recall = np.nan_to_num(hits / called[:, end]), np.nan_to_num(hits / positives[:, None])
             precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-            levels = np.searchsorted(RECALLS, np.nan_to_num(reached), side="right")
-            ap[:, t] = (np.diff(levels, axis=1, prepend=0) * precision).sum(axis=1) / len(RECALLS)
-            recall[:, t] = np.nan_to_num(reached[:, -1])
-        ap[positives == 0], recall[positives == 0] = np.nan, np.nan
-        return ap, recall
+            levels = np.searchsorted(RECALLS, recall, side="right")
+            values[:, 0, t] = (np.diff(levels, axis=1, prepend=0) * precision).sum(axis=1) / len(RECALLS)
+            values[:, 1, t] = recall[:, -1]
+        values[positives == 0] = np.nan
+        return values
 
+    def statistic(weights: np.ndarray) -> np.ndarray:
+        size = max(1, _CELLS // max(len(images), 1))
+        return np.concatenate([of_block(weights[first : first + size]) for first in range(0, len(weights), size)])
 
-def _averages(ap: np.ndarray, recall: np.ndarray, metrics: Sequence[str]) -> np.ndarray:
-    """(b, T) AP and recall -> (b, number of metrics)."""
-    sources = {"ap": ap, "recall": recall}
-    return np.stack([sources[kind][:, np.isin(IOUS, ious)].mean(axis=1) for kind, ious in map(METRICS.get, metrics)], 1)
+    return statistic
 
 
 def evaluate(
     truths: Sequence[Boxes],
-    found: Sequence[Boxes],
+    detections: Sequence[Boxes],
     labels: Sequence[str],
     *,
     macro: Sequence[str] = (),
@@ -165,99 +160,91 @@ def evaluate(
 ) -> pd.DataFrame:
     """One row per class and metric, and a `macro` row: the mean over the classes named in `macro` (default: all).
 
-    truths, found: one `Boxes` an image, in the same order; class k is `labels[k]`. Images are drawn with replacement
-    for the 95 % interval (whole patients where `groups` gives their ids) and the matches, made once, are counted anew;
-    a class that a resample lacks is left out of its mean. A class without a box, or one named in `untrained` (its
-    detector never saw a box of it), is NaN, its `note` says why, and the macro leaves it out and says so.
+    truths, detections: one `Boxes` an image, in the same order; class k is `labels[k]`. Images are resampled for the
+    95 % interval (whole patients where `groups` gives their ids), and the matches, made once, are counted again; a
+    class that a resample lacks is left out of its mean. A class without a box, or one named in `untrained` (its
+    detector was trained without a box of it), is NaN, its `note` says why, and the macro leaves it out.
 
     rule="published" repeats the released evaluation of MGCA: detections below 0.5 are dropped; then images without any
-    detection are left out even when they hold boxes, and images without boxes even when something is found in them.
-    Misses and false alarms vanish with them, so that the number is too high. Metrics get the ending `_published`.
+    detection are left out even when they have boxes, and images without boxes even when they have detections. Misses
+    and false alarms disappear with them, so that the number is too high. Metrics get the ending `_published`.
 
-    Columns: target, metric, value, ci_low, ci_high, n (images scored), n_boxes, n_found, note.
+    Columns: target, metric, value, ci_low, ci_high, n (images scored), note, n_boxes, n_found.
     Raises ValueError for lists that do not fit or an unknown rule or metric, KeyError for an unknown macro label.
     """
-    _check(truths, found, labels, macro, metrics, rule)
-    groups = None if groups is None else np.asarray(groups).astype(str)
-    names = list(metrics)
+    _check(truths, detections, labels, metrics, rule)
+    groups, names = None if groups is None else np.asarray(groups).astype(str), list(metrics)
     if rule == "published":
         names = [f"{name}_published" for name in metrics]
-        found = [boxes.where(boxes.scores >= PUBLISHED_SCORE) for boxes in found]
-        kept = [i for i, (t, f) in enumerate(zip(truths, found, strict=True)) if len(t) and len(f)]
-        truths, found = [truths[i] for i in kept], [found[i] for i in kept]
+        detections = [boxes.where(boxes.scores >= PUBLISHED_SCORE) for boxes in detections]
+        kept = [i for i, (t, d) in enumerate(zip(truths, detections, strict=True)) if len(t) and len(d)]
+        truths, detections = [truths[i] for i in kept], [detections[i] for i in kept]
         groups = None if groups is None else groups[kept]
-    n, point, drawn = len(truths), *np.full((2, 1, len(labels), len(names)), np.nan)
-    classes = [_Class(k, truths, found, grouped=rule == "every_image") for k in range(len(labels))] if n else []
-    if n:
-        blocks = [np.ones((1, n)), *resamples(n, groups=groups, n_bootstrap=n_bootstrap, seed=seed)]
-        values = [np.stack([_averages(*c(weights), metrics) for c in classes], axis=1) for weights in blocks]
-        point, drawn = values[0], np.concatenate(values[1:] or [drawn])
-    why = {label: _why(k, label, classes, n, untrained) for k, label in enumerate(labels)}
-    rows = []
-    for k, label in enumerate(labels):
-        counts = (int(classes[k].boxes.sum()), len(classes[k].images)) if n else (0, 0)
-        for m, name in enumerate(names):
-            value, ends = (np.nan, (np.nan, np.nan)) if why[label] else (point[0, k, m], interval(drawn[:, k, m]))
-            rows.append((label, name, value, *ends, n, *counts, why[label]))
-    asked = [k for k, label in enumerate(labels) if not macro or label in macro]
-    return _frame(rows + _macro(rows, names, asked, [labels[k] for k in asked], why, drawn, n))
+    n, merge_ties = len(truths), rule == "every_image"
+    n_boxes, n_found = (
+        {label: int(sum((boxes.labels == k).sum() for boxes in images)) for k, label in enumerate(labels)}
+        for images in (truths, detections)
+    )
+    notes = {}
+    for label in labels:
+        untrained_note = "no box of this class in the training subset" if label in untrained else ""
+        notes[label] = untrained_note if n_boxes[label] else f"no box of this class in {n} images"
+    notes = notes if n else dict.fromkeys(labels, "no image to score")
+    classes = {
+        k: precision_recall(k, truths, detections, merge_ties=merge_ties)
+        for k, label in enumerate(labels)
+        if not notes[label]
+    }
+
+    def statistic(weights: np.ndarray) -> np.ndarray:
+        values = np.full((len(weights), len(labels), len(names)), np.nan)
+        for k, of_class in classes.items():
+            parts = dict(zip(("ap", "recall"), np.moveaxis(of_class(weights), 1, 0), strict=True))
+            for m, (part, ious) in enumerate(METRICS[name] for name in metrics):
+                values[:, k, m] = parts[part][:, np.isin(IOUS, ious)].mean(axis=1)
+        return values
+
+    macro = list(macro) or list(labels)
+    rows = bootstrap_rows(
+        statistic,
+        np.ones((n, len(labels))),
+        labels,
+        names,
+        macro=macro,
+        notes=list(notes.values()),
+        groups=groups,
+        n_bootstrap=n_bootstrap,
+        seed=seed,
+        skip_undefined=True,
+    )
+    counts = {"n_boxes": n_boxes, "n_found": n_found}
+    totals = {name: values | {"macro": sum(values[label] for label in macro)} for name, values in counts.items()}
+    return rows.assign(**{name: rows["target"].map(values) for name, values in totals.items()})
 
 
-def _macro(rows, names, asked, asked_labels, why, drawn, n) -> list[tuple]:
-    """The macro row of each metric from the class rows and the resamples (b, K, metrics)."""
-    table, made = _frame(rows), []
-    chosen = [k for k, label in zip(asked, asked_labels, strict=True) if not why[label]]
-    for m, name in enumerate(names):
-        part = table[(table["metric"] == name) & table["target"].isin(asked_labels)]
-        value = part["value"].mean() if chosen else np.nan
-        several = drawn[:, chosen, m]
-        several = several[~np.isnan(several).all(axis=1)] if chosen else several[:0]
-        ends = interval(np.nanmean(several, axis=1) if len(several) else np.array([]))
-        note = f"mean over {len(chosen)} of {len(asked)} classes"
-        made.append(("macro", name, value, *ends, n, int(part["n_boxes"].sum()), int(part["n_found"].sum()), note))
-    return made
-
-
-def _frame(rows: list[tuple]) -> pd.DataFrame:
-    columns = ["target", "metric", "value", "ci_low", "ci_high", "n", "n_boxes", "n_found", "note"]
-    return pd.DataFrame(rows, columns=columns)
-
-
-def _why(k: int, label: str, classes: list[_Class], n: int, untrained: Sequence[str]) -> str:
-    if not n:
-        return "no image to score"
-    if not classes[k].boxes.any():
-        return f"no box of this class in {n} images"
-    return "no box of this class in the training subset" if label in untrained else ""
-
-
-def _check(truths, found, labels, macro, metrics, rule) -> None:
-    if len(truths) != len(found):
-        raise ValueError(f"boxes of {len(truths)} images, detections of {len(found)}")
-    for number, boxes in enumerate(found):
+def _check(truths, detections, labels, metrics, rule) -> None:
+    if len(truths) != len(detections):
+        raise ValueError(f"boxes of {len(truths)} images, detections of {len(detections)}")
+    for number, boxes in enumerate(detections):
         if boxes.scores is None:
             raise ValueError(f"the detections of image {number} have no scores")
-    largest = max((int(b.labels.max()) for b in [*truths, *found] if len(b)), default=-1)
+    largest = max((int(b.labels.max()) for b in [*truths, *detections] if len(b)), default=-1)
     if largest >= len(labels):
         raise ValueError(f"class {largest} has no name among {len(labels)} labels")
-    if rule not in ("every_image", "published"):
-        raise ValueError(f"rule must be 'every_image' or 'published', not {rule!r}")
+    if rule not in get_args(Rule):
+        raise ValueError(f"rule must be one of {', '.join(get_args(Rule))}, not {rule!r}")
     for name in metrics:
         if name not in METRICS:
             raise ValueError(f"unknown metric {name!r}; available: {', '.join(METRICS)}")
-    for label in macro:
-        if label not in labels:
-            raise KeyError(f"macro label {label!r} is not among the classes {', '.join(labels)}")
 
 
-def image_ap(truths: Sequence[Boxes], found: Sequence[Boxes]) -> np.ndarray:
-    """AP over IoU 0.40:0.75 of each image by itself, mean over the classes of its boxes; NaN without boxes.
-
-    Shape: (n,)
-    """
-    values = np.full(len(truths), np.nan)
-    for i, (truth, boxes) in enumerate(zip(truths, found, strict=True)):
-        own = [_Class(int(k), [truth], [boxes], grouped=True)(np.ones((1, 1))) for k in np.unique(truth.labels)]
-        if own:
-            values[i] = np.mean([_averages(*pair, ["map_40_75"]) for pair in own])
-    return values
+def image_ap(truths: Sequence[Boxes], detections: Sequence[Boxes]) -> np.ndarray:
+    """AP over IoU 0.40:0.75 of each image by itself, mean over the classes of its boxes; NaN without boxes. (n,)"""
+    labels = [str(k) for k in range(1 + max((max(b.labels, default=-1) for b in [*truths, *detections]), default=-1))]
+    alone = (
+        evaluate([truth], [boxes], labels, metrics=["map_40_75"], n_bootstrap=0)["value"].iloc[-1]
+        if len(truth)
+        else np.nan
+        for truth, boxes in zip(truths, detections, strict=True)
+    )
+    return np.fromiter(alone, float)

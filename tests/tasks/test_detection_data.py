@@ -19,7 +19,7 @@ def _with(frame, study, *entries):
 
 def test_boxes_go_through_the_geometry(frame, cache):
     data = box_data(frame, cache)
-    assert data.labels == ("Lung Opacity",) and len(data) == 8 and data.side == data.seen == 64
+    assert data.labels == ("Lung Opacity",) and len(data) == 8 and data.side == data.crop == 64
     # even studies are 64 x 64 and stay; odd ones are 80 high, 60 wide: times 0.8, and (64 - 48) / 2 = 8 from the left
     np.testing.assert_allclose(data.truths[0].boxes, [[10, 20, 30, 40]])
     np.testing.assert_allclose(data.truths[1].boxes, [[16, 16, 32, 32]])
@@ -31,15 +31,15 @@ def test_boxes_go_through_the_geometry(frame, cache):
 
 def test_crop_moves_and_clips(frame, cache):
     frame = _with(frame, 0, BOX | {"xywh": [0, 0, 40, 40]}, BOX | {"xywh": [0, 0, 9, 64]})
-    data = box_data(frame, cache, seen=48)
-    assert data.seen == 48 and data.side == 64
+    data = box_data(frame, cache, crop=48)
+    assert data.crop == 48 and data.side == 64
     np.testing.assert_allclose(data.truths[0].boxes, [[0, 0, 32, 32]])  # the crop begins at 8
     images = data.images([0])
     assert images.shape == (1, 64, 64) and not images[0, 48:].any() and not images[0, :, 48:].any()
-    left = data.left_out
+    left = data.excluded
     assert left["study_id"].tolist() == ["s0"] and "8%" in left["reason"].iloc[0]
-    kept = box_data(frame, cache, seen=48, least_visible=0.0)
-    assert len(kept.truths[0]) == 2 and kept.left_out.empty
+    kept = box_data(frame, cache, crop=48, min_visibility=0.0)
+    assert len(kept.truths[0]) == 2 and kept.excluded.empty
 
 
 def test_studies_without_boxes_are_negatives(frame, cache):
@@ -52,7 +52,7 @@ def test_positive_labels_without_boxes_can_be_left_out(frame, cache):
     bare = _with(frame, 3)  # Lung Opacity is 1 in odd studies
     data = box_data(bare, cache, unboxed="exclude")
     assert "s3" not in data.frame["study_id"].tolist() and len(data) == 7 == len(data.paths) == len(data.truths)
-    assert data.left_out["study_id"].tolist() == ["s3"]
+    assert data.excluded["study_id"].tolist() == ["s3"]
     negative = _with(frame, 2)  # 0 in even ones
     assert len(box_data(negative, cache, unboxed="exclude")) == 8
 

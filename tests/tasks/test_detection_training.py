@@ -9,9 +9,11 @@ from PIL import Image
 from gloria_core.data.cache import ImageCache
 from gloria_core.tasks.detection import training as detection
 from gloria_core.tasks.detection.data import box_data
-from gloria_core.tasks.detection.training import MGCA, Settings, label_fractions, train_detector
+from gloria_core.tasks.detection.training import MGCA, DetectionConfig, label_efficiency, train_detector
+from gloria_core.tasks.label_efficiency import LabelEfficiency
 
-QUICK = Settings(width=16, epochs=0.1, least_steps=30, batch_size=8, learning_rate=5e-3, checks=2, precision="float32")
+SHORT = {"width": 16, "epochs": 0.1, "precision": "float32"}
+QUICK = DetectionConfig(**SHORT, min_steps=30, batch_size=8, learning_rate=5e-3, validations=2)
 
 
 @pytest.fixture(scope="module")
@@ -40,31 +42,35 @@ def data(tmp_path_factory):
 
 def test_the_protocol_end_to_end(data, model):
     before = copy.deepcopy(model.state_dict())
-    result = label_fractions(model, data, QUICK, fractions=(0.2, 1.0), seeds=(0, 1), n_bootstrap=20)
+    test = data.rows("test")
+    sets = {"all": data.frame, "part": data.frame.iloc[test[1:]]}
+    protocol = LabelEfficiency((0.2, 1.0), subsets=2, n_bootstrap=20, test_sets=sets)
+    table, fits = label_efficiency(model, data, protocol, QUICK)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    rows = result.rows
-    runs = rows.groupby(["label_fraction", "seed"]).ngroups
-    assert runs == 3 == len(result.detections) == len(result.detectors) == len(result.histories)  # 100 % once
+    rows = table[table["dataset"] == "all"]
+    assert list(fits) == [(0.2, 0), (0.2, 1), (1.0, 0)] and rows.groupby(["label_fraction", "seed"]).ngroups == 3
+    assert table[table["dataset"] == "part"]["n"].max() == 11
     assert set(rows["metric"]) == {"map_40_75", "map_50_95", "ap_50", "recall_40_75", "map_40_75_published"}
     assert (rows.loc[~rows["metric"].str.endswith("published"), "n"] == 12).all()
     first = rows[(rows["label_fraction"] == 0.2) & (rows["seed"] == 0)]
     assert (first["n_train"] == 8).all() and (first["n_train_boxes"] == 4).all()
     edema = first[(first["target"] == "Edema") & (first["metric"] == "map_40_75")].iloc[0]
     assert np.isnan(edema["value"]) and "training subset" in edema["note"]
-    again = detection.score(data, result.detections[0.2, 0], trained_on=result.trained_on[0.2, 0], n_bootstrap=20)
+    one, history = fits[0.2, 0], fits[1.0, 0].history
+    again = detection.score(data, test, one.detections, trained_on=one.train, n_bootstrap=20)
     pd.testing.assert_frame_equal(again, first[again.columns].reset_index(drop=True))
-    history = result.histories[1.0, 0]
     assert history["step"].tolist() == [15, 30] and history["train_loss"].iloc[1] < history["train_loss"].iloc[0]
-    assert [len(found) for found in result.detections.values()] == [12] * 3
+    assert [len(fit.detections) for fit in fits.values()] == [12] * 3
 
 
 def test_squares_are_found_and_beat_the_baselines(data, model):
-    settings = Settings(width=32, least_steps=120, batch_size=8, learning_rate=5e-3, checks=1, precision="float32")
-    found, _ = train_detector(model, data, data.rows("train"), data.rows("valid"), settings)
+    options = {"width": 32, "batch_size": 8, "learning_rate": 5e-3, "precision": "float32"}
+    config = DetectionConfig(**options, min_steps=120, validations=1)
+    found, _ = train_detector(model, data, data.rows("train"), data.rows("valid"), config)
     test = data.rows("test")
 
     def reached(boxes):
-        rows = detection.score(data, boxes, n_bootstrap=0).query("metric == 'ap_50' and target == 'Lung Opacity'")
+        rows = detection.score(data, test, boxes, n_bootstrap=0).query("metric == 'ap_50' and target == 'Lung Opacity'")
         return rows["value"].iloc[0]
 
     prior = reached(detection.centre_prior(data, data.rows("train"), len(test)))
@@ -72,25 +78,24 @@ def test_squares_are_found_and_beat_the_baselines(data, model):
     assert reached(detection.detect(found, model, data, test)) > prior + 0.25
 
 
-def test_kept_stages_give_the_same_detector(data, model):
-    stages = detection.frozen_stages(model, data, QUICK)
-    assert [len(stage) for stage in stages] == [60] * 3
+def test_stored_features_give_the_same_detector(data, model):
+    store = detection.feature_store(model, data, QUICK)
     rows, valid = data.rows("train"), data.rows("valid")
-    kept, history = train_detector(model, data, rows, valid, QUICK, stages=stages)
+    kept, history = train_detector(model, data, rows, valid, QUICK, store=store)
+    assert len(store) == len(rows) + len(valid)
     plain, again = train_detector(model, data, rows, valid, QUICK)
     pd.testing.assert_frame_equal(history, again, rtol=1e-3)
-    other, _ = train_detector(model, data, rows, valid, QUICK, stages=stages)
+    other, _ = train_detector(model, data, rows, valid, QUICK, store=store)
     assert all(torch.equal(v, kept.state_dict()[n]) for n, v in other.state_dict().items())  # the seed is all there is
     assert not kept.training and not plain.training
-    assert detection.frozen_stages(model, data, Settings(stage_bytes=1000)) is None
     for options in ({"frozen": False}, {"batch_norm": "train"}):
-        assert detection.frozen_stages(model, data, Settings(**options)) is None
+        assert detection.feature_store(model, data, DetectionConfig(**options)) is None
 
 
 def test_frozen_trunk_stays_and_a_learning_one_moves(data, model):
     for frozen in (True, False):
-        settings = Settings(width=16, frozen=frozen, epochs=0.1, least_steps=2, checks=1, precision="float32")
-        detector, _ = train_detector(model, data, data.rows("train"), data.rows("valid"), settings)
+        config = DetectionConfig(**SHORT, frozen=frozen, min_steps=2, validations=1)
+        detector, _ = train_detector(model, data, data.rows("train"), data.rows("valid"), config)
         same = [
             torch.equal(v, model.image_encoder.trunk.state_dict()[n]) for n, v in detector.trunk.state_dict().items()
         ]
@@ -99,8 +104,8 @@ def test_frozen_trunk_stays_and_a_learning_one_moves(data, model):
 
 @pytest.mark.parametrize("name", ["faster_rcnn", "yolov3_mgca"])
 def test_other_detectors_run_the_protocol(data, model, name):
-    settings = Settings(name, width=16, epochs=0.1, least_steps=2, batch_size=4, checks=1)
-    rows = label_fractions(model, data, settings, fractions=(1.0,), n_bootstrap=5).rows
+    config = DetectionConfig(name, width=16, epochs=0.1, min_steps=2, batch_size=4, validations=1)
+    rows, _ = label_efficiency(model, data, LabelEfficiency((1.0,), n_bootstrap=5), config)
     assert rows["value"].dropna().between(0, 1).all() and len(rows) == 15
 
 
@@ -114,32 +119,17 @@ def test_published_settings(data, model):
 
 
 def test_the_best_state_is_kept(data, model, monkeypatch):
-    from gloria_core.tasks.detection import training as detection_training
-
     said, states = iter([0.1, 0.4, 0.3, 0.2, 0.9]), []
 
     def validate(detector, *_):
         states.append(copy.deepcopy(detector.state_dict()))
         return next(said)
 
-    monkeypatch.setattr(detection_training, "_validation_map", validate)
-    settings = Settings(width=16, epochs=0.1, least_steps=10, checks=5, patience=2, precision="float32")
-    detector, history = train_detector(model, data, data.rows("train"), data.rows("valid"), settings)
+    monkeypatch.setattr(detection, "validation_map", validate)
+    config = DetectionConfig(**SHORT, min_steps=10, validations=5, patience=2)
+    detector, history = train_detector(model, data, data.rows("train"), data.rows("valid"), config)
     assert history["valid_map"].tolist() == [0.1, 0.4, 0.3, 0.2]  # two checks without a better one end it
     assert all(torch.equal(value, states[1][name]) for name, value in detector.state_dict().items())
-
-
-def test_studies_can_be_left_out_of_the_judgement(data):
-    test = data.rows("test")
-    found = [detection.Boxes(t.boxes, t.labels, np.ones(len(t))) for t in (data.truths[row] for row in test)]
-    found[0] = detection.Boxes(np.array([[0.0, 0, 5, 5]]), np.array([1]), np.array([2.0]))  # a false alarm
-    all_of_them = detection.score(data, found, n_bootstrap=0)
-    without = detection.score(data, found, without=np.arange(len(test)) == 0, n_bootstrap=0)
-    lung = "target == 'Lung Opacity' and metric == 'map_40_75'"
-    assert all_of_them.query(lung)["value"].iloc[0] < 1 == without.query(lung)["value"].iloc[0]
-    assert without.query(lung)["n"].iloc[0] == len(test) - 1
-    with pytest.raises(ValueError, match="1 images for 12"):
-        detection.score(data, found[:1])
 
 
 def test_centre_prior_is_the_mean_box(data):
@@ -155,11 +145,11 @@ def test_errors(data, model, make_model):
     for options, word in (
         ({"detector": "ssd"}, "retinanet"),
         ({"schedule": "step"}, "schedule"),
-        ({"checks": 0}, "checks"),
+        ({"validations": 0}, "validations"),
         ({"epochs": 0}, "epochs"),
     ):
         with pytest.raises(ValueError, match=word):
-            Settings(**options)
+            DetectionConfig(**options)
     with pytest.raises(ValueError, match="needs both"):
         train_detector(model, data, [], [1], QUICK)
     broken = make_model()
