@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,7 +28,8 @@ def copy_studies(frame: pd.DataFrame, root: str | Path, target: str | Path, *, l
     if target == root or root in target.parents or target in root.parents:
         raise ManifestError(f"{target} and the dataset's root {root} hold each other; copy to a folder beside it")
     rows = frame[frame["study_id"].isin(_named(frame, listed))].reset_index(drop=True)
-    files = sorted({file for row in rows.to_dict("records") for file in _files(row)})
+    masks = {mask["path"] for row in rows.to_dict("records") for mask in masks_of(row)}
+    files = sorted(masks.union(*(cell.split(";") for cell in rows["images"])))
     missing = [file for file in files if not (root / file).is_file()]
     if missing:
         raise ManifestError(
@@ -58,7 +60,7 @@ def _named(frame: pd.DataFrame, listed: pd.DataFrame) -> set[str]:
     if column == "study_id":
         owners = {study: [study] for study in frame["study_id"]}
     else:
-        names = list(dict.fromkeys(path for cell in names for path in cell.split(";")))
+        names = list(dict.fromkeys(";".join(names).split(";")))
         owners = _by_path(frame, names)
     unknown = [name for name in names if not owners.get(name)]
     if unknown:
@@ -74,33 +76,32 @@ def _named(frame: pd.DataFrame, listed: pd.DataFrame) -> set[str]:
 
 def _by_path(frame: pd.DataFrame, names: list[str]) -> dict[str, list[str]]:
     """For each path of the list its studies, whichever of list and manifest has more leading folders."""
-    endings: dict[str, set[str]] = {}
-    whole: dict[str, set[str]] = {}
+    exact: dict[str, set[str]] = defaultdict(set)
+    shortened: dict[str, set[str]] = defaultdict(set)
     for study, cell in zip(frame["study_id"], frame["images"], strict=True):
         for path in cell.split(";"):
-            whole.setdefault(path, set()).add(study)
-            parts = path.split("/")
-            for start in range(1, len(parts)):
-                endings.setdefault("/".join(parts[start:]), set()).add(study)
-    found = {}
-    for name in names:
-        parts = name.split("/")
-        inner = ("/".join(parts[start:]) for start in range(len(parts)))
-        exact = next((whole[path] for path in inner if path in whole), None)
-        found[name] = sorted(exact if exact is not None else endings.get(name, ()))
-    return found
+            exact[path].add(study)
+            for ending in _endings(path):
+                shortened[ending].add(study)
+    return {
+        name: sorted(next((exact[end] for end in _endings(name) if end in exact), shortened.get(name, ())))
+        for name in names
+    }
 
 
-def _files(row: dict) -> list[str]:
-    return [*row["images"].split(";"), *(mask["path"] for mask in masks_of(row))]
+def _endings(path: str) -> list[str]:
+    """The path, and the path without its first, first two, ... folders."""
+    parts = path.split("/")
+    return ["/".join(parts[start:]) for start in range(len(parts))]
 
 
 def _copy(source: Path, target: Path) -> None:
-    known = source.stat()
-    if target.is_file() and (target.stat().st_size, target.stat().st_mtime_ns) == (known.st_size, known.st_mtime_ns):
+    """Copy with the time, unless a file of the same length and time is there; an interrupted copy has another name."""
+    stat = source.stat()
+    if target.is_file() and (target.stat().st_size, target.stat().st_mtime_ns) == (stat.st_size, stat.st_mtime_ns):
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.part")  # a cut copy never has the name of a whole one
+    temporary = target.with_name(f".{target.name}.part")
     shutil.copy2(source, temporary)
     temporary.replace(target)
 

@@ -1,4 +1,4 @@
-"""What was drawn on an image: pieces of a finding put together, and only those of the image that is asked for."""
+"""Annotations of an image: pieces of a finding put together, and only those of the image that is asked for."""
 
 import json
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gloria_core.data.annotations import drawn_on
+from gloria_core.data.annotations import read_annotations
 from gloria_core.data.images import ImageError
 from gloria_core.data.manifest import ManifestError
 
@@ -49,7 +49,7 @@ def row():
 
 
 def test_masks_of_a_label_are_united_and_labels_kept_apart(root, row):
-    drawn = drawn_on(row, root)
+    drawn = read_annotations(row, root)
     assert drawn.image.shape == (HEIGHT, WIDTH) and (drawn.image == 7).all()
     assert set(drawn.masks) == {"Effusion", "Edema"}
     assert (drawn.masks["Effusion"] == (PIECES["one"] | PIECES["two"])).all()
@@ -58,19 +58,19 @@ def test_masks_of_a_label_are_united_and_labels_kept_apart(root, row):
 
 
 def test_boxes_are_grouped_by_label_in_their_order(root, row):
-    assert drawn_on(row, root).boxes == {"Mass": [(1, 2, 3, 4), (5, 6, 7, 1)], "Edema": [(0, 0, 2, 2)]}
+    assert read_annotations(row, root).boxes == {"Mass": [(1, 2, 3, 4), (5, 6, 7, 1)], "Edema": [(0, 0, 2, 2)]}
 
 
 def test_another_image_of_the_study_has_its_own(root, row):
-    drawn = drawn_on(row, root, number=1)
+    drawn = read_annotations(row, root, number=1)
     assert (drawn.image == 9).all()
     assert list(drawn.masks) == ["Effusion"] and (drawn.masks["Effusion"] == PIECES["beside"]).all()
     assert drawn.boxes == {"Mass": [(9, 9, 1, 1)]}
-    assert drawn_on(row, str(root), number=1).boxes == drawn.boxes
+    assert read_annotations(row, str(root), number=1).boxes == drawn.boxes
 
 
-def test_nothing_drawn(root, row):
-    drawn = drawn_on(row | {"masks": "", "boxes": ""}, root)
+def test_no_annotations(root, row):
+    drawn = read_annotations(row | {"masks": "", "boxes": ""}, root)
     assert drawn.masks == {} and drawn.boxes == {}
 
 
@@ -79,14 +79,14 @@ def test_a_mask_of_another_size_or_that_is_gone_names_the_study(root, row):
     with pytest.raises(
         ManifestError, match=r"study 's7', column 'masks': two\.png has 12 x 21 pixels, its image 12 x 20"
     ):
-        drawn_on(row, root)
-    drawn_on(row, root, number=1)  # that mask is not drawn on this image
+        read_annotations(row, root)
+    read_annotations(row, root, number=1)  # that mask is not drawn on this image
     (root / "two.png").unlink()
     with pytest.raises(ManifestError, match=r"study 's7', column 'masks'.*two\.png"):
-        drawn_on(row, root)
+        read_annotations(row, root)
 
 
 def test_an_image_that_is_gone(root, row):
     (root / "lateral.png").unlink()
     with pytest.raises(ImageError, match=r"lateral\.png"):
-        drawn_on(row, root, number=1)
+        read_annotations(row, root, number=1)
