@@ -27,6 +27,7 @@ import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import IO, Literal
 
@@ -36,7 +37,16 @@ from PIL import Image
 from pydicom import dcmread
 
 from gloria_core.data.files import did_you_mean
-from gloria_core.data.manifest import META, ExcludedRows, Failure, ManifestError, path_problem, raise_failures, validate
+from gloria_core.data.manifest import (
+    META,
+    SPLITS,
+    ExcludedRows,
+    Failure,
+    ManifestError,
+    path_problem,
+    raise_failures,
+    validate,
+)
 from gloria_core.data.prompts import PromptError, PromptSet, report_from_labels
 from gloria_core.data.splits import assign_label_ranks, assign_splits, ids_by_split, seen_in_training
 
@@ -47,6 +57,7 @@ DICOM = (".dcm", ".dicom")
 PICTURES = (".png", ".jpg", ".jpeg")
 THREADS = 8
 """Folders or headers read at once; network disks answer slowly, but many at a time."""
+BINARY = {"0": 0.0, "1": 1.0, "0.0": 0.0, "1.0": 1.0}
 LABEL_VALUES = {"": np.nan, "1.0": 1.0, "0.0": 0.0, "-1.0": -1.0, "1": 1.0, "0": 0.0, "-1": -1.0}
 PACKED = (".gz", ".zip")
 
@@ -194,13 +205,15 @@ def file_sizes(root: Path, paths: Sequence[str]) -> dict[str, tuple[int, int] | 
 class Column:
     """Our name of an owner's column, and what its cells may be.
 
-    values: the allowed cells; a mapping also translates them. pattern: a regular expression for the whole cell.
+    values: the allowed cells; a mapping also translates them. fold: capitals and blanks around a cell do not matter.
+    pattern: a regular expression for the whole cell.
     filled: no blank cell. unique: no cell twice. path: a plain path below the root (blank cells only if not `filled`).
     remedy: the end of the error message.
     """
 
     name: str
     values: Collection[str] | None = None
+    fold: bool = False
     pattern: str = ""
     filled: bool = False
     unique: bool = False
@@ -220,8 +233,9 @@ class Column:
         if self.values is None:
             return cells
         allowed = ", ".join(value or "blank" for value in self.values)
-        check_cells(path, column, cells, cells.isin(list(self.values)), self.remedy or f"allowed are: {allowed}")
-        return cells.map(self.values) if isinstance(self.values, Mapping) else cells
+        names = cells.str.strip().str.lower() if self.fold else cells
+        check_cells(path, column, cells, names.isin(list(self.values)), self.remedy or f"allowed are: {allowed}")
+        return names.map(self.values) if isinstance(self.values, Mapping) else names
 
 
 LABEL = {"values": LABEL_VALUES, "remedy": "a label is 1.0, 0.0, -1.0 or blank"}
@@ -264,7 +278,8 @@ def read_table(
     for name, rule in (*columns.items(), *optional.items()):
         rule = Column(rule) if isinstance(rule, str) else rule
         if theirs[name] is None:
-            picked[rule.name] = pd.Series("", index=table.index, dtype=str)
+            blank = rule.values.get("", "") if isinstance(rule.values, Mapping) else ""
+            picked[rule.name] = pd.Series(blank, index=table.index)
         else:
             picked[rule.name] = rule.checked(path, theirs[name], table[theirs[name]].fillna(""))
     read = pd.DataFrame(picked)
@@ -380,6 +395,9 @@ def shorten(value: object) -> str:
 # -------------------------------------------------------------------------------------------------------------- rows
 
 
+Cell = tuple[str, str] | None
+
+
 class Rows:
     """The rows of an owner's table that a source uses (`table`), and a failure for each left out (`failures`).
 
@@ -392,7 +410,7 @@ class Rows:
         self.failures: list[Failure] = []
         self._missing: list[Failure] = []
 
-    def exclude(self, bad: object, reason: str, *, cell: tuple[str, str] | None = None, by_study: bool = False) -> None:
+    def exclude(self, bad: object, reason: str, *, cell: Cell = None, by_study: bool = False) -> None:
         """Leave out the rows where `bad` (bool). by_study: a failure for the first row of each study only."""
         bad = np.broadcast_to(np.asarray(bad, bool), len(self.table))
         rows, (column, shown) = self.table[bad], cell or self.cell
@@ -404,12 +422,7 @@ class Rows:
         ]
 
     def exclude_missing(
-        self,
-        there: object,
-        on_error: str | None,
-        *,
-        reason: str = "no such image file",
-        cell: tuple[str, str] | None = None,
+        self, there: object, on_error: str | None, *, reason: str = "no such image file", cell: Cell = None
     ) -> None:
         """Leave out the rows that are not `there` (bool); raise for them unless on_error is "exclude" and rows remain.
 
@@ -564,11 +577,9 @@ def draw_valid(frame: pd.DataFrame, *, seed: int, fraction: float = 1 / 8) -> pd
 
 def patient_leaks(units: Sequence[str], splits: Sequence[str], *, what: str = "patients") -> dict[str, int]:
     """How many of `units` (a patient or image per row) are in both of two splits: {"patients in train and test": n}."""
-    table = pd.DataFrame({"unit": np.asarray(units, object), "split": np.asarray(splits, object)}).drop_duplicates()
-    of = {name: set(part["unit"]) for name, part in table.groupby("split")}
-    names = [name for name in ("train", "valid", "test") if name in of]
-    pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
-    return {f"{what} in {a} and {b}": len(of[a] & of[b]) for a, b in pairs}
+    there = pd.crosstab(np.asarray(units, object), np.asarray(splits, object)) > 0
+    names = [name for name in SPLITS if name in there]
+    return {f"{what} in {a} and {b}": int((there[a] & there[b]).sum()) for a, b in combinations(names, 2)}
 
 
 def tear(units: pd.Series, splits: Sequence[str], *, rows: str, unit: str) -> tuple[pd.Series, dict[str, int]]:

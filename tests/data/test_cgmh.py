@@ -240,7 +240,7 @@ def test_faults_name_file_row_and_remedy(tmp_path, train, message):
 
 def test_faults_of_the_test_table(tmp_path):
     root = make_tree(tmp_path, test=TEST.replace(",1,0,", ",2,0,"))
-    assert "test.csv, row 2, column 'Pneumothorax': '2' is neither 0 nor 1" in fault(root)
+    assert "test.csv, column 'Pneumothorax': 1 bad value (row 2: '2'); a label of the test table" in fault(root)
     (root / "test.csv").write_text(TEST.replace("Foreign body", "Foreign bodies"))
     assert re.search(r"test.csv.*lacks column 'Foreign body'. Did you mean 'Foreign bodies'\?", fault(root))
     (root / "test.csv").unlink()

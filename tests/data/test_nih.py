@@ -272,7 +272,7 @@ def full_tables() -> Path:
 
 def test_full_tables_have_the_published_counts(full_tables):
     entries = read_entries(full_tables / "Data_Entry_2017_v2020.csv.gz")
-    assert len(entries) == 112_120 and entries["patient"].nunique() == 30_805
+    assert len(entries) == 112_120 and entries["patient_id"].nunique() == 30_805
     found = {label: int(entries["labels"].map(lambda names, label=label: label in names).sum()) for label in COUNTS}
     assert found == COUNTS
     assert (entries["view"] == "AP").sum() == 44_810 and (entries["sex"] == "M").sum() == 63_340

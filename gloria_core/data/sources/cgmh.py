@@ -15,7 +15,7 @@ import ast
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import pandas as pd
@@ -24,14 +24,7 @@ from pydantic import Field, validate_call
 from gloria_core.data import raw_folder as raw
 from gloria_core.data.files import did_you_mean
 from gloria_core.data.manifest import ManifestError, OnError, path_problem
-from gloria_core.data.prompts import (
-    KINDS,
-    NO_FINDING,
-    PromptError,
-    PromptSet,
-    available_prompts,
-    load_prompts,
-)
+from gloria_core.data.prompts import KINDS, NO_FINDING, PromptError, PromptSet, available_prompts, load_prompts
 from gloria_core.data.splits import assign_label_ranks
 
 CGMH_LABELS = (
@@ -58,7 +51,9 @@ def read_studies(path: Path, root: Path, split: str, tasks: Sequence[str], prefi
     header = raw.header_of(path)
     index = next((name for name in ("index", "Unnamed: 0") if name in header), "")
     spelt = {name: next((old for old in header if OTHER_SPELLINGS.get(old) == name), name) for name in tasks}
-    wanted = {"image": "image", **({"text_label": "labels"} if split != "test" else {spelt[n]: n for n in tasks})}
+    rule = {"values": raw.BINARY, "fold": True, "remedy": "a label of the test table is 1 present or 0 absent"}
+    test = {spelt[name]: raw.Column(name, **rule) for name in tasks}
+    wanted = {"image": "image", **(test if split == "test" else {"text_label": "labels"})}
     optional = {name: name for name in ("patient_id", "text")}
     if index:
         optional[index] = raw.Column("index", unique=True)
@@ -67,11 +62,10 @@ def read_studies(path: Path, root: Path, split: str, tasks: Sequence[str], prefi
     images = _cells(path, "image", table["image"], lambda text: _images(text, root, prefix))
     numbers = table["index"] if index else table.index.astype(str).to_series(table.index)
     ids = f"{path.name.partition('.')[0]}-" + numbers
-    if split == "test":
-        labels = {name: _cells(path, name, table[name], _binary) for name in tasks}
-    else:
+    if split != "test":
         present = _cells(path, "text_label", table["labels"], lambda text: _known(_list(text), tasks))
-        labels = {name: [float(name in names) for names in present] for name in tasks}
+        for name in tasks:
+            table[name] = [float(name in names) for names in present]
     return table.assign(
         study_id=ids,
         patient_id=table["patient_id"].str.strip() if "patient_id" in header else ids,
@@ -79,11 +73,10 @@ def read_studies(path: Path, root: Path, split: str, tasks: Sequence[str], prefi
         images=[";".join(paths) for paths in images],
         views=[";".join(["FRONTAL"] * len(paths)) for paths in images],
         impression=table["text"] if split == "test" else "",
-        **labels,
     )
 
 
-def _cells(path: Path, column: str, cells: pd.Series, read: Callable[[str], Any]) -> list[Any]:
+def _cells(path: Path, column: str, cells: pd.Series, read: Callable[[str], list[str]]) -> list[list[str]]:
     """Every cell of a column as `read` gives it; its ValueError becomes the one that names file, row and column."""
     values = []
     for row, text in enumerate(cells, start=2):
@@ -134,12 +127,6 @@ def _known(names: list[str], tasks: Sequence[str]) -> list[str]:
             hint = did_you_mean(name, tasks)
             raise ValueError(f"has label {name!r}, which is none of the tasks.{hint} Other labels are given as `tasks`")
     return names
-
-
-def _binary(text: str) -> float:
-    if text not in ("0", "1", "0.0", "1.0"):
-        raise ValueError("is neither 0 nor 1; a label of the test table is 1 present or 0 absent")
-    return float(text)
 
 
 @validate_call

@@ -30,8 +30,8 @@ SIDE = raw.Column("side", values=["Frontal", "Lateral"])
 PROJECTION = raw.Column("projection", values=["AP", "PA", "LL", "RL", ""])
 COLUMNS = {
     "Path": raw.Column("path", unique=True),
-    "Sex": "meta_sex",
     "Age": "meta_age",
+    "Sex": "meta_sex",
     "Frontal/Lateral": SIDE,
     "AP/PA": PROJECTION,
     **{name: raw.Column(name, **raw.LABEL) for name in CHEXPERT_LABELS},
@@ -49,7 +49,7 @@ def read_images(path: Path) -> pd.DataFrame:
     """
     table = named_images(path, "Path", raw.read_table(path, COLUMNS))
     raw.check_cells(path, "Path", table["path"], ~table["path"].str.contains("..", regex=False), REMEDY)
-    return table.assign(meta_sex=table.pop("meta_sex"))
+    return table
 
 
 def named_images(path: Path, column: str, table: pd.DataFrame) -> pd.DataFrame:
@@ -126,7 +126,6 @@ def read_list(path: Path) -> pd.DataFrame:
     if path.suffix != ".json":
         labels = {name: raw.Column(name, **raw.LABEL) for name in COMPETITION_LABELS}
         table = raw.read_table(path, {"Path": "path"}, optional={"Report Impression": "impression", **labels})
-        table[list(labels)] = table[list(labels)].replace("", np.nan).astype(float)
     else:
         try:
             entries = json.loads(path.read_text(encoding="utf-8"))
@@ -136,9 +135,7 @@ def read_list(path: Path) -> pd.DataFrame:
             raise ManifestError(
                 f"{path}: not PRIOR's list ({error!r}); it is {{row: {{image_path, label: [five 0/1]}}}}"
             ) from error
-    raw.check_cells(
-        path, "Path", table["path"], ~table["path"].duplicated(), "the image occurs twice; keep one row of it"
-    )
+    raw.Column("path", unique=True).checked(path, "Path", table["path"])
     return table.assign(key=path_parts(path, "Path", table["path"])[0])
 
 

@@ -31,11 +31,8 @@ COLUMNS = {
     "patient": raw.Column("patient_id", filled=True, remedy="give every image its patient"),
     "split_original": raw.Column("meta_original_split", values=["train", "val", "test", ""]),
 }
-OPTIONAL = {
-    "lung_mask": raw.Column("mask", path=True),
-    "subtype": "meta_subtype",
-    "mask_matched_by": "meta_mask_matched_by",
-}
+MASK_COLUMN = raw.Column("mask", path=True)
+OPTIONAL = {"lung_mask": MASK_COLUMN, "subtype": "meta_subtype", "mask_matched_by": "meta_mask_matched_by"}
 NAMES = (
     # names of the 2018 release, of its second part of normal images, and of later releases
     r"(?P<person>person\d+)_(?P<kind>bacteria|virus)_\d+",

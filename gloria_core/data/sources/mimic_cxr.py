@@ -149,14 +149,7 @@ TABLE = "mimic-cxr-2*-{}.csv"
 REPORTS = "mimic-cxr-reports.zip"
 TEXTS = ["findings", "impression", "last_paragraph"]
 SPLITS = {"train": "train", "validate": "valid", "test": "test"}
-VIEWS = {
-    "PA": "PA",
-    "AP": "AP",
-    "LATERAL": "LATERAL",
-    "LL": "LATERAL",
-    "RL": "LATERAL",
-    "XTABLE LATERAL": "LATERAL",
-}
+VIEWS = {"PA": "PA", "AP": "AP", **dict.fromkeys(("LATERAL", "LL", "RL", "XTABLE LATERAL"), "LATERAL")}
 NUMBER = {"pattern": r"\d{8}", "remedy": "an id has eight digits"}
 COLUMNS = {
     "dicom_id": raw.Column("dicom", unique=True, pattern=r"[\w-]+", remedy="an id has no other signs"),

@@ -36,6 +36,7 @@ NIH_LABELS = (
     "Hernia",
 )
 NO_FINDING = "No Finding"
+LABELS = (*NIH_LABELS, NO_FINDING)
 TABLE = "Data_Entry_2017*.csv"
 BOXES = "BBox_List_2017.csv|BBox_List*.csv"
 LISTS = {"train_val_list.txt": "train", "test_list.txt": "test"}
@@ -58,10 +59,8 @@ def read_entries(path: Path) -> pd.DataFrame:
     table["study_id"] = table["image"].str.rsplit(".", n=1).str[0]
     cells = table["labels"]
     table["labels"] = cells.str.split("|").map(frozenset)
-    known = table["labels"].map(lambda names: names <= {*NIH_LABELS, NO_FINDING})
-    raw.check_cells(
-        path, "Finding Labels", cells, known, f"labels are {', '.join(NIH_LABELS)}, {NO_FINDING}, joined by |"
-    )
+    known = table["labels"].map(lambda names: names <= {*LABELS})
+    raw.check_cells(path, "Finding Labels", cells, known, f"labels are {', '.join(LABELS)}, joined by |")
     alone = table["labels"].map(lambda names: NO_FINDING not in names or len(names) == 1)
     raw.check_cells(path, "Finding Labels", cells, alone, f"{NO_FINDING!r} must stand alone")
     parts = table["age"].str.extract(r"(\d+)([YMD]?)")
@@ -121,8 +120,7 @@ def prepare(
     rows.exclude_missing(rows.table["images"] != "", on_error, reason="listed, but no such image in images*/")
     missing = {failure.study_id for failure in rows.failures}
     table = rows.table
-    labels = {name: table["labels"].map(lambda names, name=name: float(name in names)) for name in NIH_LABELS}
-    labels[NO_FINDING] = table["labels"].map(lambda names: float(NO_FINDING in names))
+    labels = {name: table["labels"].map(lambda names, name=name: float(name in names)) for name in LABELS}
     metadata = {f"meta_{name}": table[name] for name in ("age", "sex", "view", "follow_up")}
     table = table.assign(
         **labels, is_ap_view=raw.ap_view(table["view"]), is_male=raw.male(table["sex"]), views=table["view"], **metadata
@@ -135,7 +133,7 @@ def prepare(
     if boxes is not None:
         table["boxes"] = _boxes(table, boxes, root, rows, missing, on_error)
     images = table["image"].tolist()
-    frame = raw.manifest_frame(table, [*NIH_LABELS, NO_FINDING, "is_ap_view", "is_male"])
+    frame = raw.manifest_frame(table, [*LABELS, "is_ap_view", "is_male"])
     if split_rule == "published":
         frame = raw.draw_valid(frame.assign(split=_published_split(root, images)), seed=seed)
     else:
@@ -188,7 +186,7 @@ def _add_texts(frame: pd.DataFrame, prompts: PromptSet, *, seed: int, n_negative
     """The frame whose `impression` says its labels and whose `findings` says its view, drawn for training studies."""
     views = {kind: zero_shot_prompts(prompts, "is_ap_view", kind=kind) for kind in ("pos", "neg")}
     findings, impressions = [], []
-    texts = raw.label_texts(frame, [*NIH_LABELS, NO_FINDING], prompts, seed=seed, n_negative=n_negative)
+    texts = raw.label_texts(frame, LABELS, prompts, seed=seed, n_negative=n_negative)
     for ap, (impression, rng) in zip(frame["is_ap_view"], texts, strict=True):
         choices = views["pos" if ap == 1 else "neg"]
         impressions.append(impression)

@@ -24,14 +24,9 @@ from gloria_core.data.splits import DEFAULT_FRACTIONS, assign_splits
 Name = Literal["image", "study", "patient", "split", "view", "findings", "impression"]
 """What a column can be; each is looked for under its own name unless `columns` gives another."""
 SPLIT_NAMES = {
-    "train": "train",
-    "training": "train",
-    "valid": "valid",
-    "val": "valid",
-    "validation": "valid",
-    "dev": "valid",
-    "test": "test",
-    "testing": "test",
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("valid", "val", "validation", "dev"), "valid"),
+    **dict.fromkeys(("test", "testing"), "test"),
 }
 LABEL_VALUES = {
     **dict.fromkeys(("1", "1.0", "true", "yes", "positive", "present"), 1.0),
@@ -40,13 +35,14 @@ LABEL_VALUES = {
     **dict.fromkeys(("", "nan", "na", "none", "unknown"), np.nan),
 }
 """How label cells are read, in lower case; anything else is an error that names the row."""
+LABEL_REMEDY = "a label is 1, 0, -1 or blank (or yes, no, uncertain)"
 
 
 COLUMNS = {
     "image": raw.Column("image"),
     "study": raw.Column("study_id", unique=True),
     "patient": raw.Column("patient_id", filled=True, remedy="give every study its patient"),
-    "split": raw.Column("split"),
+    "split": raw.Column("split", values=SPLIT_NAMES, fold=True),
     "view": raw.Column("views"),
     "findings": raw.Column("findings"),
     "impression": raw.Column("impression"),
@@ -115,7 +111,7 @@ def _read(path: Path, named: Mapping[str, str], label_of: Mapping[str, str], sep
     for name, column in label_of.items():
         if column in wanted:
             raise ManifestError(f"{path}: column {column!r} is given as {wanted[column].name} and as label {name!r}")
-        wanted[column] = raw.Column(name)
+        wanted[column] = raw.Column(name, values=LABEL_VALUES, fold=True, remedy=LABEL_REMEDY)
     taken, lower = {*named, *map(str.lower, wanted)}, [name.lower() for name in header]
     free = {name: rule for name, rule in COLUMNS.items() if name in lower and name not in taken}
     free |= {name: name for name in header if name.startswith(META) and name not in wanted}
@@ -124,15 +120,6 @@ def _read(path: Path, named: Mapping[str, str], label_of: Mapping[str, str], sep
     for name in ("patient_id", "findings", "impression"):
         if name in table:
             table[name] = table[name].str.strip()
-    rules = {
-        column: (name, LABEL_VALUES, "1, 0, -1 or blank (or yes, no, uncertain)") for name, column in label_of.items()
-    }
-    if "split" in table:
-        rules[named.get("split", "split")] = ("split", SPLIT_NAMES, f"one of {', '.join(SPLIT_NAMES)}")
-    for column, (name, values, remedy) in rules.items():
-        cells = table[name].str.strip().str.lower()
-        raw.check_cells(path, column, table[name], cells.isin(list(values)), f"a cell is {remedy}")
-        table[name] = cells.map(values)
     if "views" in table:
         good = table["views"].str.upper().str.split(";").map(lambda names: set(names) <= {*VIEWS, ""})
         raw.check_cells(path, named.get("view", "view"), table["views"], good, f"a view is one of {', '.join(VIEWS)}")

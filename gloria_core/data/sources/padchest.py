@@ -20,51 +20,32 @@ from gloria_core.data.splits import assign_splits
 NAME = "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv"
 WHERE = "from https://bimcv.cipf.es/bimcv-projects/padchest/ (request form)"
 LABELS = {
-    "No Finding": {"normal"},
-    "Atelectasis": {
-        "atelectasis",
-        "laminar atelectasis",
-        "lobar atelectasis",
-        "round atelectasis",
-        "segmental atelectasis",
-        "total atelectasis",
-    },
-    "Cardiomegaly": {"cardiomegaly"},
-    "Consolidation": {"consolidation"},
-    "Edema": {"pulmonary edema"},
-    "Emphysema": {"emphysema"},
-    "Fibrosis": {"pulmonary fibrosis"},
-    "Fracture": {"rib fracture", "callus rib fracture", "clavicle fracture", "humeral fracture", "vertebral fracture"},
-    "Hernia": {"hiatal hernia"},
-    "Infiltration": {"infiltrates", "interstitial pattern", "alveolar pattern", "ground glass pattern"},
-    "Mass": {"mass", "pulmonary mass", "soft tissue mass", "mediastinal mass"},
-    "Nodule": {"nodule", "multiple nodules"},
-    "Pleural Effusion": {"pleural effusion", "loculated pleural effusion", "loculated fissural effusion"},
-    "Pleural_Thickening": {"pleural thickening", "apical pleural thickening", "calcified pleural thickening"},
-    "Pneumonia": {"pneumonia", "atypical pneumonia"},
-    "Pneumothorax": {"pneumothorax", "hydropneumothorax"},
-    "Support Devices": {
-        "NSG tube",
-        "central venous catheter",
-        "central venous catheter via jugular vein",
-        "central venous catheter via subclavian vein",
-        "central venous catheter via umbilical vein",
-        "reservoir central venous catheter",
-        "endotracheal tube",
-        "tracheostomy tube",
-        "chest drain tube",
-        "gastrostomy tube",
-        "ventriculoperitoneal drain tube",
-        "catheter",
-        "pacemaker",
-        "dual chamber device",
-        "single chamber device",
-        "electrical device",
-        "dai",
-    },
-    "Tuberculosis": {"tuberculosis"},
+    "No Finding": "normal",
+    "Atelectasis": "atelectasis, laminar atelectasis, lobar atelectasis, round atelectasis, "
+    "segmental atelectasis, total atelectasis",
+    "Cardiomegaly": "cardiomegaly",
+    "Consolidation": "consolidation",
+    "Edema": "pulmonary edema",
+    "Emphysema": "emphysema",
+    "Fibrosis": "pulmonary fibrosis",
+    "Fracture": "rib fracture, callus rib fracture, clavicle fracture, humeral fracture, vertebral fracture",
+    "Hernia": "hiatal hernia",
+    "Infiltration": "infiltrates, interstitial pattern, alveolar pattern, ground glass pattern",
+    "Mass": "mass, pulmonary mass, soft tissue mass, mediastinal mass",
+    "Nodule": "nodule, multiple nodules",
+    "Pleural Effusion": "pleural effusion, loculated pleural effusion, loculated fissural effusion",
+    "Pleural_Thickening": "pleural thickening, apical pleural thickening, calcified pleural thickening",
+    "Pneumonia": "pneumonia, atypical pneumonia",
+    "Pneumothorax": "pneumothorax, hydropneumothorax",
+    "Support Devices": "NSG tube, central venous catheter, central venous catheter via jugular vein, "
+    "central venous catheter via subclavian vein, central venous catheter via umbilical vein, "
+    "reservoir central venous catheter, "
+    "endotracheal tube, tracheostomy tube, chest drain tube, gastrostomy tube, "
+    "ventriculoperitoneal drain tube, catheter, pacemaker, dual chamber device, "
+    "single chamber device, electrical device, dai",
+    "Tuberculosis": "tuberculosis",
 }
-"""Label columns, and which of the owner's findings (spaces around them are ignored) count for each."""
+"""Label columns, and the owner's findings (blanks around them are ignored) that count for each."""
 VIEWS = {"PA": "PA", "AP": "AP", "AP_horizontal": "AP", "L": "LATERAL"}
 FILLED = {"filled": True, "remedy": "give every image its study and patient"}
 COLUMNS = {
@@ -140,10 +121,9 @@ def _with_labels(table: pd.DataFrame, path: Path) -> pd.DataFrame:
             raise ManifestError(
                 f"{path}, row {index + 2}, column 'Labels': {text[:60]!r} is no list ({error}); get the table again"
             ) from error
-    labels = {
-        label: column.map({text: float(bool(found & terms)) for text, found in names.items()})
-        for label, terms in LABELS.items()
-    }
-    return table.assign(
-        **labels, meta_labels=column.map({text: "|".join(sorted(found)) for text, found in names.items()})
-    )
+    labels = {}
+    for label, findings in LABELS.items():
+        terms = set(findings.split(", "))
+        labels[label] = column.map({text: float(bool(found & terms)) for text, found in names.items()})
+    joined = {text: "|".join(sorted(found)) for text, found in names.items()}
+    return table.assign(**labels, meta_labels=column.map(joined))

@@ -12,8 +12,10 @@ from typing import Annotated, Literal
 
 import numpy as np
 import pandas as pd
+import torch
 from pydantic import Field, validate_call
 from scipy.sparse.csgraph import connected_components
+from torchvision.ops import box_iou
 
 from gloria_core.data import raw_folder as raw
 from gloria_core.data.manifest import ManifestError, OnError
@@ -137,8 +139,8 @@ def read_boxes(path: Path) -> pd.DataFrame:
 def read_image_labels(path: Path, readers: Readers) -> pd.DataFrame:
     """Labels of each image (1 or 0), indexed by image and sorted; several readers are made one."""
     names = [name for name in raw.header_of(path) if name.lower() not in ("image_id", "rad_id")]
-    values = {"0": 0.0, "1": 1.0, "0.0": 0.0, "1.0": 1.0}
-    labels = {name: raw.Column(NAMES.get(name, name), values=values, remedy="a label is 0 or 1") for name in names}
+    rule = {"values": raw.BINARY, "remedy": "a label is 0 or 1"}
+    labels = {name: raw.Column(NAMES.get(name, name), **rule) for name in names}
     table = raw.read_table(path, {"image_id": IMAGE, **labels}, optional={"rad_id": "reader"})
     reading = (table["study_id"] + " " + table.pop("reader")).str.strip()
     raw.check_cells(path, "image_id and rad_id", reading, ~reading.duplicated(), "a reading occurs twice; keep one row")
@@ -179,10 +181,6 @@ def _overlapping(corners: np.ndarray, overlap: float) -> list[list[int]]:
     """Indices of boxes (n, 4), grouped by chains of intersection over union >= `overlap`, in order of the first."""
     if len(corners) == 1:
         return [[0]]
-    low = np.maximum(corners[:, None, :2], corners[None, :, :2])
-    high = np.minimum(corners[:, None, 2:], corners[None, :, 2:])
-    shared = np.clip(high - low, 0, None).prod(-1)
-    area = (corners[:, 2:] - corners[:, :2]).prod(-1)
-    linked = shared / (area[:, None] + area[None] - shared) >= overlap
+    linked = box_iou(torch.from_numpy(corners), torch.from_numpy(corners)).numpy() >= overlap
     group = connected_components(linked, directed=False)[1]
     return [np.flatnonzero(group == number).tolist() for number in pd.unique(group)]
