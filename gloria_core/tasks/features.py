@@ -30,11 +30,13 @@ T = TypeVar("T", ImageFeatures, TextFeatures, TextBatch)
 class Features:
     """Frozen features of n studies, one frontal image each, in the order of the frame.
 
+    `paths`: of the encoded images.
     Shape: `pooled` (n, Dg) the encoder's global feature, for probes; `embedding` (n, D) the objective's global
     embedding, not normalised, for retrieval. Both float32.
     """
 
     study_ids: tuple[str, ...]
+    paths: tuple[str, ...]
     pooled: np.ndarray
     embedding: np.ndarray
 
@@ -96,9 +98,7 @@ def image_batches(
     `cache[path]` is the (S, S) uint8 image, of which the model sees the centre crop. `or_first`: see `frontal_image`.
     Raises ValueError naming the study where a feature is not finite.
     """
-    config = model.config
-    records = frame[["study_id", "images", "views"]].to_dict("records")
-    paths = [frontal_image(row, or_first=or_first)[1] for row in records]
+    config, paths = model.config, _frontal_paths(frame, or_first)
     for first in range(0, len(paths), batch_size):
         rows = slice(first, min(first + batch_size, len(paths)))
         stack = np.stack([center_crop(np.asarray(cache[path]), config.crop) for path in paths[rows]])
@@ -108,9 +108,14 @@ def image_batches(
             features = in_float32(model.encode_images(pixels))
         finite = features.pooled.isfinite().all(dim=1) & features.regions.isfinite().flatten(1).all(dim=1)
         if not bool(finite.all()):
-            study = records[first + int((~finite).nonzero()[0])]["study_id"]
+            study = frame["study_id"].iloc[first + int((~finite).nonzero()[0])]
             raise ValueError(f"study {study}: the image encoder returned NaN or infinite features")
         yield rows, features
+
+
+def _frontal_paths(frame: pd.DataFrame, or_first: bool) -> tuple[str, ...]:
+    rows = frame[["study_id", "images", "views"]].to_dict("records")
+    return tuple(frontal_image(row, or_first=or_first)[1] for row in rows)
 
 
 def image_features(
@@ -131,8 +136,8 @@ def image_features(
             _, no_text = blank_pair(model, where)
             embedding.append(model.objective.global_embeddings(images, no_text)[0].float().cpu())
         pooled.append(images.pooled.cpu())
-    ids = tuple(frame["study_id"].astype(str))
-    return Features(ids, torch.cat(pooled).numpy(), torch.cat(embedding).numpy())
+    ids, paths = tuple(frame["study_id"].astype(str)), _frontal_paths(frame, or_first)
+    return Features(ids, paths, torch.cat(pooled).numpy(), torch.cat(embedding).numpy())
 
 
 def text_features(

@@ -9,7 +9,7 @@ probability little, however high it is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from torch import nn
 
 from gloria_core.data.geometry import Geometry
 from gloria_core.data.images import read_gray
-from gloria_core.tasks.classification.decisions import thresholds_of
+from gloria_core.tasks.classification.decisions import decision_rows, thresholds_of
 from gloria_core.tasks.classification.label_policy import Uncertain, Unmentioned, binary_targets
 from gloria_core.tasks.features import image_batches, inference, select, text_features
 from gloria_core.tasks.maps import Kind, kinds_of, maps
@@ -44,6 +44,8 @@ class Cohort:
     scoring: Scoring
     scores: pd.DataFrame
     targets: pd.DataFrame
+    unmentioned: Unmentioned = "negative"
+    uncertain: Uncertain | Mapping[str, Uncertain] = "ignore"
 
     @property
     def thresholds(self) -> dict[str, float]:
@@ -86,6 +88,26 @@ class Cohort:
             columns[label] = fit.predict_proba(((values - middle) / spread)[:, None])[:, 1] if rising else y.mean()
         return pd.DataFrame(columns, index=other.index)
 
+    def decide(
+        self, other: pd.DataFrame, frame: pd.DataFrame, *, macro: Sequence[str], n_bootstrap: int = 1000, seed: int = 0
+    ) -> pd.DataFrame:
+        """Yes or no for the studies of a frame, from their scores, by the thresholds of validation.
+
+        Rows of accuracy, F1, sensitivity and specificity as `decision_rows`, the metrics with suffix `_at_threshold`.
+        """
+        targets = binary_targets(frame, list(other.columns), unmentioned=self.unmentioned, uncertain=self.uncertain)
+        rows = decision_rows(
+            targets.reset_index(drop=True),
+            self.probabilities(other.loc[frame["study_id"].astype(str)]).reset_index(drop=True),
+            self.probability_thresholds,
+            metrics=("accuracy", "f1", "sensitivity", "specificity"),
+            macro=macro,
+            groups=frame["patient_id"],
+            n_bootstrap=n_bootstrap,
+            seed=seed,
+        )
+        return rows.assign(metric=rows["metric"] + "_at_threshold")
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -120,7 +142,7 @@ def validation_cohort(
     """Score a validation frame that has a label column for every finding of `prompts`."""
     own = scores(model, frame, cache, prompts, scoring=scoring, batch_size=batch_size, precision=precision)
     targets = binary_targets(frame, list(prompts), unmentioned=unmentioned, uncertain=uncertain)
-    return Cohort(prompts, scoring, own, targets.set_axis(own.index))
+    return Cohort(prompts, scoring, own, targets.set_axis(own.index), unmentioned, uncertain)
 
 
 def explain_image(

@@ -11,26 +11,57 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from gloria_core.tasks.retrieval import Direction, Ranking, text_groups
 from gloria_core.viz.plots import new_figure, show_image, wrapped
 
 
-def recall_curves(
-    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], ks: Sequence[int], *, n: int, title: str = "Recall"
-) -> Figure:
-    """Recall@K over K (log axis), for each name its (recall, chance); chance is dashed in the same colour."""
-    if not curves or not len(ks):
-        raise ValueError("recall_curves takes at least one curve and one K")
+def recall_curves(rankings: Mapping[str, Ranking], *, title: str = "Recall") -> Figure:
+    """Recall@K over K (log axis) of named rankings, each beside that of a random order, dashed in the same colour."""
+    if not rankings:
+        raise ValueError("recall_curves takes at least one ranking")
     figure, (axis,) = new_figure(width=6.5, height=4)
-    for (name, (recall, chance)), colour in zip(curves.items(), sns.color_palette("colorblind"), strict=False):
+    ks = [k for k in (1, 2, 5, 10, 20, 50, 100, 200) if k < max(found.candidates for found in rankings.values())]
+    for (name, ranking), colour in zip(rankings.items(), sns.color_palette("colorblind"), strict=False):
+        recall, chance = ([of(k).mean() for k in ks] for of in (ranking.recall, ranking.chance_recall))
         axis.plot(ks, recall, color=colour, marker="o", markersize=3.5, label=name.replace("_", " "))
         axis.plot(ks, chance, color=colour, linestyle="--", linewidth=1)
     axis.set(xscale="log", ylim=(0, 1), xlabel="K (dashed: a random order)", ylabel="right one among the first K")
     axis.set_xticks(ks, [str(k) for k in ks])
     axis.minorticks_off()
     axis.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axis.set_title(f"{title} (n = {n} studies)")
+    axis.set_title(f"{title} (n = {max(len(found.queries) for found in rankings.values())} queries)")
     axis.legend(frameon=False, loc="upper left")
     return figure
+
+
+def nearest_partners(
+    ranking: Ranking,
+    studies: Sequence[int],
+    texts: Sequence[str],
+    images: Sequence[np.ndarray],
+    *,
+    direction: Direction,
+    title: str = "The nearest, best first",
+) -> Figure:
+    """`neighbours` of some studies in a ranking of `rank_partners`; texts and images are those of all studies.
+
+    Answers are texts for "image_to_text", and for "text_to_image" images, each with its own text. Right is what has
+    the text of the query; of identical texts the first is the query.
+    """
+    group = text_groups(texts)
+    queries, answers = [], []
+    for study in studies:
+        from_image = direction == "image_to_text"
+        same = ranking.queries == study if from_image else group[ranking.queries] == group[study]
+        row = np.flatnonzero(same)[0]
+        queries.append(Shown(f"own report: {texts[study]}", images[study]) if from_image else Shown(texts[study]))
+        answers.append(
+            [
+                Shown(texts[found], None if from_image else images[found], score, group[found] == group[study])
+                for found, score in zip(ranking.nearest[row], ranking.scores[row], strict=True)
+            ]
+        )
+    return neighbours(queries, answers, title=title)
 
 
 @dataclass(frozen=True)

@@ -146,3 +146,16 @@ def test_plain_words():
     assert "probability" not in uncalibrated
     normal = table(stands_out=[True, False]).rename(index={"Edema": "No Finding"})
     assert "like the sentences for a normal study" in plain_answer(normal, cohort_of(["No Finding", "Fracture"]))
+
+
+def test_decisions_are_those_at_the_thresholds_of_validation(model, labelled, cache):
+    cohort = validation_cohort(model, labelled, cache, PROMPTS, **FLOAT)
+    assert list(cohort.decide(cohort.scores, labelled, macro=[], n_bootstrap=0)["metric"].unique()) == [
+        f"{name}_at_threshold" for name in ("accuracy", "f1", "sensitivity", "specificity")
+    ]
+    perfect = made([0.0] * 6 + [1.0] * 6, [0.0] * 6 + [1.0] * 6)
+    frame = pd.DataFrame(
+        {"study_id": perfect.scores.index, "patient_id": perfect.scores.index, "A": [0.0] * 6 + [1] * 6}
+    )
+    rows = perfect.decide(perfect.scores, frame.iloc[::-1], macro=["A"], n_bootstrap=5)
+    assert (rows["value"] == 1).all() and set(rows["target"]) == {"A", "macro"}

@@ -5,12 +5,14 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from matplotlib.colors import to_rgba
 
 from gloria_core.tasks.classification.decisions import reliability
+from gloria_core.tasks.retrieval import Scores, rank_partners
 from gloria_core.viz import classification
 from gloria_core.viz.detection import box_cases, iou_pair
-from gloria_core.viz.retrieval import Shown, neighbours, recall_curves
+from gloria_core.viz.retrieval import Shown, nearest_partners, neighbours, recall_curves
 from gloria_core.viz.segmentation import COLOURS, fit_curves, overlays
 from gloria_core.viz.zero_shot import answer_figure, wording_spread
 
@@ -132,14 +134,32 @@ def test_unequal_rows_are_refused(queries, answers):
         neighbours(queries, answers)
 
 
+SIMILARITY = Scores(
+    torch.tensor([[0.7, 0.1, 0.8, 0.2], [0.5, 0.6, 0.5, 0.9], [0.6, 0.9, 0.6, 0.7], [0.1, 0.2, 0.3, 0.9]]), torch.eye(4)
+)
+REPORTS = ["No effusion.", "Small effusion.", "no  effusion", "Edema."]
+
+
 def test_recall_curves_draw_chance_beside():
-    figure = recall_curves({"image_to_text": ([0.1, 0.5], [0.01, 0.1])}, [1, 10], n=7)
-    lines = figure.axes[0].lines
-    assert [line.get_linestyle() for line in lines] == ["-", "--"]
-    np.testing.assert_allclose(lines[1].get_ydata(), [0.01, 0.1])
-    assert "n = 7" in figure.axes[0].get_title()
-    with pytest.raises(ValueError, match="at least one curve"):
-        recall_curves({}, [1], n=1)
+    figure = recall_curves({"image_to_text": rank_partners(SIMILARITY, REPORTS, k=1)})
+    recall, chance = figure.axes[0].lines
+    assert (recall.get_linestyle(), chance.get_linestyle()) == ("-", "--")
+    np.testing.assert_allclose(recall.get_xdata(), [1, 2])
+    np.testing.assert_allclose(recall.get_ydata(), [0.5, 0.75])
+    np.testing.assert_allclose(chance.get_ydata(), [1 / 3, 2 / 3])
+    assert "n = 4" in figure.axes[0].get_title()
+
+
+@pytest.mark.parametrize(
+    ("direction", "right", "query"), [("image_to_text", 1, "own report"), ("text_to_image", 2, "No")]
+)
+def test_partners_with_the_text_of_the_query_are_right(direction, right, query):
+    ranking = rank_partners(SIMILARITY, REPORTS, direction=direction, k=2)
+    figure = nearest_partners(ranking, [0], REPORTS, [IMAGE] * 4, direction=direction)
+    texts = texts_of(figure)
+    assert f"{right} of 2 right" in texts[0] and any(text.startswith(query) for text in texts)
+    copy = nearest_partners(ranking, [2], REPORTS, [IMAGE] * 4, direction=direction)
+    assert f"{0 if direction == 'image_to_text' else 2} of 2 right" in texts_of(copy)[0]
 
 
 # --------------------------------------------------------------------------------------------------------- zero-shot
