@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
-import types
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any, get_args, get_origin, get_type_hints
+from dataclasses import asdict, field, fields
+from typing import Any, Literal
 
 import torch
+from pydantic import ConfigDict, ValidationError
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from transformers import BertConfig, PreTrainedTokenizerBase
 
 from gloria_core import objectives
+from gloria_core.data.files import did_you_mean
 from gloria_core.data.images import Norm
-from gloria_core.models.image_encoder import ImageEncoder
-from gloria_core.models.text_encoder import PRESETS, TextEncoder, preset_config
+from gloria_core.models.image_encoder import ImageEncoder, Pooling, RegionStage
+from gloria_core.models.text_encoder import PRESETS, Aggregate, Positions, TextEncoder, preset_config
 from gloria_core.types import Batch, Behavior, ImageFeatures, ObjectiveOutput, TextBatch, TextFeatures
 
 
@@ -23,7 +24,11 @@ class ConfigError(ValueError):
     """A model configuration has an unknown, missing or ill-typed field; the message names it."""
 
 
-@dataclass(frozen=True)
+BASELINES = ("random", "imagenet")
+"""Names of untrained models: GLoRIA with random values, and with its image weights alone."""
+
+
+@dataclass(frozen=True, config=ConfigDict(strict=True))
 class ModelConfig:
     """Everything that rebuilds a model, in JSON's types. The defaults are the phantom study on two CPU cores.
 
@@ -36,6 +41,7 @@ class ModelConfig:
     `frozen_image`; `frozen_text_layers`: n first layers, -1 for all.
     `image_size`: side in pixels of the padded square in the image cache; `crop`: side of what the encoder is given.
     `channels`, `norm`, `max_tokens`, `text_section`: how the loader makes a batch.
+    Raises pydantic's ValidationError, a ValueError, naming the field.
     """
 
     objective: str = "gloria"
@@ -43,38 +49,37 @@ class ModelConfig:
     behavior: Behavior = "corrected"
     image_encoder: str = "resnet18"
     image_weights: str = "random"
-    region_stage: str = "layer3"
+    region_stage: RegionStage = "layer3"
     resize_to: int | None = None
-    image_pooling: str = "default"
+    image_pooling: Pooling = "default"
     frozen_image: bool = False
     text_encoder: str = "phantom"
     text_weights: str = "auto"
     last_layers: int = 4
-    text_layers: str = "sum"
-    text_pieces: str = "sum"
+    text_layers: Aggregate = "sum"
+    text_pieces: Aggregate = "sum"
     text_norm: bool = False
     text_dropout: float = 0.1
     text_depth: int = 0
-    text_positions: str = "real"
+    text_positions: Positions = "real"
     frozen_text_layers: int = 0
     image_size: int = 128
     crop: int = 128
-    channels: int = 3
-    norm: str = "half"
+    channels: Literal[1, 3] = 3
+    norm: Norm = "half"
     max_tokens: int = 97
-    text_section: str = "impression"
+    text_section: Literal["impression", "findings", "both"] = "impression"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_choice("behavior", self.behavior, ("published", "corrected"))
-        _check_choice("objective", self.objective, objectives.available())
-        _check_choice("norm", self.norm, get_args(Norm))
-        _check_choice("channels", self.channels, (1, 3))
-        _check_choice("text_section", self.text_section, ("impression", "findings", "both"))
+        known = objectives.available()
+        if self.objective not in known:
+            near = did_you_mean(self.objective, known)
+            raise ValueError(f"objective must be one of {', '.join(known)}; got {self.objective!r}.{near}")
         if "behavior" in self.objective_options:
-            raise ConfigError('objective_options must not hold "behavior": it is a field of its own')
+            raise ValueError('objective_options must not hold "behavior": it is a field of its own')
         if not 0 < self.crop <= self.image_size:
-            raise ConfigError(f"crop must be 1 to image_size = {self.image_size}, got {self.crop}")
+            raise ValueError(f"crop must be 1 to image_size = {self.image_size}, got {self.crop}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -86,14 +91,59 @@ class ModelConfig:
 
         Raises ConfigError for an unknown name (with the nearest valid one) and for a value of the wrong type.
         """
-        hints = get_type_hints(cls)
-        for name, value in values.items():
-            if name not in hints:
-                near = difflib.get_close_matches(name, hints, n=1, cutoff=0.0)[0]
-                raise ConfigError(f"unknown field {name!r}; nearest: {near!r}")
-            if not _is_a(value, hints[name]):
-                raise ConfigError(f"field {name!r} must be {_type_name(hints[name])}, got {value!r}")
-        return cls(**values)
+        known = [known.name for known in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise ConfigError(f"unknown field {name!r}.{did_you_mean(name, known, cutoff=0)}")
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            faults = [(".".join(map(str, f["loc"])), f["msg"], f["input"]) for f in error.errors()]
+            told = [f"field {name!r}: {message}, got {value!r}" if name else message for name, message, value in faults]
+            raise ConfigError("; ".join(told)) from error
+
+
+def paper_config(
+    objective: str,
+    *,
+    options: Mapping[str, Any],
+    behavior: Behavior,
+    image_encoder: str,
+    region_stage: str,
+    image_weights: str,
+    text_encoder: str,
+    frozen_text_layers: int,
+    section: str,
+    crop: int,
+    image_size: int,
+    seed: int,
+) -> ModelConfig:
+    """The settings of a paper (`Objective.encoders`) on the encoders of a study; for the arguments see `ModelConfig`.
+
+    `objective`: also one of `BASELINES`, whose `options` are left out. An empty `region_stage` or `section` and
+    `frozen_text_layers=0` take the paper's. The small preset text encoder is trained without dropout, because short
+    runs of it underfit.
+    """
+    method = "gloria" if objective in BASELINES else objective
+    chosen = {"region_stage": region_stage, "text_section": section, "frozen_text_layers": frozen_text_layers}
+    settings = dict(objectives.objective_class(method).encoders)
+    settings |= {name: value for name, value in chosen.items() if value}
+    if objective == "random":
+        settings |= {"text_weights": "random"}
+        image_weights = "random"
+    return ModelConfig(
+        **settings,
+        objective=method,
+        objective_options={} if objective in BASELINES else dict(options),
+        behavior=behavior,
+        image_encoder=image_encoder,
+        image_weights=image_weights,
+        text_encoder=text_encoder,
+        text_dropout=0.0 if text_encoder in PRESETS else 0.1,
+        crop=crop,
+        image_size=image_size,
+        seed=seed,
+    )
 
 
 class VisionLanguageModel(nn.Module):
@@ -206,24 +256,3 @@ def assemble(
             "they do not belong together"
         )
     return VisionLanguageModel(image_encoder, text_encoder, objective, config=config, tokenizer=tokenizer)
-
-
-def _check_choice(name: str, value: object, valid: Any) -> None:
-    if value not in valid:
-        raise ConfigError(f"{name} must be one of {', '.join(map(str, valid))}; got {value!r}")
-
-
-def _is_a(value: object, hint: Any) -> bool:
-    """Whether a JSON value has the annotated type; a bool is no int, an int is a float."""
-    if isinstance(hint, types.UnionType):
-        return any(_is_a(value, part) for part in get_args(hint))
-    if get_origin(hint) is not None and get_origin(hint) is not dict:
-        return value in get_args(hint)  # Literal
-    kind = get_origin(hint) or hint
-    if isinstance(value, bool):
-        return kind is bool
-    return isinstance(value, int | float if kind is float else kind)
-
-
-def _type_name(hint: Any) -> str:
-    return getattr(hint, "__name__", str(hint)) if get_origin(hint) is None else str(hint)

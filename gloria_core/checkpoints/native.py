@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import pickle
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,9 +13,12 @@ from transformers import BertConfig
 
 import gloria_core
 from gloria_core.checkpoints.model import ConfigError, ModelConfig, VisionLanguageModel, assemble
+from gloria_core.data.files import atomic_file
+from gloria_core.data.tokenizer import tokenizer_from_json, tokenizer_to_json
 from gloria_core.models.weights import WeightsError, check_is_binary, fill, first_line
 
 FORMAT = "gloria_core checkpoint"
+NOT_ARCHITECTURE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures")
 VERSION = 2  # 2: the Swin's tensors have timm's names
 
 
@@ -34,7 +35,7 @@ def save(
 ) -> Path:
     """Write model, configuration, tokenizer and package version, all or nothing.
 
-    The file is written beside `path`, flushed to disk and renamed: a reader sees the old file or the new one.
+    A reader sees the old file or the new one (`atomic_file`).
     `training_state` (optimizer, schedule, random states) and `extra` (notes) may hold tensors, numbers, strings,
     None, and lists, tuples and dicts of them; anything else raises TypeError that names where it is.
     """
@@ -44,27 +45,18 @@ def save(
         "version": VERSION,
         "package_version": gloria_core.__version__,
         "config": model.config.to_dict(),
-        "text_architecture": _plain_architecture(model.text_encoder.config),
-        "tokenizer": _tokenizer_json(model),
+        "text_architecture": {
+            n: v for n, v in model.text_encoder.config.to_dict().items() if n not in NOT_ARCHITECTURE
+        },
+        "tokenizer": None if model.tokenizer is None else tokenizer_to_json(model.tokenizer),
         "model": model.state_dict(),
         "training_state": None if training_state is None else dict(training_state),
         "extra": dict(extra or {}),
     }
     for name in ("text_architecture", "training_state", "extra"):
         _check_plain(content[name], name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)  # mkstemp gives 0600, which other users of a shared folder cannot read
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
+    with atomic_file(path) as file:
+        torch.save(content, file)
     return path
 
 
@@ -74,11 +66,7 @@ def load(path: str | Path, *, map_location: str | torch.device = "cpu") -> Visio
     Raises CheckpointError for a missing, truncated or foreign file, and for tensors that do not fit.
     """
     content = read(path)
-    tokenizer = None
-    if content["tokenizer"]:
-        from gloria_core.data.tokenizer import tokenizer_from_json
-
-        tokenizer = tokenizer_from_json(content["tokenizer"])
+    tokenizer = tokenizer_from_json(content["tokenizer"]) if content["tokenizer"] else None
     try:
         config = ModelConfig.from_dict(content["config"])
         architecture = BertConfig.from_dict(content["text_architecture"])
@@ -118,20 +106,6 @@ def read(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def _tokenizer_json(model: VisionLanguageModel) -> str | None:
-    if model.tokenizer is None:
-        return None
-    from gloria_core.data.tokenizer import tokenizer_to_json
-
-    return tokenizer_to_json(model.tokenizer)
-
-
-def _plain_architecture(config: BertConfig) -> dict[str, Any]:
-    """`BertConfig` as plain values, without what describes a file or a machine rather than the architecture."""
-    skipped = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures")
-    return {name: value for name, value in config.to_dict().items() if name not in skipped}
-
-
 def _check_plain(value: object, where: str) -> None:
     """Only what `torch.load(weights_only=True)` gives back."""
     if value is None or type(value) in (bool, int, float, str, bytes) or isinstance(value, Tensor):
@@ -145,14 +119,3 @@ def _check_plain(value: object, where: str) -> None:
             _check_plain(item, f"{where}[{key!r}]")
     else:
         raise TypeError(f"{where} is a {type(value).__name__}; a checkpoint holds tensors and plain values only")
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself durable; folders cannot be opened on every system."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -20,7 +20,7 @@ from gloria_core.models.weights import WeightsError, fill, read_tensors
 from gloria_core.models.words import extent, word_masks, words_from_pieces
 from gloria_core.types import Behavior, TextBatch, TextFeatures
 
-Pooling = Literal["sum", "mean"]
+Aggregate = Literal["sum", "mean"]
 Positions = Literal["real", "zero"]
 PRESETS = {
     # small enough for two CPU cores, wide enough for a few hundred words of radiology
@@ -68,8 +68,8 @@ class TextEncoder(nn.Module):
         *,
         weights: str = "random",
         last_layers: int = 4,
-        layers: Pooling = "sum",
-        pieces: Pooling = "sum",
+        layers: Aggregate = "sum",
+        pieces: Aggregate = "sum",
         normalize: bool = False,
         frozen: bool | int = False,
         dropout: float | None = None,

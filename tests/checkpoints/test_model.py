@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import gloria_core
-from gloria_core.checkpoints.model import ConfigError, ModelConfig, build_model
+from gloria_core.checkpoints.model import ConfigError, ModelConfig, build_model, paper_config
 from gloria_core.data.tokenizer import train_wordpiece
 
 TINY = {"image_encoder": "resnet_tiny", "text_encoder": "bert_tiny", "last_layers": 2, "image_size": 64, "crop": 64}
@@ -31,15 +31,15 @@ def test_configuration_survives_json():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"image_encodr": "resnet18"}, "unknown field 'image_encodr'; nearest: 'image_encoder'"),
-        ({"crop": "128"}, "field 'crop' must be int, got '128'"),
-        ({"crop": True}, "field 'crop' must be int, got True"),
-        ({"frozen_image": 1}, "field 'frozen_image' must be bool, got 1"),
-        ({"resize_to": 2.5}, r"field 'resize_to' must be int \| None"),
-        ({"behavior": "legacy"}, "field 'behavior' must be .*published"),
-        ({"objective": "glorai"}, "objective must be one of convirt, "),
-        ({"channels": 2}, "channels must be one of 1, 3; got 2"),
-        ({"norm": "minmax"}, "norm must be one of half, imagenet"),
+        ({"image_encodr": "resnet18"}, "unknown field 'image_encodr'. Did you mean 'image_encoder'"),
+        ({"crop": "128"}, "field 'crop': .*valid integer, got '128'"),
+        ({"crop": True}, "field 'crop': .*valid integer, got True"),
+        ({"frozen_image": 1}, "field 'frozen_image': .*valid boolean, got 1"),
+        ({"resize_to": 2.5}, "field 'resize_to': .*valid integer"),
+        ({"behavior": "legacy"}, "field 'behavior': .*'published'"),
+        ({"objective": "glorai"}, "objective must be one of convirt, .*Did you mean 'gloria'"),
+        ({"channels": 2}, "field 'channels': Input should be 1 or 3, got 2"),
+        ({"norm": "minmax"}, "field 'norm': Input should be 'half', 'imagenet'"),
         ({"crop": 200}, "crop must be 1 to image_size = 128, got 200"),
         ({"objective_options": {"behavior": "published"}}, "field of its own"),
     ],
@@ -47,6 +47,44 @@ def test_configuration_survives_json():
 def test_bad_configurations_are_named(values, message):
     with pytest.raises(ConfigError, match=message):
         ModelConfig.from_dict(values)
+
+
+STUDY = {
+    "options": {"temperature": 0.2},
+    "behavior": "corrected",
+    "image_encoder": "resnet_tiny",
+    "region_stage": "",
+    "image_weights": "imagenet",
+    "text_encoder": "bert_tiny",
+    "frozen_text_layers": 0,
+    "section": "",
+    "crop": 56,
+    "image_size": 64,
+    "seed": 3,
+}
+
+
+def test_a_paper_s_settings_on_a_study():
+    convirt = paper_config("convirt", **STUDY)
+    assert (convirt.objective, convirt.objective_options, convirt.seed) == ("convirt", {"temperature": 0.2}, 3)
+    assert (convirt.image_weights, convirt.text_weights, convirt.text_dropout) == ("imagenet", "auto", 0.0)
+    prior = paper_config("prior", **{**STUDY, "options": {}, "text_encoder": "some/bert"})
+    assert (prior.region_stage, prior.text_section, prior.max_tokens, prior.text_dropout) == (
+        "layer4",
+        "both",
+        256,
+        0.1,
+    )
+    chosen = {"options": {}, "region_stage": "layer2", "section": "findings", "frozen_text_layers": -1}
+    prior = paper_config("prior", **STUDY | chosen)
+    assert (prior.region_stage, prior.text_section, prior.frozen_text_layers) == ("layer2", "findings", -1)
+
+
+@pytest.mark.parametrize(("name", "image", "text"), [("random", "random", "random"), ("imagenet", "imagenet", "auto")])
+def test_baselines_are_gloria_untrained(name, image, text):
+    config = paper_config(name, **STUDY)
+    assert (config.objective, config.objective_options) == ("gloria", {})
+    assert (config.image_weights, config.text_weights) == (image, text)
 
 
 def test_text_dropout_takes_an_int():
