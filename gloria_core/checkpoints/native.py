@@ -40,14 +40,13 @@ def save(
     None, and lists, tuples and dicts of them; anything else raises TypeError that names where it is.
     """
     path = Path(path)
+    bert = model.text_encoder.config.to_dict()
     content = {
         "format": FORMAT,
         "version": VERSION,
         "package_version": gloria_core.__version__,
         "config": model.config.to_dict(),
-        "text_architecture": {
-            n: v for n, v in model.text_encoder.config.to_dict().items() if n not in NOT_ARCHITECTURE
-        },
+        "text_architecture": {name: value for name, value in bert.items() if name not in NOT_ARCHITECTURE},
         "tokenizer": None if model.tokenizer is None else tokenizer_to_json(model.tokenizer),
         "model": model.state_dict(),
         "training_state": None if training_state is None else dict(training_state),

@@ -93,7 +93,7 @@ def test_file_that_does_not_fit_its_configuration(model, tmp_path):
         native.load(tmp_path / "hole.pt")
     content["config"]["imge_size"] = 3
     torch.save(content, tmp_path / "field.pt")
-    with pytest.raises(CheckpointError, match="'imge_size'. Did you mean 'image_size'"):
+    with pytest.raises(CheckpointError, match=r"'imge_size'\. Did you mean 'image_size'"):
         native.load(tmp_path / "field.pt")
 
 

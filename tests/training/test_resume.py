@@ -110,9 +110,8 @@ def test_killed_in_the_middle_of_everything(undisturbed, tmp_path):
         at_call(loop.Pretraining, "_step", 4),
         at_call(Path, "replace", 1),
         at_call(loop.Pretraining, "_validate", 1),
-        at_call(
-            os, "fsync", 4
-        ),  # file and folder of each: the first checkpoint of this start is in place, the second just renamed
+        # of file and folder: the first checkpoint of this start is in place, the second just renamed
+        at_call(os, "fsync", 4),
         at_call(loop.Pretraining, "_end_epoch", 1),
         at_call(loop.Pretraining, "_save_last", 3),  # best.pt may be newer than last.pt
         at_call(loop.Pretraining, "_write_history", 2),
