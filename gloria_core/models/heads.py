@@ -37,7 +37,7 @@ def cosine_matrix(images: Tensor, texts: Tensor) -> Tensor:
         return images @ texts.T / norms.clamp(min=PRODUCT_EPS)
 
 
-def contrastive_terms(logits: Tensor) -> tuple[Tensor, Tensor]:
+def contrastive_terms(logits: Tensor, *, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
     """InfoNCE in both directions for pairs on the diagonal: (image -> text, text -> image), each a mean over B.
 
     Shape: logits (B, B), rows images, columns texts
@@ -45,6 +45,6 @@ def contrastive_terms(logits: Tensor) -> tuple[Tensor, Tensor]:
     """
     if logits.ndim != 2 or logits.shape[0] != logits.shape[1]:
         raise ValueError(f"a contrastive loss pairs image b with text b; got logits of shape {tuple(logits.shape)}")
-    target = torch.arange(len(logits), device=logits.device)
-    logits = widened(logits)
-    return F.cross_entropy(logits, target), F.cross_entropy(logits.T, target)
+    logits, target = widened(logits), torch.arange(len(logits), device=logits.device)
+    to_text, to_image = (F.cross_entropy(rows, target, label_smoothing=label_smoothing) for rows in (logits, logits.T))
+    return to_text, to_image

@@ -17,7 +17,8 @@ class Objective(nn.Module, ABC):
     """One paper's loss with the heads, temperatures and memories that belong to it.
 
     A subclass is called with the widths of the encoders it sits on, then its own options by keyword:
-    `__init__(self, *, pooled_dim: int, region_dim: int, text_dim: int, behavior="corrected", ...)`.
+    `__init__(self, *, pooled_dim: int, region_dim: int, text_dim: int, behavior="corrected", ...)`. It calls
+    `super().__init__(behavior)`.
     """
 
     needs: ClassVar[Needs] = Needs()
@@ -26,7 +27,12 @@ class Objective(nn.Module, ABC):
     """The rows of `attention` in LaTeX, for whoever shows them."""
     encoders: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     """Fields of `ModelConfig` that the paper sets otherwise than the study's defaults; notebook 02 begins with them."""
-    behavior: Behavior
+
+    def __init__(self, behavior: Behavior = "corrected") -> None:
+        super().__init__()
+        if behavior not in ("published", "corrected"):
+            raise ValueError(f'behavior must be "published" or "corrected", got {behavior!r}')
+        self.behavior = behavior
 
     @abstractmethod
     def forward(self, images: ImageFeatures, texts: TextFeatures, batch: Batch | None = None) -> ObjectiveOutput:
@@ -44,6 +50,13 @@ class Objective(nn.Module, ABC):
     def local_embeddings(self, images: ImageFeatures, texts: TextFeatures) -> tuple[Tensor, Tensor, Tensor]:
         """Projected regions (B, h, w, D), words (N, W, D) and the mask (N, W) of the words that count."""
         raise NotImplementedError(f"{type(self).__name__} has no local embeddings")
+
+    @staticmethod
+    def one_image_a_text(regions: Tensor, n_texts: int) -> Tensor:
+        """Regions of N images for N texts; those of one image serve all texts. Raises ValueError for other numbers."""
+        if len(regions) not in (1, n_texts):
+            raise ValueError(f"attention pairs images with texts: got {len(regions)} images and {n_texts} texts")
+        return regions.expand(n_texts, *regions.shape[1:])
 
     @abstractmethod
     def global_embeddings(self, images: ImageFeatures, texts: TextFeatures) -> tuple[Tensor, Tensor]:

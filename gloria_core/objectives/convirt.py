@@ -52,12 +52,10 @@ class ConVIRT(Objective):
         image_weight: float = 0.75,
         projection_dim: int = 512,
     ) -> None:
-        super().__init__()
-        if behavior not in ("published", "corrected"):
-            raise ValueError(f'behavior must be "published" or "corrected", got {behavior!r}')
+        super().__init__(behavior)
         if temperature <= 0 or not 0 <= image_weight <= 1:
             raise ValueError("temperature must be positive and image_weight in [0, 1]")
-        self.behavior, self.temperature, self.image_weight = behavior, temperature, image_weight
+        self.temperature, self.image_weight = temperature, image_weight
         self.same_width = region_dim == pooled_dim
         self.image_head = MLPHead(pooled_dim, projection_dim)
         self.text_head = MLPHead(text_dim, projection_dim)

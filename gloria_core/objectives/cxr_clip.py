@@ -23,9 +23,8 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from gloria_core.models.heads import cosine_matrix, widened
+from gloria_core.models.heads import contrastive_terms, cosine_matrix
 from gloria_core.objectives.base import Objective
 from gloria_core.types import Batch, Behavior, ImageFeatures, Needs, ObjectiveOutput, TextFeatures
 
@@ -89,9 +88,7 @@ class CXRCLIP(Objective):
         text_pooling: TextPooling = "eos",
         temperature: float = 0.07,
     ) -> None:
-        super().__init__()
-        if behavior not in ("published", "corrected"):
-            raise ValueError(f'behavior must be "published" or "corrected", got {behavior!r}')
+        super().__init__(behavior)
         if text_pooling not in ("eos", "cls", "mean"):
             raise ValueError(f'text_pooling must be "eos", "cls" or "mean", got {text_pooling!r}')
         if min(icl_weight, tcl_weight) < 0:
@@ -100,7 +97,7 @@ class CXRCLIP(Objective):
             raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
         if temperature <= 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
-        self.behavior, self.text_pooling, self.label_smoothing = behavior, text_pooling, label_smoothing
+        self.text_pooling, self.label_smoothing = text_pooling, label_smoothing
         self.icl_weight, self.tcl_weight = icl_weight, tcl_weight
         self.same_width = region_dim == pooled_dim
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)))
@@ -118,21 +115,18 @@ class CXRCLIP(Objective):
             )
         image, text = self.global_embeddings(images, texts)
         # one matrix a pair of views instead of B x B blocks of a larger one: every block is its own softmax
-        image_views, text_views = (
-            image.unflatten(0, (-1, views)).unbind(1),
-            text.unflatten(0, (-1, per_study)).unbind(1),
-        )
+        image_views = image.unflatten(0, (-1, views)).unbind(1)
+        text_views = text.unflatten(0, (-1, per_study)).unbind(1)
         scale, smoothing = self._scale(), self.label_smoothing if self.training else 0.0
-        pairs = [scale * cosine_matrix(i, t) for i, t in product(image_views, text_views)]
-        terms = {
-            "image_to_text": _mean([_cross_entropy(logits, smoothing) for logits in pairs]),
-            "text_to_image": _mean([_cross_entropy(logits.T, smoothing) for logits in pairs]),
-        }
-        total = (terms["image_to_text"] + terms["text_to_image"]) / 2
+        pairs = product(image_views, text_views)
+        both = [contrastive_terms(scale * cosine_matrix(i, t), label_smoothing=smoothing) for i, t in pairs]
+        to_text, to_image = (torch.stack(terms).mean() for terms in zip(*both, strict=True))
+        terms = {"image_to_text": to_text, "text_to_image": to_image}
+        total = (to_text + to_image) / 2
         for name, weight, vectors in (("icl", self.icl_weight, image_views), ("tcl", self.tcl_weight, text_views)):
             if len(vectors) > 1:
                 ordered = [scale * cosine_matrix(one, other) for one, other in permutations(vectors, 2)]
-                terms[name] = _mean([_cross_entropy(logits) for logits in ordered])
+                terms[name] = torch.stack([contrastive_terms(logits)[0] for logits in ordered]).mean()
                 total = total + weight * terms[name]
         return ObjectiveOutput(total=total, terms=terms)
 
@@ -175,13 +169,3 @@ class CXRCLIP(Objective):
             with torch.no_grad():
                 self.logit_scale.clamp_(max=LARGEST_LOG_SCALE)
         return self.logit_scale.exp()
-
-
-def _cross_entropy(logits: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Mean over rows; row b belongs to column b. Shape: (B, B)"""
-    target = torch.arange(len(logits), device=logits.device)
-    return F.cross_entropy(widened(logits), target, label_smoothing=smoothing)
-
-
-def _mean(terms: list[Tensor]) -> Tensor:
-    return torch.stack(terms).mean()

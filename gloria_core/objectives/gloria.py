@@ -14,7 +14,6 @@ Medical Image Recognition", ICCV 2021. Released code: github.com/marshuang80/glo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ from gloria_core.models.word_region import Aggregation, attend, word_region_simi
 from gloria_core.objectives.base import Objective
 from gloria_core.types import AttentionRows, Batch, Behavior, ImageFeatures, ObjectiveOutput, TextFeatures
 
+TERMS = ("local_image_to_text", "local_text_to_image", "global_image_to_text", "global_text_to_image")
 PUBLISHED_COLUMNS = 97  # word columns of the released code, padding included
 PUBLISHED_INFERENCE = {
     "temp_attention": 4.0,
@@ -72,17 +72,19 @@ class GLoRIA(Objective):
         aggregation: Aggregation = "sum",
         chunk_size: int = 0,
     ) -> None:
-        super().__init__()
-        if behavior not in ("published", "corrected"):
-            raise ValueError(f'behavior must be "published" or "corrected", got {behavior!r}')
+        super().__init__(behavior)
         if aggregation not in ("sum", "mean", "max"):
             raise ValueError(f'aggregation must be "sum", "mean" or "max", got {aggregation!r}')
         if min(temp_attention, temp_similarity, temp_loss) <= 0:
             raise ValueError("temperatures must be positive")
         if min(local_weight, global_weight) < 0 or local_weight + global_weight == 0:
             raise ValueError("loss weights must not be negative, nor both zero")
-        self.behavior, self.aggregation, self.chunk_size = behavior, aggregation, chunk_size
-        self.temp_attention, self.temp_similarity, self.temp_loss = temp_attention, temp_similarity, temp_loss
+        self.temp_attention, self.temp_loss, self.chunk_size = temp_attention, temp_loss, chunk_size
+        self.settings = {
+            "temp_attention": temp_attention,
+            "temp_similarity": temp_similarity,
+            "aggregation": aggregation,
+        }
         self.local_weight, self.global_weight = local_weight, global_weight
         self.global_embedder = nn.Linear(pooled_dim, text_dim)
         self.local_embedder = nn.Linear(region_dim, text_dim, bias=False)  # a 1x1 convolution, channels last
@@ -92,21 +94,11 @@ class GLoRIA(Objective):
         if len(images.pooled) != len(texts.sentence):
             raise ValueError(f"GLoRIA pairs images with texts: got {len(images.pooled)} and {len(texts.sentence)}")
         regions, words, mask = self.local_embeddings(images, texts)
-        local = word_region_similarity(
-            regions,
-            words,
-            mask,
-            temp_attention=self.temp_attention,
-            temp_similarity=self.temp_similarity,
-            aggregation=self.aggregation,
-            chunk_size=self.chunk_size,
-        )
-        names = ("image_to_text", "text_to_image")
+        local = word_region_similarity(regions, words, mask, chunk_size=self.chunk_size, **self.settings)
         local_terms = contrastive_terms(self.temp_loss * local)
         global_terms = contrastive_terms(self.temp_loss * cosine_matrix(*self.global_embeddings(images, texts)))
         total = self.local_weight * sum(local_terms) + self.global_weight * sum(global_terms)
-        terms = {f"local_{name}": term for name, term in zip(names, local_terms, strict=True)}
-        terms |= {f"global_{name}": term for name, term in zip(names, global_terms, strict=True)}
+        terms = dict(zip(TERMS, (*local_terms, *global_terms), strict=True))
         with torch.no_grad():
             attention = self._paired_attention(regions, words, mask)
         return ObjectiveOutput(total=total, terms=terms, attention=attention)
@@ -138,24 +130,16 @@ class GLoRIA(Objective):
             last = torch.as_tensor(window, device=words.device).clamp(max=PUBLISHED_COLUMNS - 1)
             column = torch.arange(words.shape[1], device=words.device)
             mask = (column >= 1) & (column <= last[:, None])
-        settings: dict[str, Any] = PUBLISHED_INFERENCE
-        if self.behavior == "corrected":
-            settings = {
-                "temp_attention": self.temp_attention,
-                "temp_similarity": self.temp_similarity,
-                "aggregation": "max" if self.aggregation == "max" else "mean",
-            }
+        if self.behavior == "published":
+            return word_region_similarity(regions, words, mask, chunk_size=self.chunk_size, **PUBLISHED_INFERENCE)
+        settings = self.settings | {"aggregation": "max" if self.settings["aggregation"] == "max" else "mean"}
         scores = word_region_similarity(regions, words, mask, chunk_size=self.chunk_size, **settings)
-        return scores if self.behavior == "published" else scores / self.temp_similarity
+        return scores / settings["temp_similarity"]
 
     def attention(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
         """(N, W, h, w): a_rt of image n and text n, or of one image and N texts; rows outside the window are zero."""
         regions, words, mask = self.local_embeddings(images, texts)
-        if len(regions) == 1:
-            regions = regions.expand(len(words), -1, -1, -1)
-        if len(regions) != len(words):
-            raise ValueError(f"attention pairs images with texts: got {len(regions)} images and {len(words)} texts")
-        return self._paired_attention(regions, words, mask)
+        return self._paired_attention(self.one_image_a_text(regions, len(words)), words, mask)
 
     def local_embeddings(self, images: ImageFeatures, texts: TextFeatures) -> tuple[Tensor, Tensor, Tensor]:
         """Projected regions (B, h, w, D), words (N, W, D), and the mask (N, W) of the words in the training window."""

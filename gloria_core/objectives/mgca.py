@@ -94,10 +94,8 @@ class MGCA(Objective):
         use_local_attention: bool = False,
         bidirectional: bool = True,
     ) -> None:
-        super().__init__()
-        if behavior not in ("published", "corrected"):
-            raise ValueError(f'behavior must be "published" or "corrected", got {behavior!r}')
-        self.behavior, self.bidirectional = behavior, bidirectional
+        super().__init__(behavior)
+        self.bidirectional = bidirectional
         self.temperatures = _settings("temperatures", TEMPERATURES, temperatures)
         self.weights = _settings("weights", WEIGHTS, weights)
         if min(self.temperatures.values()) <= 0 or min(self.weights.values()) < 0 or not any(self.weights.values()):
@@ -143,14 +141,9 @@ class MGCA(Objective):
     def attention(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
         """(N, W, h, w): a_ij of image n and text n, or of one image and N texts; rows that are no words are zero."""
         regions, words, mask = self.local_embeddings(images, texts)
-        if len(regions) == 1:
-            regions = regions.expand(len(words), -1, -1, -1)
-        if len(regions) != len(words):
-            raise ValueError(f"attention pairs images with texts: got {len(regions)} images and {len(words)} texts")
+        patches = self.one_image_a_text(regions, len(words)).flatten(1, 2)
         with torch.autocast(words.device.type, enabled=False):
-            weights = attend(
-                words, regions.flatten(1, 2), temperature=self.temperatures["cta"], layer=self.word_attention
-            )[1]
+            _, weights = attend(words, patches, temperature=self.temperatures["cta"], layer=self.word_attention)
         return (weights * mask[..., None]).unflatten(2, regions.shape[1:3])
 
     def local_embeddings(self, images: ImageFeatures, texts: TextFeatures) -> tuple[Tensor, Tensor, Tensor]:

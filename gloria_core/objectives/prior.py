@@ -97,9 +97,7 @@ class PRIOR(Objective):
         stage_epochs: Sequence[int] = (),
         stage_rates: Sequence[float] = (1.0, 1.0, 0.5),
     ) -> None:
-        super().__init__()
-        if behavior not in ("published", "corrected"):
-            raise ValueError(f'behavior must be "published" or "corrected", got {behavior!r}')
+        super().__init__(behavior)
         if embed_dim < 0 or min(n_prototypes, n_queries, decoder_layers) < 1 or min(temperature, bank_temperature) <= 0:
             raise ValueError("sizes and temperatures must be positive")
         if stage_epochs and (len(stage_epochs) != 3 or min(stage_epochs) < 0 or stage_epochs[2] < 1):
@@ -107,8 +105,7 @@ class PRIOR(Objective):
         if len(stage_rates) != 3 or min(stage_rates) <= 0:
             raise ValueError(f"stage_rates must be three positive numbers, got {stage_rates!r}")
         dim, published = embed_dim or text_dim, behavior == "published"
-        self.behavior, self.n_queries = behavior, n_queries
-        self.bank_temperature, self.temp_decay = bank_temperature, temp_decay
+        self.n_queries, self.bank_temperature, self.temp_decay = n_queries, bank_temperature, temp_decay
         self.stage_epochs, self._rates, self.stage = tuple(stage_epochs), tuple(stage_rates), 3
         self._plan: tuple[int, int, int] | None = None
         self.image_heads = ImageHeads(pooled_dim, region_dim, dim, mixed=published)
@@ -236,11 +233,7 @@ class PRIOR(Objective):
         With behavior "published" the last two axes are the R rows folded to the shape of the grid: no places.
         """
         sentences, packed, _ = self._sentences(texts)
-        regions = self.image_heads(images)[1]
-        if len(regions) == 1:
-            regions = regions.expand(len(texts.words), -1, -1)
-        if len(regions) != len(texts.words):
-            raise ValueError(f"attention pairs images with texts: got {len(regions)} and {len(texts.words)}")
+        regions = self.one_image_a_text(self.image_heads(images)[1], len(texts.words))
         cross = self.cross_attention(regions, sentences.padded(packed), sentences.mask)
         return sentences.at(cross.of_sentence, texts.word_sentence)[0].unflatten(2, images.regions.shape[1:3])
 

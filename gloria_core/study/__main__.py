@@ -23,7 +23,7 @@ from typing import Any
 # jsonschema, which reads notebooks, would build a grammar for international addresses at every start: two seconds
 sys.modules.setdefault("rfc3987_syntax", None)
 
-from gloria_core.study.driver import Options, duration, end_with_study, run_study, to_do  # noqa: E402
+from gloria_core.study.driver import duration, end_with_study, run_study, to_do  # noqa: E402
 from gloria_core.study.parameters import ParameterError  # noqa: E402
 from gloria_core.study.paths import repository_root  # noqa: E402
 from gloria_core.study.plan import Plan, StudyError, load_study, parse, study_file  # noqa: E402
@@ -52,8 +52,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"{status_of(plan, run):8} {run.run_id}  after {len(run.needs)}")
             plan.check_data(to_do(plan))
             return 0
-        options = Options(overrides, data_root, given.cores, given.force, tuple(shlex.split(given.snakemake)))
-        return run_study(plan, options)
+        return run_study(
+            plan,
+            overrides=overrides,
+            data_root=data_root,
+            cores=given.cores,
+            force=given.force,
+            snakemake=shlex.split(given.snakemake),
+        )
     except (StudyError, ParameterError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -65,19 +71,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m gloria_core.study", description="Run a study of notebooks.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="[run] | plan | one")
-    for name in COMMANDS:
-        command = commands.add_parser(name)
+    run, _, one = (commands.add_parser(name) for name in COMMANDS)
+    for command in commands.choices.values():
         command.add_argument("study", help="name of a file in notebooks/studies, or a path to one")
         command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="in every notebook")
         command.add_argument("--data", default="", help="folder of the real radiographs (default: $GLORIA_DATA)")
         command.add_argument("--data-root", default="", help=argparse.SUPPRESS)  # $GLORIA_DATA, handed to a cluster job
-        if name == "run":
-            command.add_argument("--cores", type=int, default=2, help="processor cores to use at most")
-            command.add_argument("--force", default="", help="'all', or how the run ids begin that are to be repeated")
-            command.add_argument("--snakemake", default="", help="more arguments for Snakemake, in one string")
-        if name == "one":
-            command.add_argument("run_id")
-            command.add_argument("--threads", type=int, default=None)
+    run.add_argument("--cores", type=int, default=2, help="processor cores to use at most")
+    run.add_argument("--force", default="", help="'all', or how the run ids begin that are to be repeated")
+    run.add_argument("--snakemake", default="", help="more arguments for Snakemake, in one string")
+    one.add_argument("run_id")
+    one.add_argument("--threads", type=int)
     return parser
 
 
@@ -86,17 +90,17 @@ def _one(plan: Plan, run_id: str, threads: int | None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     end_with_study()
-    place = f"[{[run.run_id for run in plan].index(plan[run_id].run_id) + 1:>{len(str(len(plan)))}}/{len(plan)}]"
+    place = f"[{plan.runs.index(plan[run_id]) + 1}/{len(plan)}]"
     print(f"{place} {run_id} starts", flush=True)
     record = run_one(plan, run_id, threads=threads)
     took = f"{duration(record['wall_seconds'])}, {record['peak_memory_mb'] / 1024:.1f} GiB"
     print(f"{place} {run_id} {record['status']} ({took})", flush=True)
-    if record["status"] == "ok":
-        return 0
-    error, where = record["error"], plan.folder / run_id / EXECUTED
-    cell = f" in cell In [{error['cell']}]" if error["cell"] else ""
-    print(f"{place} {error['name']}{cell}: {error['value']}\n      see {where}", flush=True)
-    return 1
+    if error := record["error"]:
+        cell = f" in cell In [{error['cell']}]" if error["cell"] else ""
+        print(
+            f"{place} {error['name']}{cell}: {error['value']}\n      see {plan.folder / run_id / EXECUTED}", flush=True
+        )
+    return 1 if error else 0
 
 
 def _assignment(text: str) -> tuple[str, Any]:

@@ -12,9 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import psutil
@@ -30,43 +28,40 @@ PARENT = "GLORIA_STUDY_PROCESS"
 """Environment variable with the host and process id of a running study; its runs end when that process has ended."""
 
 
-@dataclass(frozen=True)
-class Options:
-    """How a study is run. `overrides` and `data_root` are those that the plan was loaded with.
-
-    `force`: "all", or how the ids of the runs begin that are to be repeated. `snakemake`: further arguments for it,
-    e.g. ("--executor", "slurm", "--jobs", "40").
-    """
-
-    overrides: Mapping[str, Any]
-    data_root: str = ""
-    cores: int = 2
-    force: str = ""
-    snakemake: tuple[str, ...] = ()
-
-
-def run_study(plan: Plan, options: Options) -> int:
+def run_study(
+    plan: Plan,
+    *,
+    overrides: Mapping[str, Any],
+    data_root: str = "",
+    cores: int = 2,
+    force: str = "",
+    snakemake: Sequence[str] = (),
+) -> int:
     """Do what is missing or stale; return 0 when every run is done and 1 when not. Prints as it goes.
 
+    `overrides` and `data_root` are those that the plan was loaded with. `force`: "all", or how the ids of the runs
+    begin that are to be repeated. `snakemake`: further arguments for it, e.g. ("--executor", "slurm", "--jobs", "40").
     Raises `StudyError` when the study is already being run, or when its data folder is not there.
     """
     with locked(plan.folder, f"study {plan.study}") as lock:
-        missing = to_do(plan, options.force)
+        missing = to_do(plan, force)
         plan.check_data(missing)
         plan.write()
         print(
             f"study {plan.study}: {len(plan)} runs, {len(plan) - len(missing)} done, {len(missing)} to do", flush=True
         )
+        for run in missing:  # from here on they are not done, whatever happens
+            folder = plan.folder / run.run_id
+            if _forced(run, force):
+                shutil.rmtree(folder, ignore_errors=True)
+            (folder / "run.json").unlink(missing_ok=True)
+            (folder / run.stamp).unlink(missing_ok=True)
         if missing:
-            for run in missing:  # from here on they are not done, whatever happens
-                folder = plan.folder / run.run_id
-                if _forced(run, options.force):
-                    shutil.rmtree(folder, ignore_errors=True)
-                (folder / "run.json").unlink(missing_ok=True)
-                (folder / run.stamp).unlink(missing_ok=True)
-            with _measured() as measured:
-                _snakemake(plan, options, lock)
-            _summarise(plan, {run.run_id for run in missing}, measured)
+            # a file, because Snakemake reads what it is given on the command line as YAML
+            config = {"study": str(plan.file), "overrides": dict(overrides), "data_root": data_root}
+            atomic_write(plan.folder / "snakemake.json", json.dumps(config))
+            with _costs_printed():
+                _snakemake(plan, ["--cores", str(cores), *snakemake], lock)
         return _report(plan)
 
 
@@ -93,24 +88,20 @@ def one_command(plan: Plan, run: PlannedRun, *, overrides: Mapping[str, Any], da
     return command + (["--data-root", data_root] if data_root else [])
 
 
-def _snakemake(plan: Plan, options: Options, lock: int) -> None:
+def _snakemake(plan: Plan, arguments: Sequence[str], lock: int) -> None:
     """Run Snakemake in a process group of its own, so that an interruption reaches all of it, and once.
 
     It inherits the lock, so the study counts as running until Snakemake has ended, too.
     """
-    # a file, because Snakemake reads what it is given on the command line as YAML
-    config = {"study": str(plan.file), "overrides": dict(options.overrides), "data_root": options.data_root}
-    atomic_write(plan.folder / "snakemake.json", json.dumps(config))
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(PACKAGE_PARENT / "notebooks" / "Snakefile")]
-    command += ["--directory", str(plan.folder), "--cores", str(options.cores)]
-    command += ["--configfile", str(plan.folder / "snakemake.json")]
+    command += ["--directory", str(plan.folder), "--configfile", str(plan.folder / "snakemake.json")]
     # --nolock: a killed Snakemake leaves its lock behind; ours goes with the process
     command += ["--keep-going", "--nolock", "--rerun-incomplete", "--rerun-triggers", "input"]
     environment = {"PYTHONPATH": package_path(), PARENT: f"{os.uname().nodename}:{os.getpid()}"}
     # what Snakemake says of itself goes into a file; the runs speak for themselves on standard output
     with (plan.folder / "snakemake.log").open("w", encoding="utf-8") as log:
         process = subprocess.Popen(
-            [*command, *options.snakemake],
+            [*command, *arguments],
             env=os.environ | environment,
             start_new_session=True,
             pass_fds=[lock],
@@ -164,69 +155,52 @@ def _end(process: subprocess.Popen[bytes], patience: float = 15) -> None:
 
 
 @contextlib.contextmanager
-def _measured() -> Iterator[dict[str, Any]]:
-    """Fill `wall_seconds` and `peak_memory_mb`: the resident memory of all our processes together, once a second."""
-    result: dict[str, Any] = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "peak_memory_mb": 0.0}
-    stop, me, clock = threading.Event(), psutil.Process(), time.monotonic()
+def _costs_printed() -> Iterator[None]:
+    """Print the time and the largest resident memory of all our processes together, looked up once a second."""
+    peak, stop, me, clock = 0, threading.Event(), psutil.Process(), time.monotonic()
 
     def watch() -> None:
+        nonlocal peak
         while not stop.wait(1):
             total = 0
             for process in (me, *me.children(recursive=True)):
                 with contextlib.suppress(psutil.Error):
                     total += process.memory_info().rss
-            result["peak_memory_mb"] = max(result["peak_memory_mb"], round(total / 2**20, 1))
+            peak = max(peak, total)
 
     threading.Thread(target=watch, daemon=True).start()
     try:
-        yield result
+        yield
     finally:
         stop.set()
-        result["wall_seconds"] = round(time.monotonic() - clock, 1)
-
-
-def _summarise(plan: Plan, started: set[str], measured: Mapping[str, Any]) -> None:
-    """Write summary.json: time and memory of this invocation and of each run."""
-    runs = []
-    for run in plan:
-        record, status = read_json(plan.folder / run.run_id / "run.json"), status_of(plan, run)
-        costs = {key: record.get(key) for key in ("wall_seconds", "peak_memory_mb", "device")}
-        done_now = run.run_id in started and status != "missing"
-        runs.append({"run_id": run.run_id, "notebook": run.notebook, "status": status, **costs, "done_now": done_now})
-    complete = all(run["status"] == "ok" for run in runs)
-    content = {"study": plan.study, "status": "ok" if complete else "failed", **measured, "runs": runs}
-    atomic_write(plan.folder / "summary.json", json.dumps(content, indent=1) + "\n")
+        print(f"  took       {duration(time.monotonic() - clock)} and {peak / 2**30:.1f} GiB")
 
 
 def _report(plan: Plan) -> int:
     """Print what is not done and where everything lies; return the exit code."""
-    here, package = os.path.relpath(plan.folder), package_hash()
-    unfinished, older = [run for run in plan if not is_done(plan, run)], 0
+    here, package, older = os.path.relpath(plan.folder), package_hash(), 0
+    unfinished = [run for run in plan if not is_done(plan, run)]
     for run in plan:
         record = read_json(plan.folder / run.run_id / "run.json")
         older += record.get("package", package) != package
-        if run in unfinished and "error" in record:
+        if run not in unfinished:
+            continue
+        if "error" in record:
             error = record["error"] or {"name": "stale", "value": "made by other code or data"}
-            first = next(iter(str(error["value"]).strip().splitlines()), "")
+            first = (str(error["value"]).strip() or " ").splitlines()[0]
             print(f"  {record['status']:8} {run.run_id}: {error['name']}: {first}")
             print(f"           {here}/{run.run_id}/{EXECUTED}")
-        elif run in unfinished:
+        else:
             waits = ", ".join(need for need in run.needs if plan[need] in unfinished)
             print(f"  not run  {run.run_id}" + (f", waits for {waits}" if waits else ""))
     if older:
         print(f"  note: {older} runs were made with other code in gloria_core; `make study FORCE=all` repeats them")
     for path in sorted(path for run in plan for path in (plan.folder / run.run_id).glob("tables/*")):
         print(f"  table      {os.path.relpath(path)}")
-    figures = sum(1 for run in plan for _ in (plan.folder / run.run_id).glob("figures/*.png"))
-    print(f"  figures    {here}/*/figures/ ({figures} pictures)\n  notebooks  {here}/*/{EXECUTED}")
-    last = read_json(plan.folder / "summary.json")
-    if last:
-        runs = sum(run["done_now"] for run in last["runs"])
-        print(
-            f"  took       {duration(last['wall_seconds'])} and {last['peak_memory_mb'] / 1024:.1f} GiB for {runs} runs"
-        )
-    left = f"{len(unfinished)} of {len(plan)} runs are not done" if unfinished else "complete"
-    print(f"study {plan.study}: {left}")
+    print(f"  figures    {here}/*/figures/\n  notebooks  {here}/*/{EXECUTED}")
+    print(
+        f"study {plan.study}: " + (f"{len(unfinished)} of {len(plan)} runs are not done" if unfinished else "complete")
+    )
     return 1 if unfinished else 0
 
 

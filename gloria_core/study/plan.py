@@ -19,8 +19,9 @@ Nobody writes paths. A parameter that is left blank gets the file of the run tha
 | `checkpoint` | checkpoints/best.pt   | 02_pretraining       | objective, seed          |
 
 "The same" holds for parameters that both notebooks have; a `dataset` left blank agrees with any. When several runs are
-left, every further parameter in which they differ must agree, too. 09_paper_tables reads every other run. `out`,
-`study` and `run_id` are filled in by the runner. Paths that *are* written are relative to the repository root.
+left, every further parameter in which they differ must agree, too. A stage reads from stages above it;
+09_paper_tables reads them all. `out`, `study` and `run_id` are filled in by the runner. Paths that *are* written are
+relative to the repository root.
 """
 
 from __future__ import annotations
@@ -110,15 +111,6 @@ def read_study(path: Path) -> StudyFile:
     if study.study != path.stem:
         raise StudyError(f"`study: {study.study}` must be the file's name, {path.stem!r}")
     return study
-
-
-@dataclass(frozen=True)
-class Draft:
-    """A run that has no name yet: `values` are all parameters of its notebook."""
-
-    notebook: str
-    values: Mapping[str, Any]
-    resources: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -219,27 +211,32 @@ def load_study(path: str | Path, *, overrides: Mapping[str, Any] | None = None, 
             if stage.notebook not in files:
                 raise StudyError(unknown("notebook", stage.notebook, files, where="notebooks/"))
         notebooks = {stage.notebook: notebook_parameters.read(files[stage.notebook]) for stage in study.stages}
-        known = sorted({name for parameters in notebooks.values() for name in parameters.types})
+        known = sorted({name for parameters in notebooks.values() for name in parameters.types} - {*FILLED})
         for what, given in (("common", study.common), ("override", overrides)):
             for key in given:
-                if key not in known or key in FILLED:
-                    settable = [name for name in known if name not in FILLED]
-                    raise ParameterError(unknown(f"{what} parameter", key, settable, where="the notebooks"))
-        drafts = []
+                if key not in known:
+                    raise ParameterError(unknown(f"{what} parameter", key, known, where="the notebooks"))
+        runs: list[PlannedRun] = []
         for stage in study.stages:
-            drafts += _drafts(study, stage, notebooks[stage.notebook], overrides, data_root)
-        if overrides.get("data_root") and not any(draft.values.get("data_root") for draft in drafts):
+            code = notebook_fingerprint(files[stage.notebook])
+            names = set(Resources.model_fields)
+            resources = study.model_dump(include=names) | stage.model_dump(include=names & stage.model_fields_set)
+            for values in _combinations(study, stage, notebooks[stage.notebook], overrides, data_root):
+                run = _planned(study.study, stage.notebook, values, runs, code, root, resources)
+                if any(run.run_id == other.run_id for other in runs):
+                    raise StudyError(f"two runs of {run.notebook} have the same parameters: {values}")
+                runs.append(run)
+        if overrides.get("data_root") and not any(run.parameters.get("data_root") for run in runs):
             raise StudyError("a data folder is given, but this study simulates its images (dataset: phantom)")
-        fingerprints = {name: notebook_fingerprint(files[name]) for name in notebooks}
-        return Plan(path.stem, path, root, _ordered(path.stem, drafts, fingerprints, root))
+        return Plan(path.stem, path, root, tuple(runs))
     except (StudyError, ParameterError) as error:
         raise type(error)(f"{path.name}: {error}") from None
 
 
-def _drafts(
+def _combinations(
     study: StudyFile, stage: Stage, parameters: Parameters, overrides: Mapping[str, Any], data_root: str
-) -> Iterator[Draft]:
-    """The runs of one stage, before it is known which others they need."""
+) -> Iterator[dict[str, Any]]:
+    """The parameters of each run of one stage."""
     for key in (*stage.parameters, *stage.grid):
         if key in FILLED:
             raise StudyError(f"{stage.notebook}: {key!r} is filled in by the runner; leave it out")
@@ -248,8 +245,6 @@ def _drafts(
     for key, values in stage.grid.items():
         if not values or any(values.count(value) > 1 for value in values):
             raise StudyError(f"{stage.notebook}: `grid: {key}` must be a list of different values, not {values!r}")
-    names = set(Resources.model_fields)
-    resources = study.model_dump(include=names) | stage.model_dump(include=names & stage.model_fields_set)
     for combination in product(*stage.grid.values()):
         given = {key: value for key, value in study.common.items() if key in parameters.types}
         given |= stage.parameters | dict(zip(stage.grid, combination, strict=True))
@@ -259,7 +254,7 @@ def _drafts(
             simulated = values.get("dataset", study.common.get("dataset", "phantom")) == "phantom"
             place = _data_folder(values["data_root"], overrides.get("data_root", ""), data_root)
             values["data_root"] = "" if simulated else place
-        yield Draft(stage.notebook, values, resources)
+        yield values
 
 
 def _data_folder(written: str, override: str, usual: str) -> str:
@@ -269,82 +264,62 @@ def _data_folder(written: str, override: str, usual: str) -> str:
     return str(Path(usual) / written) if usual else written
 
 
-def _ordered(
-    study: str, drafts: Sequence[Draft], fingerprints: Mapping[str, str], root: Path
-) -> tuple[PlannedRun, ...]:
-    """The runs with their names, each after those whose files it reads."""
-    done: dict[int, PlannedRun] = {}
-    needs = {index: _needs(draft, drafts) for index, draft in enumerate(drafts)}
-    while len(done) < len(drafts):
-        ready = [i for i in needs if i not in done and all(need in done for need in needs[i].values())]
-        if not ready:
-            raise StudyError("the stages wait for each other in a circle")
-        for index in ready:
-            draft = drafts[index]
-            run = _named(study, draft, {key: done[need] for key, need in needs[index].items()}, fingerprints, root)
-            if any(run.run_id == other.run_id for other in done.values()):
-                values = ", ".join(f"{key}={value!r}" for key, value in draft.values.items() if key not in FILLED)
-                raise StudyError(f"two runs of {run.notebook} have the same parameters: {values}")
-            done[index] = run
-    return tuple(done.values())
+def _planned(
+    study: str,
+    notebook: str,
+    values: Mapping[str, Any],
+    above: Sequence[PlannedRun],
+    code: str,
+    root: Path,
+    resources: Mapping[str, int],
+) -> PlannedRun:
+    """The run with these parameters, its name, and the files of the runs `above` that it reads."""
+    wanted = [key for key, (maker, _, _) in SOURCES.items() if values.get(key) == "" and notebook != maker]
+    makers = {key: _maker(key, notebook, values, above) for key in wanted}
+    needs = list(above) if notebook == COLLECTOR else list(makers.values())
+    upstream = sorted({run.run_id for run in needs})
+    identity = {key: value for key, value in values.items() if key not in (*FILLED, *PATHS)}
+    # a path means another place on another machine: its name counts here, its content in the fingerprint
+    identity |= {key: Path(values[key]).name for key in SOURCES if values.get(key)}
+    objective, seed = identity.get("objective"), identity.get("seed")
+    short = content_hash([notebook, identity, upstream], digits=8)
+    parts = [notebook, objective, None if seed is None else f"s{seed}", short]
+    run_id = "-".join(re.sub(r"[^\w.]", "_", str(part)) for part in parts if part not in (None, ""))
+    data = {key: path_fingerprint(root, values[key]) for key in PATHS if values.get(key)}
+    fingerprint = content_hash([run_id, code, data, sorted(run.fingerprint for run in needs)])
+    files = {key: (RUNS / study / maker.run_id / SOURCES[key][1]).as_posix() for key, maker in makers.items()}
+    filled = {"out": (RUNS / study / run_id).as_posix(), "study": study, "run_id": run_id}
+    parameters = {**values, **files} | {key: value for key, value in filled.items() if key in values}
+    return PlannedRun(run_id, notebook, parameters, tuple(upstream), fingerprint, **resources)
 
 
-def _needs(draft: Draft, drafts: Sequence[Draft]) -> dict[str, int]:
-    """For each file that `draft` reads, the index of the draft that makes it; the collector needs all others."""
-    if draft.notebook == COLLECTOR:
-        return {f"run {index}": index for index, other in enumerate(drafts) if other.notebook != COLLECTOR}
-    wanted = [key for key, (maker, _, _) in SOURCES.items() if draft.values.get(key) == "" and draft.notebook != maker]
-    return {key: _maker(key, draft, drafts) for key in wanted}
-
-
-def _maker(key: str, draft: Draft, drafts: Sequence[Draft]) -> int:
-    """The index of the draft that makes the file `key` for `draft`. Raises `StudyError` for none or several."""
-    notebook, _, same = SOURCES[key]
-    left = [index for index, other in enumerate(drafts) if other.notebook == notebook]
+def _maker(key: str, notebook: str, values: Mapping[str, Any], above: Sequence[PlannedRun]) -> PlannedRun:
+    """The one of the runs `above` that makes the file `key` for `notebook`. Raises `StudyError` for none or several."""
+    maker, _, same = SOURCES[key]
+    left = [run for run in above if run.notebook == maker]
     if not left:
-        raise StudyError(f"{draft.notebook} reads a {key}, but no stage runs {notebook}; add it or give `{key}`")
-    for name in (*same, *_differing([drafts[index].values for index in left])):
-        value = draft.values.get(name)
-        if name not in draft.values or name not in drafts[left[0]].values or (name == "dataset" and value == ""):
+        raise StudyError(f"{notebook} reads a {key}, but no stage above it runs {maker}; add it or give `{key}`")
+    for name in (*same, *_differing(left)):
+        value = values.get(name)
+        if name not in values or name not in left[0].parameters or (name == "dataset" and value == ""):
             continue
         if name in same or len(left) > 1:
-            there = [drafts[index].values[name] for index in left]
-            left = [index for index in left if drafts[index].values[name] == value]
+            there = dict.fromkeys(repr(run.parameters[name]) for run in left)
+            left = [run for run in left if run.parameters[name] == value]
             if not left:
                 raise StudyError(
-                    f"{draft.notebook} reads the {key} of {name} {value!r}, but {notebook} is run for {name} "
-                    f"{', '.join(map(repr, dict.fromkeys(there)))}; add that run to its grid"
+                    f"{notebook} reads the {key} of {name} {value!r}, but {maker} is run for {name} "
+                    f"{', '.join(there)}; add that run to its grid"
                 )
     if len(left) > 1:
         raise StudyError(
-            f"{draft.notebook} could read the {key} of {len(left)} runs of {notebook}, which differ in "
-            f"{', '.join(_differing([drafts[index].values for index in left]))}; give `{key}`, or one run for each"
+            f"{notebook} could read the {key} of {len(left)} runs of {maker}, which differ in "
+            f"{', '.join(_differing(left))}; give `{key}`, or one run for each"
         )
     return left[0]
 
 
-def _differing(values: Sequence[Mapping[str, Any]]) -> list[str]:
-    return [name for name in values[0] if any(other[name] != values[0][name] for other in values[1:])]
-
-
-def _named(
-    study: str, draft: Draft, needs: Mapping[str, PlannedRun], fingerprints: Mapping[str, str], root: Path
-) -> PlannedRun:
-    """The run of a draft, with the files of the runs that it needs."""
-    upstream = sorted(run.run_id for run in needs.values())
-    identity = {key: value for key, value in draft.values.items() if key not in (*FILLED, *PATHS)}
-    # a path means another place on another machine: its name counts here, its content in the fingerprint
-    identity |= {key: Path(draft.values[key]).name for key in SOURCES if draft.values.get(key)}
-    objective, seed = identity.get("objective"), identity.get("seed")
-    short = content_hash([draft.notebook, identity, upstream], digits=8)
-    parts = [draft.notebook, objective, None if seed is None else f"s{seed}", short]
-    run_id = "-".join(re.sub(r"[^\w.]", "_", str(part)) for part in parts if part not in (None, ""))
-    files = {
-        key: (RUNS / study / need.run_id / SOURCES[key][1]).as_posix() for key, need in needs.items() if key in SOURCES
-    }
-    filled = {"out": (RUNS / study / run_id).as_posix(), "study": study, "run_id": run_id}
-    values = {**draft.values, **files} | {key: value for key, value in filled.items() if key in draft.values}
-    data = {key: path_fingerprint(root, draft.values[key]) for key in PATHS if draft.values.get(key)}
-    older = sorted(run.fingerprint for run in needs.values())
-    fingerprint = content_hash([run_id, fingerprints[draft.notebook], data, older])
-    return PlannedRun(run_id, draft.notebook, values, tuple(upstream), fingerprint, **draft.resources)
+def _differing(runs: Sequence[PlannedRun]) -> list[str]:
+    first = runs[0].parameters
+    names = [name for name in first if name not in (*FILLED, *PATHS)]
+    return [name for name in names if any(run.parameters[name] != first[name] for run in runs)]

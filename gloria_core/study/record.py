@@ -191,13 +191,9 @@ def start_run(out: str | Path, *, notebook: str, parameters: Mapping[str, Any]) 
     """Open the folder `out` of this run; `out=""` (a notebook opened by hand) is results/runs/interactive/<notebook>.
 
     `parameters` fill the columns `FROM_PARAMETERS` of every number, where they have them.
-    Raises `RecordError` when these four are not plain values.
     """
     interactive = str(out) == ""
     folder = repository_root() / RUNS / "interactive" / _file_name(notebook) if interactive else Path(out)
-    for name in FROM_PARAMETERS:
-        if isinstance(parameters.get(name), list | tuple | dict):
-            raise RecordError(f"parameter {name!r} is {parameters[name]!r}: give one value, and others row by row")
     folder.mkdir(parents=True, exist_ok=True)
     run_id = "interactive" if interactive else folder.resolve().name
     return Run(folder, run_id, _file_name(notebook), dict(parameters), interactive)

@@ -459,7 +459,7 @@ def test_one_image_with_several_texts(pairs):
     objective = make()
     one = replace(images, pooled=images.pooled[1:2], regions=images.regions[1:2])
     torch.testing.assert_close(objective.attention(one, texts)[1], objective.attention(images, texts)[1])
-    with pytest.raises(ValueError, match="got 2 and 4"):
+    with pytest.raises(ValueError, match="got 2 images and 4"):
         objective.attention(replace(images, regions=images.regions[:2], pooled=images.pooled[:2]), texts)
 
 

@@ -118,7 +118,7 @@ def test_overrides_and_data_root(make_study, tmp_path):
         ),
         (HEAD + "  - {notebook: 01_data_preparation}\n", "two runs of 01_data_preparation have the same parameters"),
         (HEAD.replace("dataset", "datset"), "common parameter 'datset'.*mean 'dataset'"),
-        (HEAD + "  - {notebook: 07_zero_shot}\n", "reads a checkpoint, but no stage runs 02_pretraining"),
+        (HEAD + "  - {notebook: 07_zero_shot}\n", "reads a checkpoint, but no stage above it runs 02_pretraining"),
         (
             HEAD + "  - {notebook: 02_pretraining}\n  - {notebook: 07_zero_shot, grid: {objective: [convirt]}}\n",
             "objective 'convirt', but 02_pretraining is run for objective 'gloria'",

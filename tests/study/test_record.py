@@ -133,5 +133,6 @@ def test_figures_and_tables(run):
 
 
 def test_parameters_must_be_single_values(tmp_path):
-    with pytest.raises(RecordError, match="'seed'"):
-        start_run(tmp_path, notebook="04", parameters={"seed": [0, 1]})
+    run = start_run(tmp_path, notebook="04", parameters={"seed": [0, 1]})
+    with pytest.raises(RecordError, match=r"valid integer.*\(seed\)"):
+        run.metric(task="data", target="all", metric="studies", value=1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -75,7 +76,7 @@ def test_failure_fix_and_deletion(make_study):
     """A failed notebook stops only what depends on it; after the fix, only what is missing is done."""
     file = make_study()
     plan = load_study(file)
-    data, gloria, broken, zero_gloria, zero_broken, tables = [run.run_id for run in plan]
+    data, gloria, broken, zero_gloria, zero_broken, _ = [run.run_id for run in plan]
     (file.parents[1] / "broken").touch()
 
     code, out, _ = study(file, "--cores", 4)
@@ -107,11 +108,7 @@ def test_failure_fix_and_deletion(make_study):
     assert all(is_done(plan, run) for run in plan)
     kept = {name for name, mark in marks(plan).items() if before.get(name) == mark}
     assert kept == {data, gloria}
-    summary = json.loads((plan.folder / "summary.json").read_text())
-    assert {run["run_id"] for run in summary["runs"] if run["done_now"]} == {broken, zero_gloria, zero_broken, tables}
-    assert summary["status"] == "ok"
-    assert summary["wall_seconds"] > 1
-    assert summary["peak_memory_mb"] > 50
+    assert re.search(r"took +\d+ s and 0\.\d GiB", out)
 
     before = marks(plan)
     clock = time.monotonic()
