@@ -12,6 +12,7 @@ padding counts as background and takes no part in that. A blank element, or a wi
 
 from __future__ import annotations
 
+import contextlib
 import struct
 import zlib
 from io import BytesIO
@@ -24,7 +25,6 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from pydicom import Dataset, dcmread
-from pydicom.multival import MultiValue
 from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_windowing
 from pydicom.sequence import Sequence
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
@@ -160,8 +160,9 @@ def _kind(data: bytes) -> str:
     if data.startswith(_TIFF):
         tags, stream = TiffImagePlugin.ImageFileDirectory_v2(data[:8]), BytesIO(data)
         stream.seek(tags.next)
-        tags.load(stream)
-        return f"a TIFF of {'/'.join(map(str, tags.get(_BITS, (1,))))} bits"
+        with contextlib.suppress(Exception):  # of a damaged file
+            tags.load(stream)
+            return f"a TIFF of {'/'.join(map(str, tags.get(_BITS, (1,))))} bits"
     place = 2
     while data.startswith(_JPEG) and place + 5 <= len(data):
         if 0xC0 <= data[place + 1] <= 0xCF and data[place + 1] not in (0xC4, 0xC8, 0xCC):  # start of frame
@@ -235,10 +236,9 @@ def _decode_dicom(data: bytes, name: str | Path) -> NDArray[np.uint8]:
             f"{name}: pixels in DICOM transfer syntax {syntax!r}, {cause} a decoder here ({_one_line(error)}): "
             "install 'pylibjpeg[all]', or convert the file to an uncompressed syntax"
         ) from error
-    except AttributeError as error:
-        raise ImageError(f"{name}: incomplete DICOM header ({_one_line(error)}): {_COPY_AGAIN}") from error
     except Exception as error:
-        raise ImageError(f"{name}: truncated or damaged DICOM ({_one_line(error)}): {_COPY_AGAIN}") from error
+        state = "incomplete DICOM header" if isinstance(error, AttributeError) else "truncated or damaged DICOM"
+        raise ImageError(f"{name}: {state} ({_one_line(error)}): {_COPY_AGAIN}") from error
     if frames != 1:
         raise ImageError(f"{name}: {frames} frames in one file: export the one that is the radiograph")
     try:
@@ -269,7 +269,7 @@ def _as_shown(stored: NDArray, dataset: Dataset) -> NDArray[np.uint8]:
     seen = values[~padding]
     if "VOILUTSequence" in dataset:
         gray = _look_up(values, dataset.VOILUTSequence[0], signed=bool(dataset.PixelRepresentation))
-    elif "WindowWidth" in dataset:
+    elif dataset.WindowWidth is not None:
         # the window of values far outside gives the two ends of the output range
         with np.errstate(over="ignore"):
             ends = apply_windowing(np.array([-1e12, 1e12]), dataset)
@@ -285,7 +285,7 @@ def _as_shown(stored: NDArray, dataset: Dataset) -> NDArray[np.uint8]:
 
 
 def _drop_blank_elements(dataset: Dataset) -> None:
-    """Remove blank display elements, tables without content, windows without a width, and a rescaling by 1 and 0."""
+    """Remove blank display elements, empty tables and a rescaling by 1 and 0; keep the first usable window."""
     for keyword in (
         "PixelPaddingValue",
         "PixelPaddingRangeLimit",
@@ -295,27 +295,20 @@ def _drop_blank_elements(dataset: Dataset) -> None:
     ):
         if keyword in dataset and dataset.get(keyword) in (None, ""):
             delattr(dataset, keyword)
+    for keyword in ("ModalityLUTSequence", "VOILUTSequence"):
+        tables = [item for item in dataset.get(keyword) or () if item.get("LUTDescriptor") and item.get("LUTData")]
+        setattr(dataset, keyword, Sequence(tables))
+        if not tables:
+            delattr(dataset, keyword)
     slope, intercept = dataset.get("RescaleSlope", 1), dataset.get("RescaleIntercept", 0)
     dataset.RescaleSlope, dataset.RescaleIntercept = slope, intercept
     if (slope, intercept) == (1, 0):
         del dataset.RescaleSlope, dataset.RescaleIntercept
-    for keyword in ("ModalityLUTSequence", "VOILUTSequence"):
-        if keyword in dataset:
-            tables = [item for item in dataset.get(keyword) or () if item.get("LUTDescriptor") and item.get("LUTData")]
-            setattr(dataset, keyword, Sequence(tables))
-            if not tables:
-                delattr(dataset, keyword)
-    if "WindowWidth" in dataset or "WindowCenter" in dataset:
-        centers, widths = (
-            value if isinstance(value, MultiValue) else [value]
-            for value in (dataset.get("WindowCenter"), dataset.get("WindowWidth"))
-        )
-        windows = [pair for pair in zip(centers, widths, strict=False) if None not in pair and "" not in pair]
-        smallest = 1 if dataset.get("VOILUTFunction", "LINEAR") == "LINEAR" else 1e-9
-        windows = [pair for pair in windows if pair[1] >= smallest]
-        dataset.WindowCenter, dataset.WindowWidth = windows[0] if windows else (None, None)
-        if not windows:
-            del dataset.WindowCenter, dataset.WindowWidth
+    smallest = 1 if dataset.get("VOILUTFunction", "LINEAR") == "LINEAR" else 1e-9
+    values = (np.array(dataset.get(keyword), object) for keyword in ("WindowCenter", "WindowWidth"))
+    windows = zip(*map(np.ravel, values), strict=False)
+    usable = (pair for pair in windows if not {None, ""} & set(pair) and pair[1] >= smallest)
+    dataset.WindowCenter, dataset.WindowWidth = next(usable, (None, None))
 
 
 def _look_up(values: NDArray, item: Dataset, *, signed: bool) -> NDArray[np.uint8]:

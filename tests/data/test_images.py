@@ -226,6 +226,23 @@ def test_deep_colour_tiff_is_refused_by_its_depth(samples):
         decode_gray(tiff(values, 16, 2), "a.tif")
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("kind", "options"), [("PNG", {}), ("JPEG", {}), ("TIFF", {}), ("TIFF", {"compression": "tiff_lzw"}), ("BMP", {})]
+)
+def test_random_damage_never_escapes_as_another_error(kind, options):
+    whole = encoded(textured(20, 20), kind, **options)
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        spoilt = bytearray(whole)
+        for place in [*rng.integers(4, min(len(whole), 200), 2), rng.integers(4, len(whole))]:
+            spoilt[place] = rng.integers(256)
+        try:
+            assert decode_gray(bytes(spoilt), "a").dtype == np.uint8
+        except ImageError as error:
+            assert str(error).startswith("a: ")
+
+
 def test_pixels_that_are_no_numbers_are_refused():
     with pytest.raises(ImageError, match="NaN"):
         decode_gray(tiff(np.full((4, 4), np.nan, "<f4"), 32, 1, sample_format=3), "a.tif")
