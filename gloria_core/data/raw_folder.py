@@ -313,13 +313,16 @@ def _read_text(path: Path, names: Sequence[str], separator: str, *, rows: int | 
         separator = separator or max(parts, key=lambda sign: len(parts[sign] & (wanted or parts[sign])))
         for encoding in encodings:
             with contextlib.suppress(UnicodeDecodeError), _unpacked(path) as file, warnings.catch_warnings():
-                # rows that end in a separator have one cell more than the header
-                warnings.simplefilter("ignore", pd.errors.ParserWarning)
+                # pandas only warns where it cuts rows that are longer than the header
+                warnings.simplefilter("error", pd.errors.ParserWarning)
                 options = {"dtype": str, "keep_default_na": False, "index_col": False, "nrows": rows}
                 table = pd.read_csv(file, sep=separator, encoding=encoding, **options)
                 break
         else:
             raise ValueError("its encoding is neither UTF-8, UTF-16 nor Windows-1252; save it as UTF-8")
+    except pd.errors.ParserWarning as error:
+        remedy = "put texts with the separator in quotes, and end no row with it"
+        raise ManifestError(f"{path}: rows have more cells than row 1 (the header); {remedy}") from error
     except (ValueError, OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         raise ManifestError(f"{path}: cannot be read as a table ({error}); get or save it again") from error
     if encoding == "cp1252":
@@ -340,6 +343,8 @@ def _unpacked(path: Path) -> Iterator[IO[bytes]]:
         elif magic == b"PK":
             with zipfile.ZipFile(file) as archive:
                 members = [name for name in archive.namelist() if not name.startswith("__MACOSX")]
+                if "xl/workbook.xml" in members:
+                    raise ValueError("it is an Excel workbook; save it as CSV, UTF-8")
                 if len(members) != 1:
                     raise ValueError(
                         f"the archive holds {len(members)} files ({', '.join(members[:5])}), not one table"

@@ -69,12 +69,14 @@ def test_published_split_labels_and_list(tmp_path):
     make_tree(tmp_path)
     assert prepare(tmp_path, split_rule="published")["split"].value_counts().to_dict() == {"train": 56, "valid": 4}
     assert "Edema" not in prepare(tmp_path, labels="none")
-    assert "findings_fixed.json is missing" in refusal(prepare, tmp_path, labels="findings")
+    assert "lacks chexbert_labels/findings_fixed.json" in refusal(prepare, tmp_path, labels="findings")
     given = tmp_path / "list.csv"
     given.write_text("Path\nx/train/patient00007/study1/view1_frontal.jpg\n")
     frame = prepare(tmp_path, hold_out=given)
     assert "patient00007" not in set(frame["patient_id"]) and len(frame) == 59
-    (tmp_path / "chexbert_labels/impression_fixed.json").write_text('{"path_to_image": "a.jpg"}\n')
+    (tmp_path / "chexbert_labels").rename(tmp_path / "labels")
+    assert "Edema" in prepare(tmp_path)
+    (tmp_path / "labels/impression_fixed.json").write_text('{"path_to_image": "a.jpg"}\n')
     assert "line 1: no labels" in refusal(prepare, tmp_path)
 
 

@@ -148,10 +148,14 @@ def test_unreadable_tables(tmp_path):
     assert "has 'Id' and 'ID'" in said(read_table, path, {"id": "id"})
     text = said(read_table, path, {"Ids": "id"})
     assert "t.csv: row 1 (the header) lacks column 'Ids'. Did you mean 'Id'?" in text
+    path.write_text("Id,Note\n1,clear, no effusion\n")
+    assert "t.csv: rows have more cells than row 1 (the header); put texts" in said(read_table, path, {"Id": "id"})
     path.write_text("Id\n")
     assert "no rows" in said(read_table, path, {"Id": "id"})
     path.write_bytes(gzip.compress(b"Id\n1\n" * 1000)[:-20])
     assert "cannot be read as a table" in said(read_table, path, {"Id": "id"})
+    path.write_bytes(zipped(b"", "[Content_Types].xml", "xl/workbook.xml"))
+    assert "an Excel workbook; save it as CSV" in said(read_table, path, {"Id": "id"})
     path.write_bytes(zipped(b"Id\n1\n", "a.csv", "b.csv"))
     assert "holds 2 files (a.csv, b.csv), not one table" in said(read_table, path, {"Id": "id"})
 

@@ -103,10 +103,13 @@ def _labels(root: Path, which: str) -> pd.DataFrame | None:
     """Labels by key (train/patient.../view1_frontal), from a file with a JSON object a line; None without one."""
     if which == "none":
         return None
-    path = root / "chexbert_labels" / f"{which}_fixed.json"
-    if not path.is_file():
+    name = f"{which}_fixed.json"
+    path = raw.optional_file(root, f"chexbert_labels/{name}|*/{name}|{name}", "CheXpert Plus")
+    if path is None:
         if which != "impression":
-            raise ManifestError(f"{path} is missing: CheXbert's labels, {WHERE}; or use labels='none'")
+            raise ManifestError(
+                f"{root} lacks chexbert_labels/{name}: CheXbert's labels, {WHERE}; or use labels='none'"
+            )
         return None
     rows = []
     with path.open(encoding="utf-8") as file:

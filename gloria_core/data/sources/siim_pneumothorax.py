@@ -112,8 +112,9 @@ def read_runs(path: Path) -> pd.DataFrame:
 
 def read_pictures(path: Path) -> pd.DataFrame:
     """One row an image of the PNG version, of the train and the test table: name, stem, positive, split."""
-    parts, other = [], path.with_name(path.name.replace("train", "test"))
-    paths = {"train": path} | ({"test": other} if other != path and other.is_file() else {})
+    parts, test = [], path.name.replace("train", "test")
+    other = raw.optional_file(path.parent, test, "siim_pneumothorax") if test != path.name else None
+    paths = {"train": path} | ({"test": other} if other else {})
     for split, table in paths.items():
         parts.append(
             raw.read_table(table, PICTURE, remedy="Take the tables that come with png_images/").assign(split=split)
