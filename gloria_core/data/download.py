@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +23,7 @@ def fetch(
     timeout: float = 60,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Download `url` to `path`; a file that is there with the right checksum (or without one to compare) is kept.
+    """Download `url` to `path`; nothing is done where `path` exists with the right checksum (or none is given).
 
     Bytes go to `path` + ".part" and the next call resumes from them by HTTP Range; a server that does not know Range
     starts anew. `progress(done, total)` is called about every MiB (total 0 if unknown).
@@ -35,47 +34,33 @@ def fetch(
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
+    done = part.stat().st_size if part.is_file() else 0
+    total = 0
     try:
-        total = _receive(url, part, timeout=timeout, progress=progress)
-    except (urllib.error.URLError, OSError) as error:
-        have = part.stat().st_size if part.is_file() else 0
-        raise DownloadError(f"{url}: {error}; {have} bytes are in {part}, call again to resume") from error
-    size = part.stat().st_size
-    if total and size != total:
-        raise DownloadError(f"{url}: {size} of {total} bytes arrived in {part}; call again to resume")
-    found = file_hash(part, digits=64) if sha256 is not None else None
-    if found != sha256:
+        request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
+        with urllib.request.urlopen(request, timeout=timeout) as answer:
+            done = done if answer.status == 206 else 0
+            length = int(answer.headers.get("Content-Length") or 0)
+            total = done + length if length else 0
+            with part.open("ab" if done else "wb") as file:
+                while block := answer.read(BLOCK):
+                    file.write(block)
+                    done += len(block)
+                    if progress is not None:
+                        progress(done, total)
+    except OSError as error:
+        if not done or getattr(error, "code", None) != 416:
+            raise DownloadError(f"{url}: {error}; {done} bytes are in {part}, call again to resume") from error
+        # nothing lies beyond what was read: it is the whole file, or another one
+        if (error.headers.get("Content-Range") or "").rpartition("/")[2] != str(done):
+            part.unlink()
+            return fetch(url, path, sha256=sha256, timeout=timeout, progress=progress)
+    if total and done != total:
+        raise DownloadError(f"{url}: {done} of {total} bytes arrived in {part}; call again to resume")
+    if sha256 is not None and (actual := file_hash(part, digits=64)) != sha256:
         part.unlink()
         raise DownloadError(
-            f"{url}: the SHA-256 is {found}, it should be {sha256}; removed, try again or another mirror"
+            f"{url}: the SHA-256 is {actual}, it should be {sha256}; removed, try again or another mirror"
         )
     part.replace(path)
     return path
-
-
-def _receive(url: str, part: Path, *, timeout: float, progress: Callable[[int, int], None] | None) -> int:
-    """Append what is missing to `part`; the whole size, 0 where the server does not say."""
-    done = part.stat().st_size if part.is_file() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
-    try:
-        answer = urllib.request.urlopen(request, timeout=timeout)
-    except urllib.error.HTTPError as error:
-        if error.code == 416 and done:  # nothing beyond what is there: it is whole, or not this file
-            whole = (error.headers.get("Content-Range") or "").rpartition("/")[2]
-            if whole == str(done):
-                return done
-            part.unlink()
-            return _receive(url, part, timeout=timeout, progress=progress)
-        raise
-    with answer:
-        resumed = answer.status == 206
-        done = done if resumed else 0
-        length = int(answer.headers.get("Content-Length") or 0)
-        total = done + length if length else 0
-        with part.open("ab" if resumed else "wb") as file:
-            while block := answer.read(BLOCK):
-                file.write(block)
-                done += len(block)
-                if progress is not None:
-                    progress(done, total)
-    return total
