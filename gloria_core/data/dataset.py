@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -287,18 +287,15 @@ class StudyDataset(Dataset[StudyItem]):
         return np.clip(np.rint(table), 0, 255).astype(np.uint8)[image]
 
 
+@dataclass(frozen=True)
 class Collate:
     """Items -> Batch: pads and tokenises the texts, normalises the pixels as `images.to_tensor` does."""
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerFast,
-        *,
-        channels: int = 3,
-        norm: Norm = "half",
-        max_tokens: int = 97,
-    ) -> None:
-        self.tokenizer, self.channels, self.norm, self.max_tokens = tokenizer, channels, norm, max_tokens
+    tokenizer: PreTrainedTokenizerFast
+    _: KW_ONLY
+    channels: int = 3
+    norm: Norm = "half"
+    max_tokens: int = 97
 
     def __call__(self, items: Sequence[StudyItem]) -> Batch:
         """Shape: pixels (B, V, C, crop, crop) float32; N = B * T texts, study-major."""

@@ -24,7 +24,7 @@ import re
 import warnings
 import zipfile
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import combinations
@@ -36,7 +36,7 @@ import pandas as pd
 from PIL import Image
 from pydicom import dcmread
 
-from gloria_core.data.files import did_you_mean
+from gloria_core.data.files import did_you_mean, existing
 from gloria_core.data.manifest import (
     META,
     SPLITS,
@@ -116,26 +116,6 @@ def _match(root: Path, patterns: str, dataset: str) -> Path | None:
             if matches:
                 return matches[0]
     return None
-
-
-def existing(root: Path | str, paths: Iterable[str]) -> set[str]:
-    """Those of `paths` (posix, relative to `root`) that are files: each folder is listed once, several at a time."""
-    root = Path(root)
-    wanted: dict[str, set[str]] = {}
-    for path in paths:
-        folder, _, name = path.rpartition("/")
-        wanted.setdefault(folder, set()).add(name)
-
-    def files_of(folder: str) -> list[str]:
-        prefix = f"{folder}/" if folder else ""
-        try:
-            with os.scandir(root / folder) as entries:
-                return [prefix + entry.name for entry in entries if entry.name in wanted[folder] and entry.is_file()]
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-
-    with ThreadPoolExecutor(THREADS) as pool:
-        return {path for paths in pool.map(files_of, wanted) for path in paths}
 
 
 def complete(root: Path, cells: pd.Series) -> pd.Series:

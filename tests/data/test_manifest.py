@@ -383,24 +383,11 @@ def test_wrong_root(tree):
         read_manifest(manifest, root=root / "images", on_error="exclude")
 
 
-def test_symlinked_file_out_of_the_root(tree, tmp_path):
+def test_symlinked_files_count(tree, tmp_path):
     manifest, root = tree
-    (tmp_path / "secret.png").write_bytes(b"x")
-    (root / "images/3.png").unlink()
-    (root / "images/3.png").symlink_to(tmp_path / "secret.png")
-    with pytest.raises(ManifestError, match=r"row 5 .*symlink out of the root"):
-        read_manifest(manifest, root=root)
-    (root / "images/3.png").unlink()
-    (root / "images/3.png").symlink_to(root / "images/2.png")
+    (root / "images").rename(tmp_path / "elsewhere")
+    (root / "images").symlink_to(tmp_path / "elsewhere")
     assert len(read_manifest(manifest, root=root)) == 6
-
-
-def test_symlinked_folder_out_of_the_root(tree, tmp_path):
-    manifest, root = tree
-    (root / "images").rename(tmp_path / "root-elsewhere")
-    (root / "images").symlink_to(tmp_path / "root-elsewhere")
-    with pytest.raises(ManifestError, match=r"6 problems(.|\n)*symlink out of the root"):
-        read_manifest(manifest, root=root)
 
 
 def test_root_may_itself_be_a_symlink(tree, tmp_path):
