@@ -11,7 +11,6 @@ every resample is then a weighted metric: 1000 resamples of 2000 studies and 14 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -20,16 +19,6 @@ import pandas as pd
 Metric = Literal["auroc", "auprc"]
 Statistic = Callable[[np.ndarray], np.ndarray]
 """Weights of n samples (b, n) -> values (b, ...), one for each row of weights."""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A value with its percentile interval; `n` units with a known target, NaN where the value is not defined."""
-
-    value: float
-    ci_low: float
-    ci_high: float
-    n: int
 
 
 def resamples(
@@ -249,22 +238,12 @@ def metric_rows(
     )
 
 
-def _alone(y: Sequence[float], score: Sequence[float], metric: Metric) -> float:
-    y, score = np.asarray(y, dtype=float), np.asarray(score, dtype=float)
-    if y.shape != score.shape or y.ndim != 1:
-        raise ValueError(f"targets {y.shape} and scores {score.shape} must be two vectors of one length")
-    rows = metric_rows(pd.DataFrame({"y": y}), pd.DataFrame({"y": score}), metrics=(metric,), n_bootstrap=0)
-    return float(rows["value"].iloc[0])
-
-
 def auroc(y: Sequence[float], score: Sequence[float]) -> float:
     """AUROC of targets (n,) (1, 0, NaN = left out) and scores (n,); NaN where it is not defined."""
-    return _alone(y, score, "auroc")
-
-
-def auprc(y: Sequence[float], score: Sequence[float]) -> float:
-    """Average precision, as `auroc`. Its chance level is the prevalence."""
-    return _alone(y, score, "auprc")
+    if np.shape(y) != np.shape(score):
+        raise ValueError(f"targets {np.shape(y)} and scores {np.shape(score)} must have one length")
+    tables = (pd.DataFrame({"y": np.asarray(values, dtype=float)}) for values in (y, score))
+    return float(metric_rows(*tables, n_bootstrap=0)["value"].iloc[0])
 
 
 RECORDED = ("objective", "dataset", "task", "label_fraction", "seed", "split", "target", "metric")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -20,14 +19,13 @@ from gloria_core.training.schedule import ScheduleName, learning_rate
 
 Progress = Callable[[str], None]
 """Called with one line of text after every validation, for instance `print`."""
-Batch = TypeVar("Batch")
 
 
 def fit(
     model: nn.Module,
-    batches: Iterator[Batch],
-    loss: Callable[[Batch], Tensor],
-    study_ids: Callable[[Batch], Sequence[str]],
+    study_ids: Sequence[str],
+    batches: Iterator[np.ndarray],
+    loss: Callable[[np.ndarray], Tensor],
     validate: Callable[[], float],
     optimizer: torch.optim.Optimizer,
     *,
@@ -35,7 +33,6 @@ def fit(
     validate_at: Collection[int],
     patience: int,
     metric: str,
-    mode: Literal["max", "min"] = "max",
     schedule: ScheduleName = "constant",
     warmup_steps: int = 0,
     precision: Precision = "auto",
@@ -43,13 +40,13 @@ def fit(
 ) -> tuple[pd.DataFrame, int]:
     """Train `model` in place and leave it in evaluation mode with its best weights; returns (history, best step).
 
-    `loss`: the scalar loss of a batch; it enters autocast itself. `validate_at`: the steps (from 1) after which
-    `validate` gives the score called `metric`; `mode` says whether a high or a low one is better. A score of NaN counts
-    as better, so that without a validation score the last weights stay.
+    `batches`: row numbers of `study_ids`. `loss`: the scalar loss of a batch; it enters autocast itself. `validate_at`:
+    the steps (from 1) after which `validate` gives the score called `metric`; the highest is best, or the lowest where
+    the name ends in "loss". A score of NaN counts as better, so that without a validation score the last weights stay.
     history: one row a validation with step, train_loss (mean over the studies since the last one) and `metric`.
     float16 trains with loss scaling. Raises ValueError naming the studies where the loss is not finite.
     """
-    device = next(model.parameters()).device
+    device, sign = next(model.parameters()).device, -1 if metric.endswith("loss") else 1
     scaler = torch.amp.GradScaler(device.type, enabled=choose_precision(device, precision) == "float16")
     rate = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate(step, total_steps=steps, warmup_steps=warmup_steps, schedule=schedule)
@@ -57,13 +54,13 @@ def fit(
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     best, best_step, weights, waited = -np.inf, 0, {}, 0
     history, losses, sizes = [], [], []
-    for step in range(1, steps + 1):
-        batch = next(batches)
+    for step, rows in zip(range(1, steps + 1), batches, strict=False):
         model.train()
-        value, ids = loss(batch), study_ids(batch)
+        value = loss(rows)
         if not bool(torch.isfinite(value)):
+            studies = ", ".join(str(study_ids[row]) for row in rows)
             raise ValueError(
-                f"the loss is not finite ({value.item()}) at step {step}, on studies {', '.join(map(str, ids))}; "
+                f"the loss is not finite ({value.item()}) at step {step}, on studies {studies}; "
                 "lower the learning rate or use float32"
             )
         optimizer.zero_grad(set_to_none=True)
@@ -72,7 +69,7 @@ def fit(
         scaler.update()
         rate.step()
         losses.append(value.item())
-        sizes.append(len(ids))
+        sizes.append(len(rows))
         if step not in validate_at:
             continue
         score = validate()
@@ -80,9 +77,8 @@ def fit(
         losses, sizes, waited = [], [], waited + 1
         if progress is not None:
             progress(f"step {step} of {steps}: train_loss {history[-1]['train_loss']:.3f}, {metric} {score:.3f}")
-        gain = score if mode == "max" else -score
-        if not gain <= best:
-            best, best_step, waited = gain, step, 0
+        if not sign * score <= best:
+            best, best_step, waited = sign * score, step, 0
             weights = {k: v.detach().clone() for k, v in model.state_dict().items() if k not in frozen}
         if waited >= patience:
             break

@@ -66,7 +66,7 @@ def test_the_protocol_end_to_end(data, model):
 def test_squares_are_found_and_beat_the_baselines(data, model):
     options = {"width": 32, "batch_size": 8, "learning_rate": 5e-3, "precision": "float32"}
     config = DetectionConfig(**options, min_steps=120, validations=1)
-    found, _ = train_detector(model, data, data.rows("train"), data.rows("valid"), config)
+    trained = train_detector(model, data, data.rows("train"), data.rows("valid"), config)
     test = data.rows("test")
 
     def reached(boxes):
@@ -75,19 +75,19 @@ def test_squares_are_found_and_beat_the_baselines(data, model):
 
     prior = reached(detection.centre_prior(data, data.rows("train"), len(test)))
     assert reached(detection.empty(len(test))) == 0
-    assert reached(detection.detect(found, model, data, test)) > prior + 0.25
+    assert reached(trained.detect(test)) > prior + 0.25
 
 
 def test_stored_features_give_the_same_detector(data, model):
     store = detection.feature_store(model, data, QUICK)
     rows, valid = data.rows("train"), data.rows("valid")
-    kept, history = train_detector(model, data, rows, valid, QUICK, store=store)
+    kept = train_detector(model, data, rows, valid, QUICK, store=store)
     assert len(store) == len(rows) + len(valid)
-    plain, again = train_detector(model, data, rows, valid, QUICK)
-    pd.testing.assert_frame_equal(history, again, rtol=1e-3)
-    other, _ = train_detector(model, data, rows, valid, QUICK, store=store)
-    assert all(torch.equal(v, kept.state_dict()[n]) for n, v in other.state_dict().items())  # the seed is all there is
-    assert not kept.training and not plain.training
+    plain = train_detector(model, data, rows, valid, QUICK)
+    pd.testing.assert_frame_equal(kept.history, plain.history, rtol=1e-3)
+    other = train_detector(model, data, rows, valid, QUICK, store=store).detector.state_dict()
+    assert all(torch.equal(value, other[name]) for name, value in kept.detector.state_dict().items())
+    assert not kept.detector.training and not plain.detector.training
     for options in ({"frozen": False}, {"batch_norm": "train"}):
         assert detection.feature_store(model, data, DetectionConfig(**options)) is None
 
@@ -95,7 +95,7 @@ def test_stored_features_give_the_same_detector(data, model):
 def test_frozen_trunk_stays_and_a_learning_one_moves(data, model):
     for frozen in (True, False):
         config = DetectionConfig(**SHORT, frozen=frozen, min_steps=2, validations=1)
-        detector, _ = train_detector(model, data, data.rows("train"), data.rows("valid"), config)
+        detector = train_detector(model, data, data.rows("train"), data.rows("valid"), config).detector
         same = [
             torch.equal(v, model.image_encoder.trunk.state_dict()[n]) for n, v in detector.trunk.state_dict().items()
         ]
@@ -121,15 +121,15 @@ def test_published_settings(data, model):
 def test_the_best_state_is_kept(data, model, monkeypatch):
     said, states = iter([0.1, 0.4, 0.3, 0.2, 0.9]), []
 
-    def validate(detector, *_):
-        states.append(copy.deepcopy(detector.state_dict()))
+    def validate(trained, rows):
+        states.append(copy.deepcopy(trained.detector.state_dict()))
         return next(said)
 
-    monkeypatch.setattr(detection, "validation_map", validate)
+    monkeypatch.setattr(detection.TrainedDetector, "mean_ap", validate)
     config = DetectionConfig(**SHORT, min_steps=10, validations=5, patience=2)
-    detector, history = train_detector(model, data, data.rows("train"), data.rows("valid"), config)
-    assert history["valid_map"].tolist() == [0.1, 0.4, 0.3, 0.2]  # two checks without a better one end it
-    assert all(torch.equal(value, states[1][name]) for name, value in detector.state_dict().items())
+    trained = train_detector(model, data, data.rows("train"), data.rows("valid"), config)
+    assert trained.history["valid_map"].tolist() == [0.1, 0.4, 0.3, 0.2]  # two checks without a better one end it
+    assert all(torch.equal(value, states[1][name]) for name, value in trained.detector.state_dict().items())
 
 
 def test_centre_prior_is_the_mean_box(data):

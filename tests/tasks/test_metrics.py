@@ -6,7 +6,6 @@ import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from gloria_core.tasks.metrics import (
-    auprc,
     auroc,
     bootstrap_rows,
     metric_rows,
@@ -27,8 +26,8 @@ def test_limits_by_hand():
     assert auroc([1, 1, 0, 0], [1, 2, 3, 4]) == 0.0
     assert auroc([0, 1, 0, 1], [5, 5, 5, 5]) == 0.5
     assert auroc([0, 1, 1], [1, 1, 2]) == 0.75  # one tie counts half, one pair is won
-    assert auprc([0, 0, 1, 1], [1, 2, 3, 4]) == 1.0
-    assert auprc([1, 0, 0, 0], [0, 0, 0, 0]) == 0.25  # a constant score has the prevalence
+    assert estimate([0, 0, 1, 1], [1, 2, 3, 4], "auprc").value == 1.0
+    assert estimate([1, 0, 0, 0], [0, 0, 0, 0], "auprc").value == 0.25  # a constant score has the prevalence
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -38,7 +37,7 @@ def test_equals_scikit_learn(ties, seed):
     y, score = rng.integers(0, 2, 200), rng.normal(size=200)
     score = (score + 0.5 * y).round(0 if ties else 12)
     assert auroc(y, score) == pytest.approx(roc_auc_score(y, score), abs=1e-12)
-    assert auprc(y, score) == pytest.approx(average_precision_score(y, score), abs=1e-12)
+    assert estimate(y, score, "auprc").value == pytest.approx(average_precision_score(y, score), abs=1e-12)
 
 
 def test_every_resample_equals_scikit_learn_on_the_drawn_rows():
@@ -57,7 +56,7 @@ def test_empty_and_one_class_are_nan(y):
     found = estimate(y, np.arange(len(y)), n_bootstrap=10)
     assert np.isnan([found.value, found.ci_low, found.ci_high]).all()
     assert found.n == np.isfinite(np.asarray(y, dtype=float)).sum()
-    assert np.isnan(auprc(y, np.arange(len(y))))
+    assert np.isnan(estimate(y, np.arange(len(y)), "auprc").value)
 
 
 def test_unknown_targets_are_left_out():

@@ -10,7 +10,7 @@ from torch import nn
 from gloria_core.training.supervised import FeatureStore, fit, seeded, shuffled_batches
 
 
-def line(*, scores, **options):
+def line(*, scores, metric="score", **options):
     """Fit y = w x with the given validation scores; returns (model, history, best step, weights at each validation)."""
     model, seen, scores = nn.Linear(1, 1, bias=False), [], iter(scores)
     nn.init.zeros_(model.weight)
@@ -21,12 +21,12 @@ def line(*, scores, **options):
 
     history, best = fit(
         model,
-        itertools.cycle([[1.0, 2.0], [3.0]]),
-        lambda batch: ((model(torch.tensor(batch)[:, None])[:, 0] - 2 * torch.tensor(batch)) ** 2).mean(),
-        lambda batch: [f"s{value:g}" for value in batch],
+        ["s0", "s1", "s2", "s3"],
+        itertools.cycle([np.array([1, 2]), np.array([3])]),
+        lambda rows: ((model(torch.tensor(rows)[:, None].float())[:, 0] - 2 * torch.tensor(rows)) ** 2).mean(),
         validate,
         torch.optim.SGD(model.parameters(), lr=options.pop("learning_rate", 0.01)),
-        metric="score",
+        metric=metric,
         precision="float32",
         **{"steps": 6, "validate_at": (2, 4, 6), "patience": 9} | options,
     )
@@ -39,7 +39,7 @@ def test_the_best_weights_are_kept_and_the_loss_is_a_mean_over_studies():
     assert best == 4 and model.weight.item() == seen[1] and not model.training
     w = 0.01 * np.mean([2 * 1 * 2, 2 * 2 * 4])  # after the first step
     assert history["train_loss"][0] == pytest.approx((2 * np.mean([4, 16]) + (3 * w - 6) ** 2) / 3)
-    assert line(scores=[0.1, 0.3, 0.2], mode="min")[2] == 2
+    assert line(scores=[0.1, 0.3, 0.2], metric="valid_loss")[2] == 2
 
 
 def test_patience_and_a_score_that_is_not_defined():

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import numpy as np
 import pandas as pd
 import torch
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from gloria_core.checkpoints.model import ModelConfig
 from gloria_core.data.images import to_tensor
@@ -62,35 +61,23 @@ class FinetuneConfig:
     loss: Literal["bce", "ce"] = "bce"
     patience: PositiveInt = 5
     seed: int = 0
-    workers: NonNegativeInt = 0
     precision: Precision = "auto"
 
 
 class Classifier(nn.Module):
-    """Image encoder and head; see `FinetuneConfig` for the arguments.
+    """Image encoder and head. A frozen encoder gets no gradient and stays in evaluation mode, BatchNorm included.
 
-    A `frozen` encoder gets no gradient and stays in evaluation mode, BatchNorm included.
     Shape: pixels (B, C, H, W) -> logits (B, K)
     """
 
-    def __init__(
-        self,
-        encoder: ImageEncoder,
-        n_labels: int,
-        *,
-        head: Head = "linear",
-        hidden_dim: int = 512,
-        dropout: float = 0.0,
-        frozen: bool = False,
-    ) -> None:
+    def __init__(self, encoder: ImageEncoder, n_labels: int, config: FinetuneConfig) -> None:
         super().__init__()
-        self.encoder, self.frozen = encoder, frozen
-        if head == "linear":
-            self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(encoder.pooled_dim, n_labels))
-        else:
-            first = (nn.Linear(encoder.pooled_dim, hidden_dim), nn.BatchNorm1d(hidden_dim))
-            self.head = nn.Sequential(*first, nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden_dim, n_labels))
-        self.encoder.requires_grad_(not frozen)
+        self.encoder, self.frozen = encoder.requires_grad_(not config.frozen), config.frozen
+        hidden, width = [], encoder.pooled_dim
+        if config.head == "mlp":
+            hidden = [nn.Linear(width, config.hidden_dim), nn.BatchNorm1d(config.hidden_dim), nn.ReLU()]
+            width = config.hidden_dim
+        self.head = nn.Sequential(*hidden, nn.Dropout(config.dropout), nn.Linear(width, n_labels))
 
     def train(self, mode: bool = True) -> Classifier:
         """Training mode, except that a frozen encoder stays in evaluation mode."""
@@ -160,33 +147,22 @@ def classification_loss(
     return (each * known).sum() / known.sum().clamp(min=1)
 
 
-class LabelledImages(Dataset[tuple[np.ndarray, np.ndarray, int]]):
-    """Frontal image (crop, crop) uint8, targets (K,) and row number of every study; with `augment` the crop is random.
+def image_crops(
+    paths: Sequence[str], cache, config: ModelConfig, rows: Sequence[int], *, seed: Sequence[int] | None = None
+) -> Tensor:
+    """Pixels of the images `rows`; the crop is central, or random and dependent on (*seed, row) only.
 
-    Item i depends on (seed, epoch, i) only.
+    Shape: -> (b, C, crop, crop)
     """
-
-    def __init__(
-        self, frame: pd.DataFrame, targets: pd.DataFrame, cache, *, crop: int, augment: bool = False, seed: int = 0
-    ) -> None:
-        if len(frame) != len(targets):
-            raise ValueError(f"{len(frame)} studies, {len(targets)} rows of targets")
-        self.study_ids = frame["study_id"].to_numpy()
-        self.paths = [frontal_image(row)[1] for row in frame[["study_id", "images", "views"]].to_dict("records")]
-        self.targets = targets.to_numpy(dtype=np.float32)
-        self.cache, self.crop, self.augment, self.seed, self.epoch = cache, crop, augment, seed, 0
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray, int]:
-        image = np.asarray(self.cache[self.paths[index]])
-        room = image.shape[0] - self.crop
+    crops = []
+    for row in rows:
+        image = np.asarray(cache[paths[row]])
+        room = image.shape[0] - config.crop
         top = left = room // 2
-        if self.augment:
-            top, left = np.random.default_rng([self.seed, self.epoch, index]).integers(0, room + 1, size=2)
-        image = np.ascontiguousarray(image[top : top + self.crop, left : left + self.crop])
-        return image, self.targets[index].copy(), index
+        if seed is not None:
+            top, left = np.random.default_rng([*seed, row]).integers(0, room + 1, size=2)
+        crops.append(image[top : top + config.crop, left : left + config.crop])
+    return to_tensor(np.stack(crops), channels=config.channels, norm=config.norm)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,67 +195,61 @@ def finetune(
     `label_policy.binary_targets`. The same seed gives the same weights on the same machine.
     Raises ValueError for an empty split, and where the loss is not finite.
     """
-    if not len(train[0]) or not len(valid[0]):
-        raise ValueError(f"{len(train[0])} training and {len(valid[0])} validation studies: both are needed")
+    for frame, targets in (train, valid):
+        if not len(frame) or len(frame) != len(targets):
+            raise ValueError(f"{len(frame)} studies, {len(targets)} rows of targets; a split must not be empty")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    pixels, labels = pretrained.config, tuple(train[1].columns)
-    data = LabelledImages(*train, cache, crop=pixels.crop, augment=True, seed=config.seed)
-    valid_data = LabelledImages(*valid, cache, crop=pixels.crop)
-    weights = positive_weights(data.targets).to(device) if config.class_weights == "balanced" else None
+    pixels, labels, size = pretrained.config, tuple(train[1].columns), config.batch_size
+    paths = [_paths(frame) for frame, _ in (train, valid)]
+    targets = [torch.tensor(table.to_numpy(np.float32)) for _, table in (train, valid)]
+    weights = positive_weights(train[1].to_numpy()).to(device) if config.class_weights == "balanced" else None
+    n, epoch = len(train[0]), 0
     # a last batch of one study has no batch statistics
-    drop_last = len(data) > config.batch_size and len(data) % config.batch_size == 1
-    steps_per_epoch = len(data) // config.batch_size if drop_last else -(-len(data) // config.batch_size)
+    drop_last = n > size and n % size == 1
+    steps_per_epoch = n // size if drop_last else -(-n // size)
 
-    def batches() -> Iterator[list[Tensor]]:
-        for data.epoch in itertools.count(1):
-            order = torch.Generator().manual_seed(config.seed * 100_003 + data.epoch)
-            yield from DataLoader(
-                data,
-                batch_size=config.batch_size,
-                shuffle=True,
-                generator=order,
-                num_workers=config.workers,
-                drop_last=drop_last,
-            )
+    def batches() -> Iterator[np.ndarray]:
+        nonlocal epoch
+        while True:
+            epoch += 1
+            order = torch.Generator().manual_seed(config.seed * 100_003 + epoch)
+            for rows in DataLoader(range(n), size, shuffle=True, generator=order, drop_last=drop_last):
+                yield rows.numpy()
 
-    def loss(batch: list[Tensor]) -> Tensor:
-        images, targets, _ = batch
-        inputs = to_tensor(images.numpy(), channels=pixels.channels, norm=pixels.norm).to(device)
+    def loss(split: int, rows: np.ndarray) -> Tensor:
+        crop_seed = None if split else (config.seed, epoch)
+        inputs = image_crops(paths[split], cache, pixels, rows, seed=crop_seed).to(device)
         with autocast(device, config.precision):
             logits = model(inputs)
-        return classification_loss(logits, targets.to(device), loss=config.loss, weights=weights)
+        return classification_loss(logits, targets[split][rows].to(device), loss=config.loss, weights=weights)
 
-    def training_loss(batch: list[Tensor]) -> Tensor:
-        model.train(len(data) > 1)  # a single study has no batch statistics
-        return loss(batch)
+    def training_loss(rows: np.ndarray) -> Tensor:
+        model.train(n > 1)  # a single study has no batch statistics
+        return loss(0, rows)
 
     @torch.no_grad()
     def validation_loss() -> float:
         model.eval()
-        # with a generator of its own a loader does not draw from the global one, which dropout uses
-        options = {"num_workers": config.workers, "generator": torch.Generator()}
-        loader = DataLoader(valid_data, batch_size=config.batch_size, **options)
-        total = sum(float(loss(batch)) * len(batch[0]) for batch in loader)
+        rows = np.array_split(np.arange(len(valid[0])), range(size, len(valid[0]), size))
+        total = sum(float(loss(1, batch)) * len(batch) for batch in rows)
         if not np.isfinite(total):
             raise ValueError("the validation loss is not finite; lower the learning rate")
-        return total / len(valid_data)
+        return total / len(valid[0])
 
     with supervised.seeded(config.seed):
-        head = {name: getattr(config, name) for name in ("head", "hidden_dim", "dropout", "frozen")}
-        model = Classifier(copy.deepcopy(pretrained.image_encoder), len(labels), **head).to(device)
+        model = Classifier(copy.deepcopy(pretrained.image_encoder), len(labels), config).to(device)
         groups = parameter_groups(model, learning_rate=config.learning_rate, layer_decay=config.layer_decay)
         history, step = supervised.fit(
             model,
+            train[0]["study_id"].to_numpy(),
             batches(),
             training_loss,
-            lambda batch: data.study_ids[batch[2]],
             validation_loss,
             torch.optim.AdamW(groups, weight_decay=config.weight_decay),
             steps=config.epochs * steps_per_epoch,
             validate_at=range(steps_per_epoch, config.epochs * steps_per_epoch + 1, steps_per_epoch),
             patience=config.patience,
             metric="valid_loss",
-            mode="min",
             precision=config.precision,
             progress=progress,
         )
@@ -287,14 +257,18 @@ def finetune(
     return Finetuned(model, pixels, labels, history, step // steps_per_epoch)
 
 
+def _paths(frame: pd.DataFrame) -> list[str]:
+    return [frontal_image(study)[1] for study in frame[["study_id", "images", "views"]].to_dict("records")]
+
+
 def predict(tuned: Finetuned, frame: pd.DataFrame, cache, *, batch_size: int = 64) -> pd.DataFrame:
     """Logits (n, K) of the studies' frontal images, centre crop; columns are the labels."""
-    pixels, logits = tuned.image_config, []
-    data = LabelledImages(frame, pd.DataFrame(index=frame.index), cache, crop=pixels.crop)
-    for images, _, _ in DataLoader(data, batch_size=batch_size):
+    paths, logits = _paths(frame), []
+    for first in range(0, len(paths), batch_size):
+        rows = range(first, min(first + batch_size, len(paths)))
         with inference(tuned.model, "auto") as device:
-            inputs = to_tensor(images.numpy(), channels=pixels.channels, norm=pixels.norm).to(device)
-            logits.append(tuned.model(inputs).float().cpu().numpy())
+            pixels = image_crops(paths, cache, tuned.image_config, rows).to(device)
+            logits.append(tuned.model(pixels).float().cpu().numpy())
     return pd.DataFrame(np.concatenate(logits), columns=list(tuned.labels))
 
 

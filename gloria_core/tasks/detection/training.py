@@ -33,6 +33,7 @@ from gloria_core.training.schedule import ScheduleName
 from gloria_core.training.supervised import FeatureStore
 
 _DETECTORS = {"retinanet": RetinaDetector, "faster_rcnn": FasterDetector, "yolov3_mgca": YoloDetector}
+_EVAL_BATCH = 64
 STANDARDISED_BY = 512
 """Training images from which the stages' means and deviations are taken, at most."""
 
@@ -94,14 +95,60 @@ def feature_store(model: nn.Module, data: BoxData, config: DetectionConfig) -> F
 
     They are kept in the precision in which they are computed.
     """
-    detector = build_detector(model, data, config)
+    trunk = TrainedDetector(build_detector(model, data, config), model, data, config)
 
     def encode(rows: list[int]) -> list[Tensor]:
-        with inference(detector, config.precision):
-            batches = [detector.stages(_pixels(model, data, rows[i : i + 64])) for i in range(0, len(rows), 64)]
+        batches = [trunk.stages(rows[first : first + _EVAL_BATCH]) for first in range(0, len(rows), _EVAL_BATCH)]
         return [torch.cat(stage) for stage in zip(*batches, strict=True)]
 
-    return FeatureStore(encode, limit=config.memory, device=model.device) if detector.keeps_stages else None
+    return FeatureStore(encode, limit=config.memory, device=model.device) if trunk.detector.keeps_stages else None
+
+
+@dataclasses.dataclass
+class TrainedDetector:
+    """A detector on the images of `data`, and how it was trained.
+
+    `store`: features of a frozen trunk. `history`: one row a validation (step, train_loss, valid_map). `train`: its
+    training rows. `detections`: those in split `test`, filled in by `label_efficiency`.
+    """
+
+    detector: Detector
+    model: nn.Module
+    data: BoxData
+    config: DetectionConfig
+    store: FeatureStore | None = None
+    history: pd.DataFrame | None = None
+    train: np.ndarray | None = None
+    detections: list[Boxes] | None = None
+
+    def features(self, rows: Sequence[int]) -> Sequence[Tensor]:
+        """C3, C4, C5 of these studies, with gradient where the trunk is trained."""
+        if self.store is not None:
+            return self.store(rows)
+        image = self.model.config
+        pixels = to_tensor(self.data.images(rows), channels=image.channels, norm=image.norm)
+        return self.detector.stages(pixels.to(self.model.device))
+
+    def stages(self, rows: Sequence[int]) -> Sequence[Tensor]:
+        """`features` in evaluation mode and without gradient."""
+        with inference(self.detector, self.config.precision):
+            return self.features(rows)
+
+    def detect(self, rows: Sequence[int]) -> list[Boxes]:
+        """Detections in these studies. Everything after the trunk runs in float32: bf16 scores would tie."""
+        detections = []
+        for first in range(0, len(rows), _EVAL_BATCH):
+            stages = self.stages(rows[first : first + _EVAL_BATCH])
+            with inference(self.detector, "float32"):
+                boxes = self.detector.detect([stage.float() for stage in stages])
+            detections += [Boxes(*(b[name].cpu().numpy() for name in ("boxes", "labels", "scores"))) for b in boxes]
+        return detections
+
+    def mean_ap(self, rows: Sequence[int]) -> float:
+        """Mean over the classes of AP at IoU 0.40:0.75 in these studies."""
+        truths = [self.data.truths[row] for row in rows]
+        table = evaluate(truths, self.detect(rows), self.data.labels, metrics=["map_40_75"], n_bootstrap=0)
+        return float(table["value"].iloc[-1])
 
 
 def train_detector(
@@ -114,18 +161,18 @@ def train_detector(
     seed: int = 0,
     store: FeatureStore | None = None,
     progress: supervised.Progress | None = None,
-) -> tuple[Detector, pd.DataFrame]:
+) -> TrainedDetector:
     """Train on rows `train`, keep the weights of the highest validation mAP (IoU 0.40:0.75, mean over classes).
 
-    `store`: of `feature_store`, to skip the trunk. Returns the detector in evaluation mode, and one row a validation:
-    step, train_loss, valid_map. Raises ValueError without rows, and where the loss is not finite.
+    `store`: of `feature_store`, to skip the trunk. Raises ValueError without rows, and where the loss is not finite.
     """
     if not len(train) or not len(valid):
         raise ValueError(f"{len(train)} training and {len(valid)} validation studies; a detector needs both")
     detector, device, train = build_detector(model, data, config, seed=seed), model.device, np.asarray(train, int)
+    trained = TrainedDetector(detector, model, data, config, store, train=train)
+    some = np.random.default_rng(seed).permutation(train)[:STANDARDISED_BY]
     with inference(detector, config.precision):
-        some = np.random.default_rng(seed).permutation(train)[:STANDARDISED_BY]
-        detector.standardise(_stages(detector, model, data, np.sort(some), store))
+        detector.standardise(trained.features(np.sort(some)))
     parameters = [parameter for parameter in detector.parameters() if parameter.requires_grad]
     steps = max(math.ceil(config.epochs * math.ceil(len(train) / config.batch_size)), config.min_steps)
 
@@ -135,16 +182,16 @@ def train_detector(
             for t in (data.truths[row] for row in rows)
         ]
         with autocast(device, config.precision):
-            losses = detector.losses(_stages(detector, model, data, rows, store), targets)
+            losses = detector.losses(trained.features(rows), targets)
         return sum(term.float() for term in losses.values())
 
     with supervised.seeded(seed):
-        history, _ = supervised.fit(
+        trained.history, _ = supervised.fit(
             detector,
+            data.frame["study_id"],
             supervised.shuffled_batches(train, config.batch_size, np.random.default_rng(seed)),
             loss,
-            lambda rows: data.frame["study_id"].iloc[rows],
-            lambda: validation_map(detector, model, data, valid, store, config.precision),
+            lambda: trained.mean_ap(valid),
             torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay),
             steps=steps,
             validate_at={round(steps * (number + 1) / config.validations) for number in range(config.validations)},
@@ -155,63 +202,7 @@ def train_detector(
             precision=config.precision,
             progress=progress,
         )
-    return detector, history
-
-
-def detect(
-    detector: Detector,
-    model: nn.Module,
-    data: BoxData,
-    rows: Sequence[int],
-    *,
-    store: FeatureStore | None = None,
-    precision: Precision = "auto",
-    batch_size: int = 64,
-) -> list[Boxes]:
-    """Detections in the given studies. Everything after the trunk runs in float32: bf16 scores would tie."""
-    detections = []
-    for first in range(0, len(rows), batch_size):
-        with inference(detector, precision):
-            stages = _stages(detector, model, data, np.asarray(rows[first : first + batch_size]), store)
-        with inference(detector, "float32"):
-            boxes = detector.detect([stage.float() for stage in stages])
-        detections += [Boxes(*(b[name].cpu().numpy() for name in ("boxes", "labels", "scores"))) for b in boxes]
-    return detections
-
-
-def _pixels(model: nn.Module, data: BoxData, rows: Sequence[int]) -> Tensor:
-    return to_tensor(data.images(rows), channels=model.config.channels, norm=model.config.norm).to(model.device)
-
-
-def _stages(
-    detector: Detector, model: nn.Module, data: BoxData, rows: np.ndarray, store: FeatureStore | None
-) -> Sequence[Tensor]:
-    return detector.stages(_pixels(model, data, rows)) if store is None else store(rows)
-
-
-def validation_map(
-    detector: Detector,
-    model: nn.Module,
-    data: BoxData,
-    rows: Sequence[int],
-    store: FeatureStore | None,
-    precision: Precision,
-) -> float:
-    """Mean over the classes of AP at IoU 0.40:0.75 in the studies `rows`."""
-    detections = detect(detector, model, data, rows, store=store, precision=precision)
-    truths = [data.truths[row] for row in rows]
-    table = evaluate(truths, detections, data.labels, metrics=["map_40_75"], n_bootstrap=0)
-    return float(table["value"].iloc[-1])
-
-
-@dataclasses.dataclass(frozen=True)
-class FittedDetector:
-    """A detector, the history of its training, its training rows, and its detections in split `test`."""
-
-    detector: Detector
-    history: pd.DataFrame
-    train: np.ndarray
-    detections: list[Boxes]
+    return trained
 
 
 def label_efficiency(
@@ -221,7 +212,7 @@ def label_efficiency(
     config: DetectionConfig | None = None,
     *,
     progress: supervised.Progress | None = None,
-) -> tuple[pd.DataFrame, dict[tuple[float, int], FittedDetector]]:
+) -> tuple[pd.DataFrame, dict[tuple[float, int], TrainedDetector]]:
     """Train on every subset of `protocol`: rows of `score` with both rules, and the detectors by (fraction, subset).
 
     The number of the subset also seeds the new layers' first weights and the order of the batches. A class without a
@@ -231,18 +222,17 @@ def label_efficiency(
     config = config or DetectionConfig()
     store, valid, test = feature_store(model, data, config), data.rows("valid"), data.rows("test")
 
-    def fit(train: np.ndarray, subset: int) -> tuple[FittedDetector, Score]:
-        options = {"store": store, "progress": progress}
-        detector, history = train_detector(model, data, train, valid, config, seed=subset, **options)
-        detections = detect(detector, model, data, test, store=store, precision=config.precision)
-        by_row = dict(zip(test, detections, strict=True))
+    def fit(train: np.ndarray, subset: int) -> tuple[TrainedDetector, Score]:
+        trained = train_detector(model, data, train, valid, config, seed=subset, store=store, progress=progress)
+        trained.detections = trained.detect(test)
+        by_row = dict(zip(test, trained.detections, strict=True))
+        options = {"trained_on": train, "macro": protocol.macro, "n_bootstrap": protocol.n_bootstrap}
 
         def score_rows(rows: np.ndarray) -> pd.DataFrame:
-            options = {"trained_on": train, "macro": protocol.macro, "n_bootstrap": protocol.n_bootstrap}
             table = score(data, rows, [by_row[row] for row in rows], **options)
             return table.assign(n_train_boxes=int(data.counts(train).sum()))
 
-        return FittedDetector(detector, history, train, detections), score_rows
+        return trained, score_rows
 
     return protocol.run(data.frame, fit, progress)
 

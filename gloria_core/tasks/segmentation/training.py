@@ -41,7 +41,6 @@ from gloria_core.training.supervised import FeatureStore
 
 PRIOR = "_prior"
 """Ending of the metric names of the mean-mask baseline."""
-_EVAL_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -79,27 +78,40 @@ class SegmentationConfig:
         return self.frozen and self.batch_norm == "eval" and not self.augment
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Segmenter:
-    """A trained network with what was chosen on validation.
+    """A network on `data`, and what was chosen on validation.
 
-    `thresholds` (K,): indices into `THRESHOLDS`. `history`: one row a validation (step, train_loss, valid_dice).
-    `step`: the best of them. `notes` (K,): why a class was not fitted, or "". `n_train`: studies of the subset.
+    `store`: features of a fixed encoder. `thresholds` (K,): indices into `THRESHOLDS`. `history`: one row a validation
+    (step, train_loss, valid_dice). `step`: the best of them. `notes` (K,): why a class was not fitted, or "".
+    `n_train`: studies of the subset.
     """
 
     net: SegmentationNet
     data: SegmentationData
     config: SegmentationConfig
-    thresholds: np.ndarray
-    history: pd.DataFrame
-    step: int
-    notes: tuple[str, ...]
-    n_train: int
     store: FeatureStore | None = dataclasses.field(default=None, repr=False)
+    thresholds: np.ndarray | None = None
+    history: pd.DataFrame | None = None
+    step: int = 0
+    notes: tuple[str, ...] = ()
+    n_train: int = 0
+
+    def logits(self, rows: np.ndarray, pixels: Tensor | None = None) -> Tensor:
+        """Shape: -> (b, K, crop, crop); of `pixels` where they are given, else of the studies' own."""
+        device, crop = next(self.net.parameters()).device, self.data.crop
+        with autocast(device, self.config.precision):
+            if pixels is None and self.store is not None:
+                return self.net.decode(self.store(rows), (crop, crop))
+            return self.net(self.data.pixels(rows).to(device) if pixels is None else pixels)
 
     def batches(self, rows: Sequence[int]) -> Iterator[tuple[np.ndarray, Tensor]]:
         """Batches of rows with their probabilities (b, K, crop, crop)."""
-        return _predictions(self.net, self.data, rows, self.config, self.store)
+        self.net.eval()
+        for batch in _eval_batches(rows):
+            with torch.no_grad():
+                logits = self.logits(batch)
+            yield batch, torch.sigmoid(logits)
 
     def probabilities(self, rows: Sequence[int]) -> np.ndarray:
         """Shape: -> (b, K, crop, crop) float32."""
@@ -146,37 +158,34 @@ def train_segmenter(
         raise ValueError(f"{reason}; labels: {', '.join(data.labels)}")
     trained = data.has_foreground(train)
     judged = np.flatnonzero(trained & data.has_foreground(valid))
-    net = _network(encoder if store is not None else copy.deepcopy(encoder), len(data.labels), config, seed)
+    encoder, device = encoder if store is not None else copy.deepcopy(encoder), next(encoder.parameters()).device
+    options = {name: getattr(config, name) for name in ("decoder", "channels", "frozen", "batch_norm")}
+    with supervised.seeded(seed):
+        net = SegmentationNet(encoder, len(data.labels), **options).to(device).to(memory_format=torch.channels_last)
     store = feature_store(net.encoder, data, config) if store is None and config.features_are_fixed else store
-    device, rng = next(net.parameters()).device, np.random.default_rng([seed, 5])
+    segmenter, rng, thresholds = Segmenter(net, data, config, store), np.random.default_rng([seed, 5]), []
     groups = [{"params": [*net.decoder.parameters(), *net.head.parameters()]}]
     if not config.frozen:
         groups.append({"params": net.encoder.parameters(), "lr": config.learning_rate * config.encoder_scale})
-    thresholds: list[np.ndarray] = []
 
     def loss(rows: np.ndarray) -> Tensor:
-        truth = torch.from_numpy(data.truth(rows)).to(device).float()
-        with autocast(device, config.precision):
-            if store is not None:
-                features = store(rows)
-            else:
-                pixels = data.pixels(rows).to(device)
-                if config.augment:
-                    pixels, truth = augmented(pixels, truth, rng)
-                features = net.features(pixels)
-            logits = net.decode(features, (data.crop, data.crop))
-        return segmentation_loss(config.loss, logits, truth, torch.from_numpy(data.known[rows]).to(device))
+        truth, pixels = torch.from_numpy(data.truth(rows)).to(device).float(), None
+        if config.augment:
+            with autocast(device, config.precision):
+                pixels, truth = augmented(data.pixels(rows).to(device), truth, rng)
+        known = torch.from_numpy(data.known[rows]).to(device)
+        return segmentation_loss(config.loss, segmenter.logits(rows, pixels), truth, known)
 
     def validate() -> float:
-        counts = _counts(data, _predictions(net, data, valid, config, store))
+        counts = segmenter.counts(valid)
         thresholds.append(best_thresholds(counts))
         return float(counts.pooled()[judged, thresholds[-1][judged]].mean())
 
     history, step = supervised.fit(
         net,
+        data.frame["study_id"],
         supervised.shuffled_batches(train, config.batch_size, rng, whole=True),
         loss,
-        lambda rows: data.frame["study_id"].iloc[rows],
         validate,
         torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay),
         steps=config.steps,
@@ -187,9 +196,9 @@ def train_segmenter(
         precision=config.precision,
         progress=progress,
     )
-    notes = tuple("" if there else f"not fitted: no mask in {len(train)} training studies" for there in trained)
+    notes = tuple("" if fitted else f"not fitted: no mask in {len(train)} training studies" for fitted in trained)
     best = thresholds[history["step"].tolist().index(step)]
-    return Segmenter(net, data, config, best, history, step, notes, len(train), store)
+    return Segmenter(net, data, config, store, best, history, step, notes, len(train))
 
 
 def not_fitted(data: SegmentationData, train: Sequence[int], valid: Sequence[int]) -> str:
@@ -215,29 +224,8 @@ def feature_store(encoder: nn.Module, data: SegmentationData, config: Segmentati
     return FeatureStore(encode, limit=config.memory, device=device)
 
 
-def _network(encoder: nn.Module, classes: int, config: SegmentationConfig, seed: int) -> SegmentationNet:
-    device = next(encoder.parameters()).device
-    options = {name: getattr(config, name) for name in ("decoder", "channels", "frozen", "batch_norm")}
-    with supervised.seeded(seed):
-        net = SegmentationNet(encoder, classes, **options)
-    return net.to(device).to(memory_format=torch.channels_last)
-
-
-def _predictions(
-    net: SegmentationNet,
-    data: SegmentationData,
-    rows: Sequence[int],
-    config: SegmentationConfig,
-    store: FeatureStore | None,
-) -> Iterator[tuple[np.ndarray, Tensor]]:
-    device, rows = next(net.parameters()).device, np.asarray(rows, int)
-    net.eval()
-    for first in range(0, len(rows), _EVAL_BATCH):
-        batch = rows[first : first + _EVAL_BATCH]
-        with torch.no_grad(), autocast(device, config.precision):
-            features = store(batch) if store is not None else net.features(data.pixels(batch).to(device))
-            logits = net.decode(features, (data.crop, data.crop))
-        yield batch, torch.sigmoid(logits)
+def _eval_batches(rows: Sequence[int]) -> list[np.ndarray]:
+    return np.array_split(np.asarray(rows, int), range(64, len(rows), 64))
 
 
 def _counts(data: SegmentationData, batches: Iterator[tuple[np.ndarray, Tensor]]) -> MaskCounts:
@@ -253,14 +241,12 @@ def mean_mask_counts(data: SegmentationData, train: Sequence[int], rows: Sequenc
 
     The mean is over studies with foreground, so that its scale does not depend on how rare a finding is.
     """
-    train, rows = np.asarray(train, int), np.asarray(rows, int)
     total = np.zeros((len(data.labels), data.crop, data.crop))
-    for first in range(0, len(train), _EVAL_BATCH):
-        total += data.truth(train[first : first + _EVAL_BATCH]).sum(axis=0)
+    for batch in _eval_batches(train):
+        total += data.truth(batch).sum(axis=0)
     annotated = (data.areas(train) > 0).sum(axis=0)
     mean = torch.from_numpy(total / np.maximum(annotated, 1)[:, None, None]).float()
-    batches = (rows[first : first + _EVAL_BATCH] for first in range(0, len(rows), _EVAL_BATCH))
-    return _counts(data, ((batch, mean.expand(len(batch), *mean.shape)) for batch in batches))
+    return _counts(data, ((batch, mean.expand(len(batch), *mean.shape)) for batch in _eval_batches(rows)))
 
 
 def label_efficiency(
