@@ -97,16 +97,16 @@ class ImageCache:
             raise CacheError(f"{self.index}: no such image cache. Make it with ImageCache.build") from None
         except (ValueError, KeyError, TypeError):
             intact = False
-        remedy = f"Delete {self.index} and build the cache again"
+        self._remedy = f"Delete {self.index} and build the cache again"
         if not intact:
-            raise CacheError(f"{self.index}: the index is damaged (it does not belong to its name). {remedy}")
+            raise CacheError(f"{self.index}: the index is damaged (it does not belong to its name). {self._remedy}")
         if version != FORMAT:
-            raise CacheError(f"{self.index}: cache format {version}, this version reads {FORMAT}. {remedy}")
+            raise CacheError(f"{self.index}: cache format {version}, this version reads {FORMAT}. {self._remedy}")
         file, dtype = self.index.with_suffix(".u8"), _row_type(self.size)
         expected = len(listed) * dtype.itemsize
         if not file.exists() or file.stat().st_size != expected:
             state = f"has {file.stat().st_size} bytes instead of {expected}" if file.exists() else "is missing"
-            raise CacheError(f"{file}: the pixel file {state}. {remedy}")
+            raise CacheError(f"{file}: the pixel file {state}. {self._remedy}")
         self._rows = np.memmap(file, dtype, mode="r", shape=(len(listed),))
         self._row_of = {path: row for row, path in enumerate(listed) if path not in self.bad}
         self.paths: tuple[str, ...] = tuple(self._row_of)
@@ -157,8 +157,7 @@ class ImageCache:
                 + "\nRepair them "
                 "and build again (what is done is kept), or leave the studies out with on_error='exclude'."
             )
-        body = {"format": FORMAT, "size": size, "behavior": behavior, "paths": paths, "bad": bad}
-        content = json.dumps(body, sort_keys=True)
+        content = json.dumps({"format": FORMAT, "size": size, "behavior": behavior, "paths": paths, "bad": bad})
         if not index.exists() or index.read_text() != content:
             atomic_write(index, content)
         return cls(index)
@@ -201,18 +200,13 @@ class ImageCache:
         """Compare all images with the checksums of the build. Raises: CacheError naming the first that differs."""
         for path, row in self._row_of.items():
             if not _intact(self._rows[row]):
-                raise CacheError(
-                    f"image {path!r} in {self.index} is damaged. Delete {self.index} and build the cache again"
-                )
+                raise CacheError(f"image {path!r} in {self.index} is damaged. {self._remedy}")
 
     def _row(self, path: str) -> int:
-        try:
+        if path in self._row_of:
             return self._row_of[path]
-        except KeyError:
-            reason = self.bad.get(path, "it was not in the frame that the cache was built from")
-            raise CacheError(
-                f"image {path!r} is not in the cache {self.index.name}: {reason}. Build one for this frame"
-            ) from None
+        reason = self.bad.get(path, "it was not in the frame that the cache was built from")
+        raise CacheError(f"image {path!r} is not in the cache {self.index.name}: {reason}. Build one for this frame")
 
 
 def fill(
@@ -266,9 +260,9 @@ def fill(
                         done[row] = job.result().tobytes()
                     except ImageError as error:
                         bad[paths[row]] = str(error)
+                if done and finished:  # an image was repaired
+                    index.unlink(missing_ok=True)
                 if done:
-                    if finished:
-                        index.unlink(missing_ok=True)
                     _write(file, dtype, done)
                     _write(file, dtype, dict.fromkeys(done, _DONE))
                 bar.update(len(block))

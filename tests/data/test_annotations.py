@@ -1,14 +1,146 @@
-"""Annotations of an image: pieces of a finding put together, and only those of the image that is asked for."""
+"""Annotations: run-length codes, and the masks and boxes of an image put together by label."""
 
+import importlib.util
 import json
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
-from gloria_core.data.annotations import read_annotations
+from gloria_core.data.annotations import (
+    SIIM_SIDE,
+    RleError,
+    decode_rle,
+    encode_rle,
+    masks_of_table,
+    read_annotations,
+    table_of_masks,
+)
 from gloria_core.data.images import ImageError
 from gloria_core.data.manifest import ManifestError
+
+MASK = np.array([[0, 1, 0], [1, 1, 0], [1, 0, 1]], bool)  # columns: 0 1 1, 1 1 0, 0 0 1
+BY_HAND = {"siim": "1 4 3 1", "kaggle": "2 4 9 1", "coco": "1 4 3 1"}
+
+
+def published_siim(text, height, width):
+    """The decoder that came with the SIIM-ACR data, and is in GLoRIA's and MGCA's code."""
+    mask, current = np.zeros(width * height), 0
+    numbers = np.array([int(x) for x in text.split()])
+    for start, length in zip(numbers[0::2], numbers[1::2], strict=True):
+        current += start
+        mask[current : current + length] = 255
+        current += length
+    return mask.reshape(width, height).T > 0
+
+
+@pytest.mark.parametrize("format", BY_HAND)
+def test_by_hand(format):
+    assert encode_rle(MASK, format=format) == BY_HAND[format]
+    assert (decode_rle(BY_HAND[format], 3, 3, format=format) == MASK).all()
+    assert (decode_rle([int(x) for x in BY_HAND[format].split()], 3, 3, format=format) == MASK).all()
+
+
+@pytest.mark.parametrize("format", BY_HAND)
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 1.0])
+def test_round_trip_of_any_shape(format, share):
+    rng = np.random.default_rng(0)
+    for height, width in ((1, 1), (1, 7), (7, 1), (5, 9), (40, 23)):
+        mask = rng.random((height, width)) < share
+        found = decode_rle(encode_rle(mask, format=format), height, width, format=format)
+        assert found.dtype == bool and (found == mask).all()
+
+
+def test_siim_is_what_the_owners_decoder_gives():
+    rng = np.random.default_rng(1)
+    mask = rng.random((17, 29)) < 0.3
+    text = encode_rle(mask, format="siim")
+    assert (published_siim(text, 17, 29) == mask).all()
+    assert (decode_rle(f" {text}", 17, 29, format="siim") == published_siim(text, 17, 29)).all()
+
+
+@pytest.mark.parametrize("empty", ["-1", " -1", "", float("nan"), -1, -1.0, None])
+def test_every_way_to_write_an_empty_mask(empty):
+    for format in ("siim", "kaggle"):
+        assert not decode_rle(empty, 4, 5, format=format).any()
+    assert encode_rle(np.zeros((4, 5)), format="siim") == "-1"
+    assert encode_rle(np.zeros((4, 5)), format="coco") == "20"
+
+
+def test_touching_runs_are_one_region():
+    assert (decode_rle("1 2 3 1", 2, 2, format="kaggle") == [[1, 1], [1, 0]]).all()
+    assert (decode_rle("0 2 0 1", 2, 2, format="siim") == [[1, 1], [1, 0]]).all()
+
+
+@pytest.mark.parametrize(
+    ("text", "format", "says"),
+    [
+        ("1 2 3", "siim", "no pairs"),
+        ("1 x", "siim", "whole numbers"),
+        ("1 2.5", "kaggle", "whole numbers"),
+        ([1.0, 2.5], "kaggle", "whole numbers"),
+        (7.5, "siim", "whole numbers"),
+        ("0 100", "siim", "ends at pixel 100"),
+        ("9 2", "kaggle", "ends at pixel 10"),
+        ("0 2", "kaggle", "out of order"),
+        ("5 2 1 2", "kaggle", "out of order"),
+        ("1 3 2 2", "kaggle", "overlap"),
+        ("-1 2", "siim", "out of order"),
+        ("1 0", "siim", "length 0"),
+        ("4 4", "coco", "sum to 8"),
+        ("-1 10", "coco", "sum to 9"),
+        ("", "coco", "sum to 0"),
+    ],
+)
+def test_what_is_no_mask_says_why(text, format, says):
+    with pytest.raises(RleError, match=says):
+        decode_rle(text, 3, 3, format=format)
+
+
+def test_unknown_format_and_wrong_shape():
+    with pytest.raises(ValueError, match="format must be one of"):
+        decode_rle("1 2", 3, 3, format="png")
+    with pytest.raises(ValueError, match="format must be one of"):
+        encode_rle(MASK, format="png")
+    with pytest.raises(ValueError, match="two dimensions"):
+        encode_rle(np.zeros((2, 3, 4)), format="siim")
+
+
+def test_a_table_is_read_by_image_not_by_row():
+    table = pd.DataFrame({"ImageId": ["a", "b", "a "], " EncodedPixels": [" 0 2", " -1", " 3 1"]})
+    found = masks_of_table(table, format="siim", shapes=(2, 2))
+    assert list(found) == ["a", "b"] and not found["b"].any()
+    assert (found["a"] == [[1, 0], [1, 1]]).all()
+    again = table_of_masks(found, format="siim")
+    assert again.to_dict("list") == {"ImageId": ["a", "b"], "EncodedPixels": ["0 2 1 1", "-1"]}
+    assert (masks_of_table(again, format="siim", shapes={"a": (2, 2), "b": (2, 2)})["a"] == found["a"]).all()
+
+
+def test_a_bad_row_is_named():
+    table = pd.DataFrame({"ImageId": ["a", "b"], "EncodedPixels": ["0 2", "0 99"]})
+    with pytest.raises(RleError, match=r"train\.csv, row 3, image 'b': a run ends at pixel 99"):
+        masks_of_table(table, format="siim", shapes=(2, 2), source="train.csv")
+    with pytest.raises(RleError, match=r"row 3: no height and width given for image 'b'"):
+        masks_of_table(table, format="siim", shapes={"a": (2, 2)})
+    with pytest.raises(KeyError, match="no column 'EncodedPixels'"):
+        masks_of_table(table.rename(columns={"EncodedPixels": "Runs"}), format="siim", shapes=(2, 2))
+
+
+def test_the_owners_siim_table():
+    package = importlib.util.find_spec("torchxrayvision")
+    path = Path(package.origin).parent / "data" / "siim-pneumothorax-train-rle.csv.gz" if package else Path("none")
+    if not path.is_file():
+        pytest.skip("torchxrayvision, which ships the SIIM table, is not installed")
+    table = pd.read_csv(path)
+    empty = table[" EncodedPixels"].str.strip() == "-1"
+    some = pd.concat([table[empty].head(20), table[~empty].head(40)])
+    found = masks_of_table(some, format="siim", shapes=(SIIM_SIDE, SIIM_SIDE), source=path.name)
+    assert sum(mask.any() for mask in found.values()) == table[~empty].head(40)["ImageId"].nunique()
+    name, text = table[~empty].iloc[0]
+    assert (published_siim(text, SIIM_SIDE, SIIM_SIDE) <= found[name]).all()
+
 
 HEIGHT, WIDTH = 12, 20
 
@@ -49,12 +181,12 @@ def row():
 
 
 def test_masks_of_a_label_are_united_and_labels_kept_apart(root, row):
-    drawn = read_annotations(row, root)
-    assert drawn.image.shape == (HEIGHT, WIDTH) and (drawn.image == 7).all()
-    assert set(drawn.masks) == {"Effusion", "Edema"}
-    assert (drawn.masks["Effusion"] == (PIECES["one"] | PIECES["two"])).all()
-    assert (drawn.masks["Edema"] == PIECES["other"]).all()
-    assert all(mask.dtype == bool for mask in drawn.masks.values())
+    annotations = read_annotations(row, root)
+    assert annotations.image.shape == (HEIGHT, WIDTH) and (annotations.image == 7).all()
+    assert set(annotations.masks) == {"Effusion", "Edema"}
+    assert (annotations.masks["Effusion"] == (PIECES["one"] | PIECES["two"])).all()
+    assert (annotations.masks["Edema"] == PIECES["other"]).all()
+    assert all(mask.dtype == bool for mask in annotations.masks.values())
 
 
 def test_boxes_are_grouped_by_label_in_their_order(root, row):
@@ -62,16 +194,16 @@ def test_boxes_are_grouped_by_label_in_their_order(root, row):
 
 
 def test_another_image_of_the_study_has_its_own(root, row):
-    drawn = read_annotations(row, root, number=1)
-    assert (drawn.image == 9).all()
-    assert list(drawn.masks) == ["Effusion"] and (drawn.masks["Effusion"] == PIECES["beside"]).all()
-    assert drawn.boxes == {"Mass": [(9, 9, 1, 1)]}
-    assert read_annotations(row, str(root), number=1).boxes == drawn.boxes
+    annotations = read_annotations(row, root, number=1)
+    assert (annotations.image == 9).all()
+    assert list(annotations.masks) == ["Effusion"] and (annotations.masks["Effusion"] == PIECES["beside"]).all()
+    assert annotations.boxes == {"Mass": [(9, 9, 1, 1)]}
+    assert read_annotations(row, str(root), number=1).boxes == annotations.boxes
 
 
 def test_no_annotations(root, row):
-    drawn = read_annotations(row | {"masks": "", "boxes": ""}, root)
-    assert drawn.masks == {} and drawn.boxes == {}
+    annotations = read_annotations(row | {"masks": "", "boxes": ""}, root)
+    assert annotations.masks == {} and annotations.boxes == {}
 
 
 def test_a_mask_of_another_size_or_that_is_gone_names_the_study(root, row):
@@ -80,7 +212,7 @@ def test_a_mask_of_another_size_or_that_is_gone_names_the_study(root, row):
         ManifestError, match=r"study 's7', column 'masks': two\.png has 12 x 21 pixels, its image 12 x 20"
     ):
         read_annotations(row, root)
-    read_annotations(row, root, number=1)  # that mask is not drawn on this image
+    read_annotations(row, root, number=1)  # that mask is not of this image
     (root / "two.png").unlink()
     with pytest.raises(ManifestError, match=r"study 's7', column 'masks'.*two\.png"):
         read_annotations(row, root)
