@@ -11,9 +11,7 @@ The authors released no code, so "published" and "corrected" are the same here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -37,9 +35,7 @@ class ConVIRT(Objective):
     """
 
     needs = Needs(sentence=False)
-    encoders: ClassVar[Mapping[str, Any]] = MappingProxyType(
-        {"last_layers": 1, "text_pieces": "mean", "region_stage": "layer4"}
-    )
+    encoders = MappingProxyType({"last_layers": 1, "text_pieces": "mean", "region_stage": "layer4"})
 
     def __init__(
         self,

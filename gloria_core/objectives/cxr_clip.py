@@ -16,10 +16,9 @@ ICL and TCL contrast one view with the other only: I^1 is never a negative of I^
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from itertools import permutations, product
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +69,7 @@ class CXRCLIP(Objective):
     """
 
     needs = Needs(views=2, texts=2, sentence=False)
-    encoders: ClassVar[Mapping[str, Any]] = MappingProxyType(
+    encoders = MappingProxyType(
         {"last_layers": 1, "text_pieces": "mean", "region_stage": "layer4", "max_tokens": 256, "text_section": "both"}
     )
 

@@ -91,8 +91,6 @@ class GLoRIA(Objective):
 
     def forward(self, images: ImageFeatures, texts: TextFeatures, batch: Batch | None = None) -> ObjectiveOutput:
         """Loss of B pairs. Raises ValueError where images and texts differ in number or a text has no words."""
-        if len(images.pooled) != len(texts.sentence):
-            raise ValueError(f"GLoRIA pairs images with texts: got {len(images.pooled)} and {len(texts.sentence)}")
         regions, words, mask = self.local_embeddings(images, texts)
         local = word_region_similarity(regions, words, mask, chunk_size=self.chunk_size, **self.settings)
         local_terms = contrastive_terms(self.temp_loss * local)

@@ -117,8 +117,6 @@ class MGCA(Objective):
 
     def forward(self, images: ImageFeatures, texts: TextFeatures, batch: Batch | None = None) -> ObjectiveOutput:
         """Loss of B pairs. Raises ValueError for unequal numbers, a text without words or without `cls_attention`."""
-        if len(images.pooled) != len(texts.sentence):
-            raise ValueError(f"MGCA pairs images with texts: got {len(images.pooled)} and {len(texts.sentence)}")
         v, r = (_unit(value) for value in self.global_embeddings(images, texts))
         terms, attention = {}, None
         with torch.autocast(v.device.type, enabled=False):
