@@ -294,7 +294,7 @@ def test_one_image_and_many_texts(make_features):
 
 def test_clear_errors(make_features):
     images, texts = make_features(2, [3, 2, 1])
-    with pytest.raises(ValueError, match="pairs image b with text b; got logits of shape .2, 3."):
+    with pytest.raises(ValueError, match="pairs image b with text b"):
         make()(images, texts)
     with pytest.raises(ValueError, match="2 images and 3 texts"):
         make().attention(images, texts)

@@ -500,7 +500,7 @@ def test_clear_errors():
     with pytest.raises(ValueError, match="attentions=True"):
         make()(images, replace(texts, cls_attention=None))
     fewer = ImageFeatures(images.pooled[:2], images.regions[:2])
-    with pytest.raises(ValueError, match="pairs image b with text b; got logits of shape .2, 3."):
+    with pytest.raises(ValueError, match="pairs image b with text b"):
         make()(fewer, texts)
     with pytest.raises(ValueError, match="2 images and 3 texts"):
         make().attention(fewer, texts)
