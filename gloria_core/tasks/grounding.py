@@ -109,7 +109,8 @@ def score_phrases(
 
     Controls: "" the map itself; "inverted"; "shuffled_text" (a phrase of another label from another study, drawn with
     `seed`); "swapped_side" (only for phrases that name a side); and, with kind "prior", "centre" and "uniform".
-    Columns: study_id, patient_id, label, section, phrase, kind, control, the scores and area of `score_map`, note.
+    Columns: number (of the phrase in `phrases`), study_id, patient_id, label, section, phrase, kind, control, the
+    scores and area of `score_map`, note.
     Scores are NaN, and the note says why, where the region lies outside the crop or the words beyond the token limit.
     "swapped_side" covers fewer phrases than the rest: compare it with the rows "" of the same phrases.
     """
@@ -134,7 +135,7 @@ def score_phrases(
                 geometry = cache.geometry(phrase.image)
                 mask, visible = region(phrase, geometry, root, crop), seen(geometry, crop)
             study = frame.iloc[phrase.row]
-            head = (study["study_id"], study["patient_id"], phrase.label, phrase.section, phrase.words)
+            head = (number, study["study_id"], study["patient_id"], phrase.label, phrase.section, phrase.words)
             rows = []
             for kind, grid in by_kind.items():
                 pixels = blank if grid is None else upsample(grid, crop, crop).numpy()
@@ -148,8 +149,8 @@ def score_phrases(
                 scores = score_map(np.where(visible, pixels, np.nan), mask)
                 note = note or ("" if mask.any() else "region outside the crop")
                 table.append((*head, kind, name, *scores.values(), note))
-    columns = ["study_id", "patient_id", "label", "section", "phrase", "kind", "control", *SCORES, "area", "note"]
-    return pd.DataFrame(table, columns=columns)
+    columns = ["number", "study_id", "patient_id", "label", "section", "phrase", "kind", "control"]
+    return pd.DataFrame(table, columns=[*columns, *SCORES, "area", "note"])
 
 
 def summarise(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -10,7 +13,13 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from torch import nn
 
+from gloria_core.data.dataset import PreparedDataset
+from gloria_core.data.images import read_gray
+from gloria_core.tasks.maps import Kind, original_maps
+from gloria_core.tasks.phrases import Phrase, region
+from gloria_core.tasks.snapshots import MapSnapshots
 from gloria_core.viz.plots import Mark, colour_of, draw_bars, draw_mark, image_grid, new_figure, show_image, wrapped
 
 TRUTH = "#00e5ff"
@@ -81,6 +90,51 @@ def attention_row(
             axis.text(0.5, 0.5, text, transform=axis.transAxes, ha="center", va="center", color="white")
     figure.suptitle(wrapped(f"{title} (n = 1 image, {len(maps)} maps)", 30 * len(titles)), fontsize=10)
     return figure
+
+
+def phrase_figure(
+    model: nn.Module, data: PreparedDataset, frame: pd.DataFrame, phrase: Phrase, *, scores: pd.DataFrame | None = None
+) -> Figure:
+    """`attention_row` of all maps of a phrase on its original image; `frame`: the studies that `phrase.row` counts.
+
+    `scores`: the phrase's rows of `grounding.score_phrases`, of which CNR and pointing game are written.
+    """
+    maps, texts = original_maps(model, frame, data.cache, [phrase], precision="float32")[0], None
+    if scores is not None:
+        plain = scores[scores["control"] == ""].set_index("kind")
+        texts = {kind: f"CNR {plain['cnr'][kind]:.2f}, hit {plain['pointing_game'][kind]:.0f}" for kind in maps}
+    outline = region(phrase, data.cache.geometry(phrase.image), data.root)
+    title = f"{frame['study_id'].iloc[phrase.row]}, {phrase.label}: “{phrase.words}”"
+    return attention_row(read_gray(data.root / phrase.image), maps, title=title, scores=texts, outlines=[outline])
+
+
+def word_figure(
+    model: nn.Module,
+    data: PreparedDataset,
+    frame: pd.DataFrame,
+    phrase: Phrase,
+    *,
+    kind: Kind = "cosine",
+    max_words: int = 8,
+) -> Figure:
+    """`attention_row` of the map of each word of a phrase's text, the first `max_words` words."""
+    spans = [match.span() for match in re.finditer(r"[^\W\d_]+", phrase.text)][:max_words]
+    words = [replace(phrase, spans=(span,)) for span in spans]
+    found = original_maps(model, frame, data.cache, words, kinds=(kind,), precision="float32")
+    maps = {word.words: by_kind[kind] for word, by_kind in zip(words, found, strict=True)}
+    return attention_row(read_gray(data.root / phrase.image), maps, kind=kind, title=f"{kind} map of each word")
+
+
+def snapshot_figure(snapshots: MapSnapshots, root: Path) -> Figure:
+    """`snapshot_strip` of saved training snapshots; `root` is the folder of the images."""
+    phrases, saved = snapshots.phrases, snapshots.load()
+    return snapshot_strip(
+        [read_gray(root / phrase.image) for phrase in phrases],
+        list(saved),
+        list(saved.values()),
+        titles=[f"{phrase.label}: “{phrase.words}”" for phrase in phrases],
+        outlines=[region(phrase, snapshots.cache.geometry(phrase.image), root) for phrase in phrases],
+    )
 
 
 def snapshot_strip(
