@@ -9,8 +9,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 
 from gloria_core.tasks.phrases import Phrase
-from gloria_core.viz import attention
-from gloria_core.viz.attention import TRUTH, attention_row, control_bars, snapshot_strip
+from gloria_core.viz.attention import (
+    TRUTH,
+    attention_row,
+    control_bars,
+    phrase_figure,
+    snapshot_figure,
+    snapshot_strip,
+    word_figure,
+)
 
 IMAGE = np.zeros((40, 30), dtype=np.uint8)
 
@@ -158,9 +165,11 @@ def made(monkeypatch, tmp_path):
     def original_maps(model, frame, cache, phrases, *, kinds=("attention", "cosine"), precision):
         return [{kind: np.full(IMAGE.shape, float(phrase.spans[0][0])) for kind in kinds} for phrase in phrases]
 
-    monkeypatch.setattr(attention, "original_maps", original_maps)
-    monkeypatch.setattr(attention, "read_gray", lambda path: IMAGE)
-    monkeypatch.setattr(attention, "region", lambda phrase, geometry, root: np.eye(*IMAGE.shape, dtype=bool))
+    monkeypatch.setattr("gloria_core.viz.attention.original_maps", original_maps)
+    monkeypatch.setattr("gloria_core.viz.attention.read_gray", lambda path: IMAGE)
+    monkeypatch.setattr(
+        "gloria_core.viz.attention.region", lambda phrase, geometry, root: np.eye(*IMAGE.shape, dtype=bool)
+    )
     return SimpleNamespace(cache=SimpleNamespace(geometry=lambda path: None), root=tmp_path)
 
 
@@ -171,19 +180,19 @@ FRAME = pd.DataFrame({"study_id": ["s7"]})
 def test_phrase_figure_has_every_map_with_its_scores(made):
     rows = {"kind": ["attention", "cosine", "cosine"], "control": ["", "", "inverted"]}
     scores = pd.DataFrame(rows | {"cnr": [0.1, 0.25, -0.25], "pointing_game": [0.0, 1.0, 0.0]})
-    figure = attention.phrase_figure(None, made, FRAME, PHRASE, scores=scores)
+    figure = phrase_figure(None, made, FRAME, PHRASE, scores=scores)
     titles = [axis.get_title().strip() for axis in _map_axes(figure)]
     assert titles == ["attention\nCNR 0.10, hit 0", "cosine\nCNR 0.25, hit 1"]
     assert "s7, Edema: “edema”" in figure.get_suptitle()
 
 
 def test_word_figure_has_one_map_a_word_and_none_of_numbers(made):
-    figure = attention.word_figure(None, made, FRAME, PHRASE, max_words=3)
+    figure = word_figure(None, made, FRAME, PHRASE, max_words=3)
     assert [axis.get_title().strip() for axis in _map_axes(figure)] == ["Mild", "edema", "cm"]
     assert [axis.images[1].get_array().max() for axis in _map_axes(figure)] == [0, 5, 14]
 
 
 def test_snapshot_figure_has_one_column_an_epoch(made):
     snapshots = SimpleNamespace(phrases=[PHRASE], load=lambda: {1: [IMAGE * 0.1], 4: [IMAGE * 0.2]}, cache=made.cache)
-    figure = attention.snapshot_figure(snapshots, made.root)
+    figure = snapshot_figure(snapshots, made.root)
     assert [axis.get_title() for axis in figure.axes][:2] == ["epoch 1", "epoch 4"]
