@@ -27,7 +27,7 @@ from gloria_core.study.driver import duration, end_with_study, run_study, to_do 
 from gloria_core.study.parameters import ParameterError  # noqa: E402
 from gloria_core.study.paths import repository_root  # noqa: E402
 from gloria_core.study.plan import Plan, StudyError, load_study, parse, study_file  # noqa: E402
-from gloria_core.study.run import EXECUTED, run_one, status_of  # noqa: E402
+from gloria_core.study.run import EXECUTED, FINISHED, run_one, status_of  # noqa: E402
 
 COMMANDS = ("run", "plan", "one")
 
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _one(plan, given.run_id, given.threads)
         if given.command == "plan":
             for run in plan:
-                print(f"{status_of(plan, run):8} {run.run_id}  after {len(run.needs)}")
+                print(f"{status_of(plan, run):14} {run.run_id}  after {len(run.needs)}")
             plan.check_data(to_do(plan))
             return 0
         return run_study(
@@ -100,7 +100,7 @@ def _one(plan: Plan, run_id: str, threads: int | None) -> int:
         print(
             f"{place} {error['name']}{cell}: {error['value']}\n      see {plan.folder / run_id / EXECUTED}", flush=True
         )
-    return 1 if error else 0
+    return 0 if record["status"] in FINISHED else 1
 
 
 def _assignment(text: str) -> tuple[str, Any]:

@@ -22,7 +22,7 @@ from gloria_core.study.parameters import unknown
 from gloria_core.study.paths import PACKAGE_PARENT, read_json
 from gloria_core.study.plan import Plan, PlannedRun, StudyError
 from gloria_core.study.provenance import package_hash
-from gloria_core.study.run import EXECUTED, is_done, locked, package_path, status_of
+from gloria_core.study.run import EXECUTED, FINISHED, NOT_APPLICABLE, is_done, locked, package_path, status_of
 
 PARENT = "GLORIA_STUDY_PROCESS"
 """Environment variable with the host and process id of a running study; its runs end when that process has ended."""
@@ -116,7 +116,7 @@ def _snakemake(plan: Plan, arguments: Sequence[str], lock: int) -> None:
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
-    if process.returncode and not any(status_of(plan, run) not in ("ok", "missing") for run in plan):
+    if process.returncode and not any(status_of(plan, run) not in (*FINISHED, "missing") for run in plan):
         # no run failed, so Snakemake itself did
         print((plan.folder / "snakemake.log").read_text(encoding="utf-8")[-4000:], flush=True)
 
@@ -183,7 +183,7 @@ def _report(plan: Plan) -> int:
     for run in plan:
         record = read_json(plan.folder / run.run_id / "run.json")
         older += record.get("package", package) != package
-        if run not in unfinished:
+        if run not in unfinished and record["status"] != NOT_APPLICABLE:
             continue
         if "error" in record:
             error = record["error"] or {"name": "stale", "value": "made by other code or data"}

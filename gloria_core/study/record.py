@@ -46,6 +46,16 @@ class RecordError(ValueError):
     """A number, figure or table that would not be understood later."""
 
 
+class NotApplicable(Exception):
+    """The notebook makes no sense for this data; the message is one sentence: what is missing, and what to do instead.
+
+    The runner gives such a run the status "not applicable". By hand one sees the sentence and no traceback.
+    """
+
+    def _render_traceback_(self) -> list[str]:
+        return [f"Not applicable: {self}"]  # IPython shows these lines in place of the traceback
+
+
 class MetricRow(BaseModel):
     """One number. The fields are the columns of metrics.csv, in order; scripts outside read them: do not rename.
 

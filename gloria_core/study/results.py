@@ -78,10 +78,12 @@ def _metrics(folder: Path, fingerprint: str) -> pd.DataFrame:
     record = read_json(folder / "run.json")
     if not record:
         raise TableError("no run.json: not run, still running, or killed")
-    if record.get("status") != "ok":
-        raise TableError(f"status {record.get('status')!r}")
     if record.get("fingerprint") != fingerprint:
         raise TableError("stale: made by other code cells or other data than the plan's")
+    if record.get("status") == "not applicable":
+        raise TableError(f"not applicable: {record['error']['value']}")
+    if record.get("status") != "ok":
+        raise TableError(f"status {record.get('status')!r}")
     try:
         # only an empty cell is a missing value: a finding may be called "None"
         text = pd.read_csv(folder / "metrics.csv", dtype=str, keep_default_na=False)

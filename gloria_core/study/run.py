@@ -3,14 +3,15 @@
 `status: ok` in run.json is the only proof of success. It is written when the notebook ended without an error output
 and its metrics.csv can be read. Everything else leaves another status, or, when this process was killed, no run.json:
 
-| status     | what happened                                                                    |
-|------------|----------------------------------------------------------------------------------|
-| ok         | all cells ran, metrics.csv is there                                              |
-| failed     | a cell raised; executed.ipynb holds the traceback                                |
-| died       | the kernel was gone, most often for want of memory                               |
-| timeout    | longer than the `minutes` of the study file                                      |
-| no_kernel  | the kernel did not start, three times                                            |
-| incomplete | all cells ran, but an output is an error or metrics.csv is missing or unreadable |
+| status         | what happened                                                                         |
+|----------------|---------------------------------------------------------------------------------------|
+| ok             | all cells ran, metrics.csv is there                                                   |
+| not applicable | a cell raised `NotApplicable`, or a run that this one needs did; finished, no numbers |
+| failed         | a cell raised; executed.ipynb holds the traceback                                     |
+| died           | the kernel was gone, most often for want of memory                                    |
+| timeout        | longer than the `minutes` of the study file                                           |
+| no_kernel      | the kernel did not start, three times                                                 |
+| incomplete     | all cells ran, but an output is an error or metrics.csv is missing or unreadable      |
 
 A run that was killed or failed keeps its folder: a training finds its checkpoint there and goes on. A run that is
 repeated because its code, its data or a run before it changed, or because it was asked for, starts in an empty one.
@@ -38,11 +39,14 @@ from traitlets.config import Config
 
 from gloria_core.data.files import atomic_write, content_hash, file_hash
 from gloria_core.study.paths import PACKAGE_PARENT, read_json
-from gloria_core.study.plan import PATHS, Plan, PlannedRun, StudyError
+from gloria_core.study.plan import COLLECTOR, PATHS, Plan, PlannedRun, StudyError
 from gloria_core.study.provenance import provenance
-from gloria_core.study.record import COLUMNS, peak_memory_mb
+from gloria_core.study.record import COLUMNS, NotApplicable, peak_memory_mb
 
 EXECUTED = "executed.ipynb"
+NOT_APPLICABLE = "not applicable"
+FINISHED = ("ok", NOT_APPLICABLE)
+"""Statuses after which a run is not repeated; the runs that need it may follow."""
 START_ATTEMPTS = 3
 START_SECONDS = 90
 
@@ -57,14 +61,15 @@ class TimeLimitError(Exception):
 def run_one(plan: Plan, run_id: str, *, threads: int | None = None) -> dict[str, Any]:
     """Execute the notebook of one run of the plan and return its record, the content of run.json.
 
+    A run that needs one that is not applicable is not applicable either; only the collector, notebook 09, still runs.
     `threads` is what OpenMP and friends may use (default: the plan's). Raises `StudyError` when another process is
-    at the same run, or when a run that this one needs has not succeeded.
+    at the same run, or when a run that this one needs has not finished.
     """
     run = plan[run_id]
     folder = plan.folder / run_id
     with locked(folder, f"run {run_id}"):
         for need in run.needs:
-            if status_of(plan, plan[need]) != "ok":
+            if status_of(plan, plan[need]) not in FINISHED:
                 raise StudyError(f"{run_id} needs {need}, which has no fresh run.json with status ok")
         _clear(plan, run)
         record = {"run_id": run_id, "study": plan.study, "notebook": run.notebook}
@@ -73,14 +78,16 @@ def run_one(plan: Plan, run_id: str, *, threads: int | None = None) -> dict[str,
         record |= provenance(plan.root)  # of the code that is about to run
         record["started"] = datetime.now(UTC).isoformat(timespec="seconds")
         clock = time.monotonic()
-        status, error = execute(
-            plan.root,
-            run.notebook,
-            folder / EXECUTED,
-            for_kernel(run.parameters),
-            threads=threads or run.threads,
-            minutes=run.minutes,
-        )
+        status, error = _unmet(plan, run)
+        if status == "ok":
+            status, error = execute(
+                plan.root,
+                run.notebook,
+                folder / EXECUTED,
+                for_kernel(run.parameters),
+                threads=threads or run.threads,
+                minutes=run.minutes,
+            )
         if status == "ok":
             status, error = _complete(folder, run_id)
         notes = read_json(folder / "notes.json")  # written by the notebook
@@ -95,9 +102,19 @@ def run_one(plan: Plan, run_id: str, *, threads: int | None = None) -> dict[str,
             "manifest_hash": file_hash(manifest) if manifest.is_file() else None,
         }
         atomic_write(folder / "run.json", json.dumps(record, indent=1) + "\n")
-        if status == "ok":
+        if status in FINISHED:
             atomic_write(folder / run.stamp, "")
     return record
+
+
+def _unmet(plan: Plan, run: PlannedRun) -> Outcome:
+    """ "ok", or "not applicable" with the reason of the first run that this one needs and that is not applicable."""
+    for need in run.needs if run.notebook != COLLECTOR else ():
+        record = read_json(plan.folder / need / "run.json")
+        if record["status"] == NOT_APPLICABLE:
+            reason = f"it needs {need}, which is not applicable: {record['error']['value']}"
+            return NOT_APPLICABLE, _error(NotApplicable.__name__, reason, None)
+    return "ok", None
 
 
 def status_of(plan: Plan, run: PlannedRun) -> str:
@@ -109,8 +126,8 @@ def status_of(plan: Plan, run: PlannedRun) -> str:
 
 
 def is_done(plan: Plan, run: PlannedRun) -> bool:
-    """Whether nothing remains to be done: status ok for this very code and data, and the stamp for Snakemake."""
-    return status_of(plan, run) == "ok" and (plan.folder / run.run_id / run.stamp).exists()
+    """Whether nothing remains to be done: finished with this very code and data, and the stamp for Snakemake."""
+    return status_of(plan, run) in FINISHED and (plan.folder / run.run_id / run.stamp).exists()
 
 
 @contextlib.contextmanager
@@ -176,7 +193,8 @@ def _attempt(notebook: str, executed: Path, parameters: Mapping[str, Any], priva
             config=Config({"KernelManager": {"transport": "ipc", "ip": f"{private}/kernel"}}),
         )
     except papermill.PapermillExecutionError as error:
-        return "failed", _error(error.ename, error.evalue, error.exec_count)
+        status = NOT_APPLICABLE if error.ename == NotApplicable.__name__ else "failed"
+        return status, _error(error.ename, error.evalue, error.exec_count)
     except (TimeLimitError, CellTimeoutError):
         return "timeout", _error("TimeLimitError", f"longer than {minutes} minutes", _cells_begun(executed))
     except Exception as error:  # what jupyter raises for a kernel that does not start is spread over many types
@@ -247,7 +265,7 @@ def _clear(plan: Plan, run: PlannedRun) -> None:
     folder = plan.folder / run.run_id
     needs = {need: file_hash(plan.folder / need / "run.json") for need in run.needs}
     inputs, begun = content_hash([run.fingerprint, needs]), folder / ".begun"
-    if status_of(plan, run) == "ok" or not begun.exists() or begun.read_text(encoding="utf-8") != inputs:
+    if status_of(plan, run) in FINISHED or not begun.exists() or begun.read_text(encoding="utf-8") != inputs:
         for item in folder.iterdir():
             if item.name != ".lock":
                 shutil.rmtree(item) if item.is_dir() and not item.is_symlink() else item.unlink()

@@ -19,6 +19,7 @@ import pytest
 
 from gloria_core.study import run as kernel
 from gloria_core.study.plan import load_study
+from gloria_core.study.results import collect
 from gloria_core.study.run import TimeLimitError, _complete, _time_limit, for_kernel, is_done, run_one, status_of
 
 COMMAND = [sys.executable, "-m", "gloria_core.study"]
@@ -116,6 +117,33 @@ def test_failure_fix_and_deletion(make_study):
     assert (code, marks(plan)) == (0, before)
     assert "0 to do" in out
     assert time.monotonic() - clock < 5
+
+
+def test_what_makes_no_sense_is_finished(make_study, write_notebook):
+    """A notebook that does not apply is no failure; what needs it does not apply either, and nothing is repeated."""
+    stages = "  - notebook: {}\n" * 4
+    names = ("01_data_preparation", "02_pretraining", "07_zero_shot", "09_paper_tables")
+    file = make_study("study: tiny\nstages:\n" + stages.format(*names))
+    parameters = 'manifest: str = ""  # of 01\nout: str = ""  # by the runner'
+    refuse = "from gloria_core.study.record import NotApplicable\nraise NotApplicable('no text; give some')"
+    write_notebook(file.parents[1], "02_pretraining", parameters, refuse)
+    plan = load_study(file)
+
+    code, out, err = study(file, "--cores", 4)
+    assert code == 0, out + err
+    assert [status_of(plan, run) for run in plan] == ["ok", "not applicable", "not applicable", "ok"]
+    _, pretraining, zero_shot, _ = [run.run_id for run in plan]
+    reason = f"it needs {pretraining}, which is not applicable: no text; give some"
+    assert f"not applicable {zero_shot}: NotApplicable: {reason}" in out and "study tiny: complete" in out
+    assert not (plan.folder / zero_shot / "executed.ipynb").exists()
+    assert "Not applicable: no text; give some" in (plan.folder / pretraining / "executed.ipynb").read_text()
+    skipped = collect("tiny", results_root=plan.folder.parent).attrs["skipped"]
+    assert {"run_id": zero_shot, "reason": f"not applicable: {reason}"} in skipped
+
+    before = marks(plan)
+    code, out, _ = study(file)
+    assert (code, marks(plan)) == (0, before)
+    assert "0 to do" in out
 
 
 def sleeping(write_notebook, file):
