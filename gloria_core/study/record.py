@@ -46,7 +46,7 @@ class RecordError(ValueError):
     """A number, figure or table that would not be understood later."""
 
 
-class NotApplicable(Exception):
+class NotApplicable(Exception):  # noqa: N818  (no error: the data is as it is)
     """The notebook makes no sense for this data; the message is one sentence: what is missing, and what to do instead.
 
     The runner gives such a run the status "not applicable". By hand one sees the sentence and no traceback.
