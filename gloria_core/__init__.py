@@ -1,6 +1,6 @@
 """Vision-language pretraining on chest radiographs: a notebook-first, reproducible study.
 
-The common entries are found here (`gloria_core.load(path)`), each imported when it is first asked for, so that
+The common entries are found here (`gloria_core.load(path)`), each imported on first use, so that
 `import gloria_core` stays fast and pulls in no deep-learning library. The usage snippets of GLoRIA's README run with
 `import gloria_core as gloria`: see `gloria_core.gloria_api`.
 """
@@ -37,8 +37,8 @@ def __getattr__(name: str) -> object:
     if name not in _ENTRIES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, attribute = _ENTRIES[name]
-    found = importlib.import_module(module)
-    return found if attribute is None else getattr(found, attribute)
+    imported = importlib.import_module(module)
+    return imported if attribute is None else getattr(imported, attribute)
 
 
 def __dir__() -> list[str]:

@@ -154,6 +154,6 @@ def gloria_class_prompts(n: int = 5, seed: int | None = 6) -> dict[str, list[str
     for label in prompts.combinations:
         candidates = class_combinations(prompts, label)
         if not 0 < n <= len(candidates):
-            raise PromptError(f"{label} has {len(candidates)} prompts, {n} are asked for")
+            raise PromptError(f"{label} has {len(candidates)} prompts, {n} are needed")
         result[label] = generator.sample(candidates, n)
     return result

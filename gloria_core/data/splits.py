@@ -27,11 +27,10 @@ from gloria_core.data.manifest import (
 
 DEFAULT_FRACTIONS = {"train": 0.7, "valid": 0.1, "test": 0.2}
 
+# Label fractions at which the prevalences are balanced; between two edges the order is pseudo-random.
 RANK_EDGES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
-"""Label fractions at which the prevalences are balanced; between two edges the order is pseudo-random."""
 
-SURE_EDGE = 0.01
-"""The subset of this fraction holds every label at least once where it has room for it."""
+SURE_EDGE = 0.01  # the subset of this fraction holds every label at least once where it has room for it
 
 GOLDEN_RATIO = 0.6180339887498949
 
@@ -106,7 +105,7 @@ def exclusive_test_set(
     """`per_class` studies of each label that have this finding alone; index and row order are kept.
 
     The rule of CheXpert 5x200 (GLoRIA, Huang et al. 2021, section 4.1): the label is 1, every other finding 0 or
-    blank, never -1; "No Finding" and `is_...` columns are not asked. per_class=None takes all there are,
+    blank, never -1; "No Finding" and `is_...` columns are ignored. per_class=None takes all there are,
     at_most=True accepts fewer. Give only rows that no training sees. Raises ValueError naming a class that has
     too few, or a label that the frame does not have.
     """
@@ -116,19 +115,18 @@ def exclusive_test_set(
         raise ValueError(f"no label column {unknown[0]!r}; the frame has: {', '.join(findings)}")
     values = frame[findings].to_numpy(float)
     negative = (values == 0) | np.isnan(values)
-    keep = np.zeros(len(frame), bool)
+    alone = negative.sum(axis=1) == len(findings) - 1
+    chosen = np.zeros(len(frame), bool)
     for name in labels:
-        column = findings.index(name)
-        others = np.delete(negative, column, axis=1).all(1)
-        found = np.flatnonzero((values[:, column] == 1) & others)
-        if per_class is not None and len(found) < per_class and not at_most:
+        rows = np.flatnonzero(alone & (values[:, findings.index(name)] == 1))
+        if per_class is not None and len(rows) < per_class and not at_most:
             raise ValueError(
-                f"{name}: {len(found)} studies have this finding alone, {per_class} are asked for; "
+                f"{name}: {len(rows)} studies have this finding alone, {per_class} are needed; "
                 "lower per_class, or pass at_most=True"
             )
-        keys = _keys(frame["study_id"].iloc[found], seed=seed, purpose=f"exclusive {name}")
-        keep[found[np.argsort(keys, kind="stable")][:per_class]] = True
-    return frame[keep]
+        keys = _keys(frame["study_id"].iloc[rows], seed=seed, purpose=f"exclusive {name}")
+        chosen[rows[np.argsort(keys, kind="stable")][:per_class]] = True
+    return frame[chosen]
 
 
 def _keys(names: Sequence[str], *, seed: int, purpose: str) -> np.ndarray:

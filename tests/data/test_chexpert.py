@@ -102,7 +102,7 @@ def test_patients_of_a_list_are_held_out(tmp_path):
         "patient00007_study1_view2_lateral",
         "patient00007_study2_view1_frontal",
     }
-    assert "200 are asked for" in refusal(prepare, tmp_path)
+    assert "200 are needed" in refusal(prepare, tmp_path)
     assert "the 5x200 set needs 200" in refusal(prepare, tmp_path, split_rule="published")
 
 

@@ -98,7 +98,7 @@ def test_gloria_combinations_are_counted_as_published():
 
 @pytest.mark.parametrize("n", [16, 0, -1])
 def test_more_prompts_than_there_are(n):
-    with pytest.raises(PromptError, match=rf"{n} are asked for"):
+    with pytest.raises(PromptError, match=rf"{n} are needed"):
         gloria_class_prompts(n)
     assert len(gloria_class_prompts(15)["Cardiomegaly"]) == 15
 
