@@ -59,7 +59,6 @@ THREADS = 8
 """Folders or headers read at once; network disks answer slowly, but many at a time."""
 BINARY = {"0": 0.0, "1": 1.0, "0.0": 0.0, "1.0": 1.0}
 LABEL_VALUES = {"": np.nan, "1.0": 1.0, "0.0": 0.0, "-1.0": -1.0, "1": 1.0, "0": 0.0, "-1": -1.0}
-PACKED = (".gz", ".zip")
 
 
 # ------------------------------------------------------------------------------------------------ files and folders
@@ -103,7 +102,7 @@ def optional_file(root: Path, pattern: str, dataset: str) -> Path | None:
 def _match(root: Path, patterns: str, dataset: str) -> Path | None:
     """The one path that fits the first of the alternatives that has any."""
     for pattern in patterns.split("|"):
-        forms = [pattern, *(pattern + end for end in PACKED if pattern.endswith(".csv"))]
+        forms = [pattern, *(pattern + end for end in (".gz", ".zip") if pattern.endswith(".csv"))]
         forms += [
             re.sub("[a-zA-Z]", lambda letter: f"[{letter[0].lower()}{letter[0].upper()}]", form) for form in forms
         ]

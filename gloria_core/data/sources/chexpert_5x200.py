@@ -59,7 +59,14 @@ def prepare(
     else:
         path = raw.require(root, {TRAIN: f"the labels of the 223,414 training images, {WHERE}"}, "CheXpert")[TRAIN]
         folder, table = path.parent, read_images(path)
-        table = _listed(table, Path(given), path) if given else _drawn(table, rule, per_class, seed)
+        if given:
+            table = _listed(table, Path(given), path)
+        elif rule == "seed":
+            table = ruled_5x200(table, seed=seed, per_class=per_class)
+        elif per_class != 200:
+            raise ValueError(f"per_class is {per_class}; the released code of {rule} draws 200, use rule='seed'")
+        else:
+            table = table[table["path"].isin(published_5x200(table, rule)[0])].sort_values("image_id")
     table = table.assign(
         images=locate(root, folder, table), study_id=table["image_id"], views=table["view"], split="test"
     )
@@ -72,15 +79,6 @@ def prepare(
     rows.exclude_missing(~silent, on_error, reason="no impression")
     frame = raw.manifest_frame(rows.table, [*CHEXPERT_LABELS, "is_ap_view", "is_male"])
     return raw.finish(frame, source=f"5x200 of {root}", seed=seed, failures=rows.failures)
-
-
-def _drawn(table: pd.DataFrame, rule: str, per_class: int, seed: int) -> pd.DataFrame:
-    if rule == "seed":
-        return ruled_5x200(table, seed=seed, per_class=per_class)
-    if per_class != 200:
-        raise ValueError(f"per_class is {per_class}; the released code of {rule} draws 200, use rule='seed'")
-    paths, _ = published_5x200(table, rule)
-    return table[table["path"].isin(paths)].sort_values("image_id")
 
 
 def _listed(table: pd.DataFrame, given: Path, path: Path) -> pd.DataFrame:

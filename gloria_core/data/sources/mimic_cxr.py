@@ -140,8 +140,9 @@ def _report_texts(root: Path, studies: pd.DataFrame) -> Iterator[tuple[str, byte
         if there := raw.existing(root, folder + below):
             yield from ((Path(name).stem, (root / name).read_bytes()) for name in sorted(there))
             return
-    what = "the reports, from https://physionet.org/content/mimic-cxr/ (a download of its own), or unpacked there as "
-    raw.require(root, {REPORTS: f"{what}mimic-cxr-reports/files/p10/p10000032/s50414267.txt"}, "MIMIC-CXR-JPG")
+    place = "mimic-cxr-reports/files/p10/p10000032/s50414267.txt"
+    what = "the reports, from https://physionet.org/content/mimic-cxr/ (a download of its own)"
+    raw.require(root, {REPORTS: f"{what}, or unpacked as {place}"}, "MIMIC-CXR-JPG")
 
 
 WHERE = "from https://physionet.org/content/mimic-cxr-jpg/ (credentialed access)"

@@ -58,9 +58,8 @@ def prepare(
     masks = {
         side: raw.locate(root, table["study_id"] + end, folders, [".png"]) for side, (end, folders) in MASKS.items()
     }
-    montgomery = table["meta_source"] == "montgomery"
     rows = raw.Rows(table.assign(**masks), source=root, cell=("masks", "images"))
-    complete = ~montgomery | ((masks["left"] != "") & (masks["right"] != ""))
+    complete = (table["meta_source"] == "shenzhen") | ((masks["left"] != "") & (masks["right"] != ""))
     rows.exclude_missing(complete, on_error, reason="a side's mask is missing")
     rows.table["masks"] = [_mask_cell(row) for row in rows.table.to_dict("records")]
     if masked_only:

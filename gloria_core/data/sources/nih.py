@@ -116,7 +116,9 @@ def prepare(
     root = Path(root)
     path = raw.require(root, {TABLE: "the labels, from https://nihcc.app.box.com/v/ChestXray-NIHCC"}, "nih")[TABLE]
     rows = raw.Rows(read_entries(path), source=path, cell=("Image Index", "image"))
-    rows.table["images"] = _image_files(root, rows.table["study_id"])
+    folders = sorted(folder.name for folder in root.glob("images*") if folder.is_dir())
+    folders += [f"{name}/images" for name in folders]
+    rows.table["images"] = raw.locate(root, rows.table["study_id"], folders, raw.PICTURES)
     rows.exclude_missing(rows.table["images"] != "", on_error, reason="listed, but no such image in images*/")
     missing = {failure.study_id for failure in rows.failures}
     table = rows.table
@@ -143,12 +145,6 @@ def prepare(
         frame["split"] = frame["split"].mask(boxed, "test")
     frame = _add_texts(frame, prompts or load_prompts("nih"), seed=text_seed, n_negative=n_negative)
     return raw.finish(frame, source=f"manifest of {root}", seed=seed, failures=rows.failures)
-
-
-def _image_files(root: Path, studies: pd.Series) -> pd.Series:
-    """Path of each image, in images*/ or images*/images/."""
-    folders = sorted(folder.name for folder in root.glob("images*") if folder.is_dir())
-    return raw.locate(root, studies, [*folders, *(f"{name}/images" for name in folders)], raw.PICTURES)
 
 
 def _boxes(table: pd.DataFrame, path: Path, root: Path, rows: raw.Rows, missing: set[str], on_error: str) -> list[str]:

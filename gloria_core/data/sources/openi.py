@@ -6,7 +6,6 @@ the reports are missing, those in the wheel of torchxrayvision. `download(root)`
 
 from __future__ import annotations
 
-import gzip
 import importlib.util
 import tarfile
 import zlib
@@ -94,7 +93,7 @@ def _xml(path: Path) -> Iterator[tuple[str, bytes]]:
             for member in archive:
                 if member.isfile() and member.name.endswith(".xml"):
                     yield member.name, archive.extractfile(member).read()
-    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, OSError) as error:
+    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
         raise ManifestError(f"{path}: the archive is cut short or damaged ({error}); download it again") from error
 
 

@@ -82,7 +82,10 @@ def prepare(
     label_of = dict(labels) if isinstance(labels, Mapping) else {name: name for name in labels}
     studies = _read(path, named, label_of, separator)
     source = f"{path} (read as Windows-1252, not UTF-8)" if studies.attrs["encoding"] == "cp1252" else path
-    images = _image_paths(path, named["image"], studies["image"], root)
+    # paths that begin with the root's own path are cut to what is below it
+    start = f"{root.absolute().as_posix()}/"
+    images = studies["image"].str.split(";").map(lambda paths: [path.strip().removeprefix(start) for path in paths])
+    raw.check_paths(path, named["image"], images.explode())
     studies["images"] = images.map(";".join)
     if "patient_id" not in studies:
         studies["patient_id"] = _patients(path, studies, patient_pattern)
@@ -126,14 +129,6 @@ def _read(path: Path, named: Mapping[str, str], label_of: Mapping[str, str], sep
     return table
 
 
-def _image_paths(path: Path, column: str, cells: pd.Series, root: Path) -> pd.Series:
-    """The paths of each study; those that begin with the root's own path are cut to what is below it."""
-    start = f"{root.absolute().as_posix()}/"
-    images = cells.str.split(";").map(lambda files: [file.strip().removeprefix(start) for file in files])
-    raw.check_paths(path, column, images.explode())
-    return images
-
-
 def _patients(path: Path, table: pd.DataFrame, pattern: str) -> pd.Series:
     if not pattern:
         hint = did_you_mean("patient", raw.header_of(path), cutoff=0.5)
@@ -150,7 +145,6 @@ def _patients(path: Path, table: pd.DataFrame, pattern: str) -> pd.Series:
     if groups < 1:
         raise ValueError(f"patient_pattern {pattern!r} needs a group, such as '(p[0-9]+)/'")
     patients = table["images"].str.extract(pattern)[0].fillna("")
-    raw.check_cells(
-        path, "image", table["images"], patients != "", f"patient_pattern {pattern!r} finds no patient in the path"
-    )
+    remedy = f"patient_pattern {pattern!r} finds no patient in the path"
+    raw.check_cells(path, "image", table["images"], patients != "", remedy)
     return patients

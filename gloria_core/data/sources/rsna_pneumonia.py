@@ -95,9 +95,9 @@ def prepare(
         table["split"] = random_split(len(table), held_out=HELD_OUT[split_rule], test=True)
         known = patient != ""
         if known.any():
-            rows = "images with a known patient"
-            _, leaks = raw.tear(patient[known], table.loc[known, "split"], rows=rows, unit="patient")
-            leaks = {rows: int(known.sum())} | leaks
+            what = "images with a known patient"
+            _, leaks = raw.tear(patient[known], table.loc[known, "split"], rows=what, unit="patient")
+            leaks = {what: int(known.sum())} | leaks
         table["patient_id"], _ = raw.tear(table["patient_id"], table["split"], rows="images", unit="patient")
     rows = raw.Rows(table, source=paths[LABELS], cell=("patientId", "study_id"))
     rows.table["images"] = raw.locate(root, name, [IMAGES.rstrip("/")], (*raw.DICOM, *raw.PICTURES))

@@ -79,7 +79,10 @@ def prepare(
     images.table[LABEL] = images.table["study_id"].map(positive).astype(float)
     images.exclude_missing(images.table["images"] != "", on_error)
     if masks:
-        files = _picture_masks(images.table) if pictures else write_masks(root, rows, images.table["study_id"], path)
+        if pictures:
+            files = ("png_masks/" + images.table["stem"] + ".png").where(images.table["positive"], "")
+        else:
+            files = write_masks(root, rows, images.table["study_id"], path)
         images.table["masks"] = raw.mask_cells(LABEL, files)
     frame = raw.manifest_frame(images.table, [LABEL])
     if split_rule == "patient":
@@ -125,11 +128,6 @@ def read_pictures(path: Path) -> pd.DataFrame:
         where = " and ".join(map(str, paths.values()))
         raise ManifestError(f"{where}: image {rows['name'][twice].iloc[0]!r} is in both; keep it in one")
     return rows.assign(stem=rows["file"].str.removesuffix(".png"))
-
-
-def _picture_masks(images: pd.DataFrame) -> pd.Series:
-    """Path of each positive image's mask in the PNG version."""
-    return ("png_masks/" + images["stem"] + ".png").where(images["positive"], "")
 
 
 def write_masks(root: Path, rows: pd.DataFrame, studies: pd.Series, source: Path) -> list[str]:

@@ -77,8 +77,8 @@ def prepare(
     Raises ManifestError naming file, row, column and remedy.
     """
     root = Path(root)
-    parts, sources = [], []
-    for split, boxes_path, labels_path in _tables(root):
+    parts, tables = [], _tables(root)
+    for split, boxes_path, labels_path in tables:
         boxes = read_boxes(boxes_path)
         part = labels_of_boxes(boxes, readers) if labels_path is None else read_image_labels(labels_path, readers)
         names = [name for name in part if labels == "all" or name in CXR_CLIP_LABELS]
@@ -92,8 +92,8 @@ def prepare(
             meta_owner_split=split,
         )
         parts.append((part, names))
-        sources.append(str(labels_path or boxes_path))
-    rows = raw.Rows(pd.concat([part for part, _ in parts]), source=" and ".join(sources), cell=("image_id", "study_id"))
+    source = " and ".join(str(labels_path or boxes_path) for _, boxes_path, labels_path in tables)
+    rows = raw.Rows(pd.concat([part for part, _ in parts]), source=source, cell=("image_id", "study_id"))
     rows.exclude_missing(rows.table["images"] != "", on_error)
     frame = raw.manifest_frame(rows.table, list(dict.fromkeys(name for _, names in parts for name in names)))
     if split_rule == "patient":
