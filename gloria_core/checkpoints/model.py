@@ -24,8 +24,8 @@ class ConfigError(ValueError):
     """A model configuration has an unknown, missing or ill-typed field; the message names it."""
 
 
+# Names of untrained models: GLoRIA with random values, and with its image weights alone.
 BASELINES = ("random", "imagenet")
-"""Names of untrained models: GLoRIA with random values, and with its image weights alone."""
 
 
 @dataclass(frozen=True, config=ConfigDict(strict=True))

@@ -28,8 +28,8 @@ from gloria_core.models.image_encoder import ImageEncoder
 from gloria_core.models.key_maps import Named
 from gloria_core.models.weights import compare
 
+# What a file may hold; the last is a U-Net of segmentation-models-pytorch.
 PublishedModel = VisionLanguageModel | ImageEncoder | ImageClassifier | nn.Module
-"""What a file may hold; the last is a U-Net of segmentation-models-pytorch."""
 
 
 @dataclass(frozen=True)

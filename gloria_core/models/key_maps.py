@@ -12,15 +12,15 @@ from torch import Tensor
 from gloria_core.models.weights import WeightsError
 
 Shapes = Mapping[str, tuple[int, ...]]
+# Our name -> (name in the file, or the names of three joined tensors; tensor).
 Named = dict[str, tuple[str, Tensor]]
-"""Our name -> (name in the file, or the names of three joined tensors; tensor)."""
+# What may stand before all names of a file that holds one network.
 PREFIXES = ("", "model.", "encoder.", "backbone.", "trunk.", "resnet.", "vit.", "swin.")
-"""What may stand before all names of a file that holds one network."""
+# What an encoder has no place for: classifiers, poolers, and tables of counting numbers.
 NO_WEIGHTS = re.compile(
     r"(fc|head|heads|head_dist|classifier|pooler|last_linear)\..*|.*\.(relative_position_index|attn_mask|position_ids)"
     r"|embeddings\.mask_token"
 )
-"""What an encoder has no place for: classifiers, poolers, and tables of counting numbers."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,7 @@ KEY_MAPS = (
     KeyMap((_PROJECTION, "embeddings.norm.weight"), _TRANSFORMERS_SWIN),
     KeyMap(("features.0.0.weight", "features.1.0.attn.qkv.weight"), _TORCHVISION_SWIN),
 )
+# Family and sizes: blocks of each stage; channels of EfficientNet's last convolution; width, patch (and depth).
 NETWORKS = {
     ("ResNet of basic blocks", 1, 1, 1, 1): "resnet_tiny",
     ("ResNet of basic blocks", 2, 2, 2, 2): "resnet18",
@@ -122,7 +123,6 @@ NETWORKS = {
     ("ViT", 768, 16, 12): "vit_base_patch16",
     ("Swin", 96, 4, 2, 2, 6, 2): "swin_tiny",
 }
-"""Family and sizes: blocks of each stage; channels of EfficientNet's last convolution; width, patch (and depth)."""
 
 
 def key_map(names: Iterable[str]) -> tuple[str, KeyMap] | None:

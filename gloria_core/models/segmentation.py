@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 Decoder = Literal["auto", "unet", "setr"]
 BatchNormMode = Literal["eval", "train"]
+# Decoder widths from coarse to fine: the default of segmentation-models-pytorch, and of both papers.
 CHANNELS = (256, 128, 64, 32, 16)
-"""Decoder widths from coarse to fine: the default of segmentation-models-pytorch, and of both papers."""
 DEEPEST = 32
 
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from gloria_core.data.packages import installed_folder
 
+# What `DistributedDataParallel` and `torch.compile` put before or between names.
 WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:module|_orig_mod)\.")
-"""What `DistributedDataParallel` and `torch.compile` put before or between names."""
+# Names shown in an error.
 SHOWN = 5
-"""Names shown in an error."""
 
 
 class WeightsError(ValueError):
@@ -131,17 +131,3 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> No
             listed.append(f"{len(names)} {title}" + (f" ({', '.join(names[:SHOWN])}{more})" if names else ""))
         raise WeightsError(f"{source} does not fit {type(module).__name__}: {'; '.join(listed)}")
     module.load_state_dict(tensors)
-
-
-def fill_by_order(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> None:
-    """Load tensors whose names differ but whose order is the module's; every shape is checked.
-
-    Raises WeightsError at the first pair that differs in shape, or where the counts differ.
-    """
-    wanted = module.state_dict()
-    if len(tensors) != len(wanted):
-        raise WeightsError(f"{source} holds {len(tensors)} tensors, {type(module).__name__} has {len(wanted)}")
-    for (theirs, value), (ours, place) in zip(tensors.items(), wanted.items(), strict=True):
-        if value.shape != place.shape or value.dtype != place.dtype:
-            raise WeightsError(f"{source}: {theirs} {tuple(value.shape)} does not fit {ours} {tuple(place.shape)}")
-    module.load_state_dict(dict(zip(wanted, tensors.values(), strict=True)))

@@ -14,10 +14,10 @@ from torch.utils.checkpoint import checkpoint
 from gloria_core.models.heads import PRODUCT_EPS, widened
 
 Aggregation = Literal["sum", "mean", "max"]
+# Score elements (B, R, n, W) held at once: 128 MB for each float32 intermediate, of which a step keeps about four.
 MEMORY_BUDGET = 2**25
-"""Score elements (B, R, n, W) held at once: 128 MB for each float32 intermediate, of which a step keeps about four."""
+# Below it a squared length counts as zero and passes no gradient, where a square root's would be infinite.
 SQUARE_FLOOR = 1e-24
-"""Below it a squared length counts as zero and passes no gradient, where a square root's would be infinite."""
 
 
 def word_region_similarity(

@@ -17,12 +17,12 @@ from torchvision.ops import batched_nms
 from gloria_core.models.detection import BatchNorm, Detector, Target
 from gloria_core.models.image_encoder import ImageEncoder
 
+# Width and height in pixels of an image of 416, at stride 32, 16 and 8; they are scaled to the images' side.
 ANCHORS = (((116, 90), (156, 198), (373, 326)), ((30, 61), (62, 45), (59, 119)), ((10, 13), (16, 30), (33, 23)))
-"""Width and height in pixels of an image of 416, at stride 32, 16 and 8; they are scaled to the images' side."""
 ANCHOR_SIDE = 416
 NECK = (512, 256, 128)
+# An anchor that overlaps a box more than this, by shape, is not taught to be background at the box's cell.
 IGNORE_IOU = 0.5
-"""An anchor that overlaps a box more than this, by shape, is not taught to be background at the box's cell."""
 WEIGHT_XY, WEIGHT_WH, WEIGHT_EMPTY = 2.5, 2.5, 0.5
 
 
@@ -65,12 +65,12 @@ class YoloNeck(nn.Module):
 
 
 class YoloDetector(Detector):
-    """`detector="yolov3_mgca"`; see the module. The defaults of `batch_norm` and `least_score` are the published ones.
+    """`detector="yolov3_mgca"`; see the module. `batch_norm` and `score_threshold` have the published defaults.
 
     The published images are 224 x 224 and the trunk a ResNet-50; any ResNet and any multiple of 32 is taken.
     """
 
-    least_score = 0.5
+    score_threshold = 0.5
 
     def __init__(
         self,
@@ -101,8 +101,8 @@ class YoloDetector(Detector):
         boxes, scores, classes = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
         found = []
         for box, score, of_class in zip(boxes, scores, classes.argmax(dim=2), strict=True):
-            kept = (score >= self.least_score).nonzero()[:, 0]
-            kept = kept[nms_plus_one(box[kept], score[kept], of_class[kept])][: self.most]
+            kept = (score >= self.score_threshold).nonzero()[:, 0]
+            kept = kept[nms_plus_one(box[kept], score[kept], of_class[kept])][: self.max_detections]
             found.append({"boxes": box[kept], "labels": of_class[kept], "scores": score[kept]})
         return found
 

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from gloria_core.models.alignment import attend, clipped_weights, paired_loss, sinkhorn
 from gloria_core.models.heads import contrastive_terms, cosine_matrix, widened
-from gloria_core.models.words import words_from_pieces
+from gloria_core.models.text_encoder import words_from_pieces
 from gloria_core.objectives.base import Objective
 from gloria_core.types import AttentionRows, Batch, Behavior, ImageFeatures, Needs, ObjectiveOutput, TextFeatures
 

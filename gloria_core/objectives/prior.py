@@ -29,13 +29,14 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from gloria_core.models.attention_pool import AttentionPool, ImageHeads
-from gloria_core.models.heads import contrastive_terms, cosine_matrix
-from gloria_core.models.prototype_bank import Decay, PrototypeBank, decayed
-from gloria_core.models.reconstruction import ImageDecoder, SentenceDecoder
-from gloria_core.models.sentence_region import (
+from gloria_core.models.decoders import ImageDecoder, SentenceDecoder
+from gloria_core.models.heads import AttentionPool, ImageHeads, contrastive_terms, cosine_matrix
+from gloria_core.models.sentences import (
+    Decay,
+    PrototypeBank,
     SentenceRegionAttention,
     Sentences,
+    decayed,
     gather_sentences,
     local_nce,
     mutual_prediction,

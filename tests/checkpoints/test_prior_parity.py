@@ -17,8 +17,7 @@ from gloria_core.checkpoints.layouts import prior
 from gloria_core.checkpoints.model import ModelConfig, assemble
 from gloria_core.checkpoints.native import CheckpointError
 from gloria_core.checkpoints.published import load_pretrained
-from gloria_core.models.prototype_bank import gumbel
-from gloria_core.models.sentence_region import gather_sentences
+from gloria_core.models.sentences import gather_sentences, gumbel
 from gloria_core.types import Batch
 
 check = Tolerance(rtol=1e-4, atol=5e-5)  # README of the golden numbers

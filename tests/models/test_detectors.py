@@ -90,7 +90,7 @@ def test_losses_reach_what_may_learn(kind, frozen, encoder, pixels):
         else:
             assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
     assert all(torch.equal(v, before[n]) for n, v in detector.trunk.state_dict().items())
-    assert detector.keeps_stages == frozen
+    assert detector.stages_are_fixed == frozen
 
 
 @pytest.mark.parametrize("kind", DETECTORS)
@@ -101,7 +101,7 @@ def test_batch_norm_in_train_mode_moves_statistics_and_nothing_else(kind, encode
     after = detector.trunk.state_dict()
     moved = {name for name in after if not torch.equal(after[name], before[name])}
     assert moved == {n for n in after if n.rsplit(".")[-1] in ("running_mean", "running_var", "num_batches_tracked")}
-    assert not detector.keeps_stages
+    assert not detector.stages_are_fixed
     still = copy.deepcopy(after)
     detector.eval().stages(pixels)
     assert all(torch.equal(v, still[n]) for n, v in detector.trunk.state_dict().items())
@@ -118,13 +118,13 @@ def test_a_batch_without_any_box(kind, encoder, pixels):
 @pytest.mark.parametrize("kind", DETECTORS)
 def test_detections_are_ordered_inside_and_above_the_threshold(kind, encoder, pixels):
     detector = _make(kind, encoder).eval()
-    detector.least_score = 0.001 if kind is not YoloDetector else 0.4
+    detector.score_threshold = 0.001 if kind is not YoloDetector else 0.4
     with torch.no_grad():
         found = detector.detect(detector.stages(pixels))
     assert len(found) == 3 and sum(len(f["boxes"]) for f in found)
     for boxes in found:
         n = len(boxes["scores"])
-        assert boxes["boxes"].shape == (n, 4) and boxes["labels"].shape == (n,) and n <= detector.most
+        assert boxes["boxes"].shape == (n, 4) and boxes["labels"].shape == (n,) and n <= detector.max_detections
         assert (boxes["scores"].diff() <= 0).all() and (boxes["scores"] >= 0.001).all()
         assert boxes["labels"].min() >= 0 and boxes["labels"].max() < 3
         assert (boxes["boxes"][:, 2:] >= boxes["boxes"][:, :2]).all()
@@ -189,7 +189,7 @@ def test_detections_are_torchvisions(encoder, pixels):
     with torch.no_grad():
         detector.net.head.classification_head.cls_logits.weight.normal_(std=0.02)
         stages = detector.stages(pixels)
-        detector.least_score, detector.most = 0.02, 10_000
+        detector.score_threshold, detector.max_detections = 0.02, 10_000
         ours = detector.detect(stages)
         levels = list(net.backbone(detector.standardised(stages)).values())
         found, images = net.head(levels), detector.image_list(count)
@@ -243,7 +243,9 @@ def test_published_neck_has_the_published_shapes():
 
 def test_published_defaults(encoder):
     detector = YoloDetector(encoder, classes=1)
-    assert detector.side == 224 and detector.batch_norm == "train" and detector.frozen and detector.least_score == 0.5
+    assert (
+        detector.side == 224 and detector.batch_norm == "train" and detector.frozen and detector.score_threshold == 0.5
+    )
     np.testing.assert_allclose(detector.anchors[0][2], [373 * 224 / 416, 326 * 224 / 416], rtol=1e-6)
 
 

@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from gloria_core.models.attention_pool import AttentionPool, ImageHeads
-from gloria_core.models.prototype_bank import PrototypeBank, decayed
-from gloria_core.models.reconstruction import ImageDecoder, SentenceDecoder, match
-from gloria_core.models.sentence_region import SentenceRegionAttention, gather_sentences, local_nce
+from gloria_core.models.decoders import ImageDecoder, SentenceDecoder, match
+from gloria_core.models.heads import AttentionPool, ImageHeads
+from gloria_core.models.sentences import PrototypeBank, SentenceRegionAttention, decayed, gather_sentences, local_nce
 from gloria_core.types import ImageFeatures
 
 
@@ -131,7 +130,7 @@ def test_pair_scores_in_chunks(monkeypatch):
     attention, mask = SentenceRegionAttention(4), torch.ones(5, 2, dtype=torch.bool)
     regions, sentences = torch.randn(3, 6, 4), torch.randn(5, 2, 4)
     whole = attention.pair_scores(regions, sentences, mask)
-    monkeypatch.setattr("gloria_core.models.sentence_region.PAIRS_AT_ONCE", 3 * 6 * 2 * 2)
+    monkeypatch.setattr("gloria_core.models.sentences.PAIRS_AT_ONCE", 3 * 6 * 2 * 2)
     torch.testing.assert_close(attention.pair_scores(regions, sentences, mask), whole)
 
 

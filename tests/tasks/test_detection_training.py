@@ -115,7 +115,7 @@ def test_published_settings(data, model):
     )  # fmt: skip
     assert (MGCA.learning_rate, MGCA.weight_decay, MGCA.schedule, MGCA.patience) == (5e-4, 1e-6, "constant", 10)
     detector = detection.build_detector(model, data, MGCA)
-    assert detector.least_score == 0.5 and detector.batch_norm == "train" and detector.frozen
+    assert detector.score_threshold == 0.5 and detector.batch_norm == "train" and detector.frozen
 
 
 def test_the_best_state_is_kept(data, model, monkeypatch):

@@ -15,11 +15,11 @@ from gloria_core.checkpoints.model import ConfigError, ModelConfig, assemble
 from gloria_core.models.image_encoder import ImageEncoder
 from gloria_core.models.key_maps import Named, Shapes, count, network_name, timm_names
 
+# Of every published BERT; the number of heads cannot be read from shapes.
 HEAD_WIDTH = 64
-"""Of every published BERT; the number of heads cannot be read from shapes."""
 TRUNK, BERT = "image_encoder.trunk.", "text_encoder.bert."
+# Regular expressions for the start of their names -> the start of ours, or None for a tensor that has no place.
 Rules = Iterable[tuple[str, str | None]]
-"""Regular expressions for the start of their names -> the start of ours, or None for a tensor that has no place."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from gloria_core.checkpoints.layouts.base import (
     shapes_of,
 )
 from gloria_core.checkpoints.model import ConfigError, ModelConfig
-from gloria_core.models.attention_pool import PUBLISHED_SIDE
+from gloria_core.models.heads import PUBLISHED_SIDE
 from gloria_core.models.key_maps import Named, Shapes, count
 
 NAME = "PRIOR"

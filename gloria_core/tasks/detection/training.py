@@ -101,7 +101,7 @@ def feature_store(model: nn.Module, data: BoxData, config: DetectionConfig) -> F
         batches = [trunk.stages(rows[first : first + _EVAL_BATCH]) for first in range(0, len(rows), _EVAL_BATCH)]
         return [torch.cat(stage) for stage in zip(*batches, strict=True)]
 
-    return FeatureStore(encode, limit=config.memory, device=model.device) if trunk.detector.keeps_stages else None
+    return FeatureStore(encode, limit=config.memory, device=model.device) if trunk.detector.stages_are_fixed else None
 
 
 @dataclasses.dataclass

@@ -1,12 +1,17 @@
-"""Sentences of reports, and what they and the regions of an image tell each other.
+"""Sentences of reports: their vectors, their attention to the regions of an image, and a bank of their prototypes.
 
-PRIOR (Cheng et al., ICCV 2023): attention between region and sentence goes both ways and is a sigmoid, so
-that a sentence may be seen in many regions, in few, or in none.
+All of PRIOR (Cheng et al., ICCV 2023; released code, `spb.py` for the bank). Attention between region and sentence goes
+both ways and is a sigmoid, so that a sentence may be seen in many regions, in few, or in none. In the bank every
+sentence becomes a mixture of a few hundred learned ones. With sentence x, prototypes e_k, temperature tau and Gumbel
+noise g (Jang, Gu, Poole: "Categorical Reparameterization with Gumbel-Softmax", ICLR 2017):
+
+    l_k = x . e_k,   w = softmax( (l + g) / tau ),   q = sum_k w_k e_k
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +19,8 @@ from torch.nn import functional as F
 
 from gloria_core.models.heads import widened
 
+# Region-sentence pairs that `pair_scores` holds at a time.
 PAIRS_AT_ONCE = 1 << 25
-"""Region-sentence pairs that `pair_scores` holds at a time."""
 
 
 class Sentences(NamedTuple):
@@ -158,3 +163,50 @@ class SentenceRegionAttention(nn.Module):
             total = total + widened(weights).sigmoid().mean(dim=2)
             found.append((total * there).sum(dim=2) / (2 * there.sum(dim=1)))
         return torch.cat(found, dim=1)
+
+
+Decay = Literal["fixed", "linear", "exp"]
+
+
+def gumbel(logits: Tensor) -> Tensor:
+    """Standard Gumbel noise of the shape of `logits`, from torch's generator."""
+    return -torch.empty_like(logits).exponential_().log()
+
+
+def decayed(temperature: float, share: float, decay: Decay) -> float:
+    """tau after a share (0 to 1) of its way down to a tenth; "fixed" stays. Raises ValueError for another decay."""
+    if decay == "fixed":
+        return temperature
+    if decay == "linear":
+        return temperature * (1 - 0.9 * share)
+    if decay == "exp":
+        return temperature * 0.1**share
+    raise ValueError(f'temp_decay must be "fixed", "linear" or "exp", got {decay!r}')
+
+
+class PrototypeBank(nn.Module):
+    """`temperature` is tau and may be set between steps.
+
+    `noise`: gives the noise for logits (M, K); replace it to have the noise of another generator, or none at all
+    (`bank.noise = torch.zeros_like`). It is asked for while training, and in evaluation mode where `noisy_in_eval`.
+
+    Shape: (M, D) -> (M, D), logits (M, K); float32 or wider, also under autocast
+    """
+
+    def __init__(self, n_prototypes: int, dim: int, *, temperature: float = 0.9, noisy_in_eval: bool = False) -> None:
+        super().__init__()
+        self.prototypes = nn.Parameter(torch.randn(n_prototypes, dim))
+        self.temperature, self.noisy_in_eval = temperature, noisy_in_eval
+        self.noise: Callable[[Tensor], Tensor] = gumbel
+
+    def forward(self, sentences: Tensor) -> tuple[Tensor, Tensor]:
+        """The mixtures, and the logits without noise."""
+        logits = self.logits(sentences)
+        noisy = logits + self.noise(logits) if self.training or self.noisy_in_eval else logits
+        with torch.autocast(logits.device.type, enabled=False):
+            return (noisy / self.temperature).softmax(dim=-1) @ self.prototypes, logits
+
+    def logits(self, sentences: Tensor) -> Tensor:
+        """(M, D) -> (M, K) dot products with the prototypes."""
+        with torch.autocast(sentences.device.type, enabled=False):
+            return widened(sentences) @ self.prototypes.T
