@@ -113,30 +113,23 @@ def bootstrap_rows(
     blocks = [statistic(weights) for weights in resamples(size, groups=groups, n_bootstrap=n_bootstrap, seed=seed)]
     drawn = np.concatenate(blocks) if blocks else np.empty((0, *shape))
 
-    def row(target: str, metric: str, point: float, values: np.ndarray, n: int, more: list, note: str) -> tuple:
-        limits = interval(values) if np.isfinite(point) else (float("nan"), float("nan"))
-        return (target, metric, float(point), *limits, n, *more, note)
-
+    averaged = [(target, [k], notes[k]) for k, target in enumerate(targets)]
+    if macro:
+        averaged.append(("macro", [targets.index(name) for name in macro], [None] * len(metrics)))
     rows = []
-    for k, target in enumerate(targets):
+    for target, members, note in averaged:
         for m, metric in enumerate(metrics):
-            more = [float(values[k, m]) for values in columns.values()]
-            n = int(counted[:, k, m].sum())
-            rows.append(row(target, metric, value[k, m], drawn[:, k, m], n, more, notes[k, m]))
-    chosen = [targets.index(name) for name in macro]
-    for m, metric in enumerate(metrics if chosen else ()):
-        defined = [k for k in chosen if np.isfinite(value[k, m])]
-        note = f"mean over {len(defined)} of {len(chosen)} labels"
-        n = int(counted[:, chosen, m].any(axis=1).sum())
-        if not defined:
-            rows.append(row("macro", metric, float("nan"), drawn[:0, 0, m], n, [float("nan")] * len(columns), note))
-            continue
-        values = drawn[:, defined, m]
-        if skip_undefined:
-            values = values[~np.isnan(values).all(axis=1)]
-        means = (np.nanmean if skip_undefined else np.mean)(values, axis=1) if len(values) else values[:, 0]
-        more = [float(values[defined, m].mean()) for values in columns.values()]
-        rows.append(row("macro", metric, value[defined, m].mean(), means, n, more, note))
+            defined = [k for k in members if np.isfinite(value[k, m])]
+            values, point = drawn[:0, 0, m], float("nan")
+            if defined:
+                values, point = drawn[:, defined, m], float(value[defined, m].mean())
+                values = values[~np.isnan(values).all(axis=1)]
+                values = (np.nanmean if skip_undefined else np.mean)(values, axis=1)
+            shown = members if len(members) == 1 else defined
+            more = [float(column[shown, m].mean()) if shown else float("nan") for column in columns.values()]
+            text = f"mean over {len(defined)} of {len(members)} labels" if target == "macro" else note[m]
+            n = int(counted[:, members, m].any(axis=1).sum())
+            rows.append((target, metric, point, *interval(values), n, *more, text))
     return pd.DataFrame(rows, columns=["target", "metric", "value", "ci_low", "ci_high", "n", *columns, "note"])
 
 

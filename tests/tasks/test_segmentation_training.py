@@ -18,7 +18,6 @@ from gloria_core.tasks.segmentation.training import (
     feature_store,
     label_efficiency,
     mean_mask_counts,
-    score,
     train_segmenter,
 )
 
@@ -241,7 +240,7 @@ def test_patience_ends_a_training_that_does_not_improve(data, encoder):
 def test_a_class_without_masks_in_the_subset_is_noted_and_left_out_of_the_macro(data, encoder):
     found = fitted(encoder, data, train=[2, 3, 4, 5], steps=2, validate_every=2)
     assert found.notes == ("", "not fitted: no mask in 4 training studies")
-    rows = score(found, [2, 3, 4, 5], data.rows("test"), macro=[SQUARE, DOT], n_bootstrap=20)
+    rows = found.score(data.rows("test"), macro=[SQUARE, DOT], n_bootstrap=20)
     rows = rows.set_index(["target", "metric"])
     for metric in ("dice_positives", "dice_all", "dice_pooled", "dice_positives_prior"):
         assert np.isnan(rows.loc[(DOT, metric), "value"])
@@ -272,7 +271,7 @@ def test_fractions_and_seeds(data, encoder):
     protocol = LabelEfficiency((0.5, 1.0), subsets=2, macro=[SQUARE], n_bootstrap=10, test_sets=sets)
     rows, found = label_efficiency(encoder, data, protocol, config)
     assert list(found) == [(0.5, 0), (0.5, 1), (1.0, 0)]
-    assert [found[key].n_train for key in found] == [6, 6, 12]
+    assert [len(found[key].train) for key in found] == [6, 6, 12]
     assert len({id(one.store) for one in found.values()}) == 1 and len(found[0.5, 0].store) > 12
     assert all(torch.equal(value, state[name]) for name, value in encoder.state_dict().items()) and not encoder.frozen
     assert not rows.duplicated(["target", "metric", "label_fraction", "seed", "dataset"]).any()
@@ -286,7 +285,7 @@ def test_fractions_and_seeds(data, encoder):
         "dice_pooled_prior",
     } <= set(rows["metric"])
     for name, part in (("all", test), ("part", test[:4])):
-        again = score(found[0.5, 1], range(12), part, macro=[SQUARE], n_bootstrap=10)
+        again = found[0.5, 1].score(part, macro=[SQUARE], n_bootstrap=10)
         first = rows[(rows["seed"] == 1) & (rows["metric"] == "dice_all") & (rows["dataset"] == name)]
         assert again[again["metric"] == "dice_all"]["value"].tolist() == pytest.approx(
             first["value"].tolist(), nan_ok=True

@@ -80,22 +80,22 @@ class SegmentationConfig:
 
 @dataclasses.dataclass
 class Segmenter:
-    """A network on `data`, and what was chosen on validation.
+    """A network on `data`, and what was chosen on validation; without a network it predicts nothing.
 
-    `store`: features of a fixed encoder. `thresholds` (K,): indices into `THRESHOLDS`. `history`: one row a validation
-    (step, train_loss, valid_dice). `step`: the best of them. `notes` (K,): why a class was not fitted, or "".
-    `n_train`: studies of the subset.
+    `store`: features of a fixed encoder. `train`: rows of the subset. `thresholds` (K,): indices into `THRESHOLDS`.
+    `history`: one row a validation (step, train_loss, valid_dice). `step`: the best of them. `notes` (K,): why a class
+    was not fitted, or "".
     """
 
-    net: SegmentationNet
+    net: SegmentationNet | None
     data: SegmentationData
     config: SegmentationConfig
     store: FeatureStore | None = dataclasses.field(default=None, repr=False)
+    train: np.ndarray | None = None
     thresholds: np.ndarray | None = None
     history: pd.DataFrame | None = None
     step: int = 0
     notes: tuple[str, ...] = ()
-    n_train: int = 0
 
     def logits(self, rows: np.ndarray, pixels: Tensor | None = None) -> Tensor:
         """Shape: -> (b, K, crop, crop); of `pixels` where they are given, else of the studies' own."""
@@ -123,7 +123,26 @@ class Segmenter:
 
     def counts(self, rows: Sequence[int]) -> MaskCounts:
         """Pixel counts of these studies, in their order."""
+        if self.net is None:
+            truth = self.data.areas(rows)
+            nothing = np.zeros((*truth.shape, len(THRESHOLDS)), np.int64)
+            return MaskCounts(nothing, nothing, truth, self.data.known[rows])
         return _counts(self.data, self.batches(rows))
+
+    def score(self, rows: Sequence[int], *, macro: Sequence[str] = (), n_bootstrap: int = 1000) -> pd.DataFrame:
+        """Metric rows of these studies: `segmentation_rows`, and again with `_prior` for the mean mask of `train`.
+
+        The mean mask is the same for every image, thresholded on validation as the network is: what knowing the usual
+        place of a finding is worth. A label without a mask in `train` has NaN and a note, and the macro leaves it out.
+        """
+        data, options = self.data, {"macro": list(macro), "batch_size": self.config.batch_size, "notes": self.notes}
+        options |= {"groups": data.frame["patient_id"].astype(str).to_numpy()[rows], "n_bootstrap": n_bootstrap}
+        table = segmentation_rows(self.counts(rows), data.labels, thresholds=self.thresholds, **options)
+        thresholds = best_thresholds(mean_mask_counts(data, self.train, data.rows("valid")))
+        prior = mean_mask_counts(data, self.train, rows)
+        prior = segmentation_rows(prior, data.labels, thresholds=thresholds, **options)
+        prior = prior[prior["metric"] != EMPTY]  # the same in both
+        return pd.concat([table, prior.assign(metric=prior["metric"] + PRIOR)], ignore_index=True)
 
 
 def train_segmenter(
@@ -198,7 +217,7 @@ def train_segmenter(
     )
     notes = tuple("" if fitted else f"not fitted: no mask in {len(train)} training studies" for fitted in trained)
     best = thresholds[history["step"].tolist().index(step)]
-    return Segmenter(net, data, config, store, best, history, step, notes, len(train))
+    return Segmenter(net, data, config, store, train, best, history, step, notes)
 
 
 def not_fitted(data: SegmentationData, train: Sequence[int], valid: Sequence[int]) -> str:
@@ -257,7 +276,7 @@ def label_efficiency(
     *,
     progress: supervised.Progress | None = None,
 ) -> tuple[pd.DataFrame, dict[tuple[float, int], Segmenter]]:
-    """Train on every subset of `protocol`: rows of `score`, and the segmenters by (fraction, subset).
+    """Train on every subset of `protocol`: rows of `Segmenter.score`, and the segmenters by (fraction, subset).
 
     The number of the subset also seeds the decoder's first weights. A subset without any mask, or with none of a class
     that validation shows, gives no segmenter: its rows are NaN with a note. More columns: those of `LabelEfficiency`,
@@ -265,61 +284,24 @@ def label_efficiency(
     """
     config, encoder, valid = config or SegmentationConfig(), copy.deepcopy(encoder), data.rows("valid")
     store = feature_store(encoder, data, config) if config.features_are_fixed else None
-    options = {"macro": protocol.macro, "n_bootstrap": protocol.n_bootstrap}
 
-    def fit(train: np.ndarray, subset: int) -> tuple[Segmenter | None, Score]:
-        reason = not_fitted(data, train, valid)
+    def fit(train: np.ndarray, subset: int) -> tuple[Segmenter, Score]:
+        reason, n_bootstrap, k = not_fitted(data, train, valid), protocol.n_bootstrap, len(data.labels)
         if reason:
-            return None, lambda rows: _not_fitted_rows(data, reason, rows, protocol.macro).assign(step=0)
-        fitted = train_segmenter(
-            encoder, data, train, valid, config=config, seed=subset, store=store, progress=progress
-        )
-        return fitted, lambda rows: score(fitted, train, rows, **options).assign(step=fitted.step)
+            half = np.full(k, PUBLISHED_THRESHOLD)
+            fitted = Segmenter(None, data, config, train=train, thresholds=half, notes=(reason,) * k)
+            n_bootstrap = 0
+        else:
+            options = {"config": config, "seed": subset, "store": store, "progress": progress}
+            fitted = train_segmenter(encoder, data, train, valid, **options)
+
+        def score(rows: np.ndarray) -> pd.DataFrame:
+            return fitted.score(rows, macro=protocol.macro, n_bootstrap=n_bootstrap).assign(step=fitted.step)
+
+        return fitted, score
 
     rows, fits = protocol.run(data.frame, fit, progress)
-    return rows, {key: fitted for key, fitted in fits.items() if fitted is not None}
-
-
-def score(
-    segmenter: Segmenter,
-    train: Sequence[int],
-    rows: Sequence[int],
-    *,
-    macro: Sequence[str] = (),
-    n_bootstrap: int = 1000,
-) -> pd.DataFrame:
-    """Metric rows of the studies `rows`: `segmentation_rows`, and again with `_prior` for the mean mask of `train`.
-
-    The mean mask is the same for every image, thresholded on validation as the network is: what knowing the usual place
-    of a finding is worth. A label without a mask in `train` has NaN and a note, and the macro leaves it out.
-    """
-    data = segmenter.data
-    options = {
-        "macro": list(macro),
-        "groups": data.frame["patient_id"].astype(str).to_numpy()[rows],
-        "batch_size": segmenter.config.batch_size,
-        "notes": segmenter.notes,
-        "n_bootstrap": n_bootstrap,
-    }
-    table = segmentation_rows(segmenter.counts(rows), data.labels, thresholds=segmenter.thresholds, **options)
-    thresholds = best_thresholds(mean_mask_counts(data, train, data.rows("valid")))
-    prior = segmentation_rows(mean_mask_counts(data, train, rows), data.labels, thresholds=thresholds, **options)
-    return _with_prior(table, prior)
-
-
-def _not_fitted_rows(data: SegmentationData, reason: str, rows: np.ndarray, macro: Sequence[str]) -> pd.DataFrame:
-    """The rows of `score` where there is nothing to learn from: NaN, a note, and the empty prediction's score."""
-    truth = data.areas(rows)
-    nothing = np.zeros((*truth.shape, len(THRESHOLDS)), np.int64)
-    counts = MaskCounts(nothing, nothing, truth, data.known[rows])
-    notes, half = [reason] * len(data.labels), [PUBLISHED_THRESHOLD] * len(data.labels)
-    table = segmentation_rows(counts, data.labels, thresholds=half, macro=list(macro), notes=notes, n_bootstrap=0)
-    return _with_prior(table, table)
-
-
-def _with_prior(table: pd.DataFrame, prior: pd.DataFrame) -> pd.DataFrame:
-    prior = prior[prior["metric"] != EMPTY]  # the same in both
-    return pd.concat([table, prior.assign(metric=prior["metric"] + PRIOR)], ignore_index=True)
+    return rows, {key: fitted for key, fitted in fits.items() if fitted.net is not None}
 
 
 def best_median_worst(scores: Sequence[float], each: int = 1) -> dict[str, list[int]]:
