@@ -2,7 +2,7 @@
 
 A manifest row's `masks` say it exactly (spans of the report and the mask they name), its `boxes` say it by label, and
 then a prompt is the phrase. Either way a phrase belongs to the frontal image that the model sees; masks of other views
-are no truth for it.
+do not count.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Phrase:
 
     @property
     def words(self) -> str:
-        """The phrase as it stands in the text."""
+        """The words of the phrase, parts joined by an ellipsis."""
         return " … ".join(self.text[start:end] for start, end in self.spans)
 
 
@@ -55,10 +55,9 @@ def phrases_from_masks(frame: pd.DataFrame, *, sections: Sequence[str] = ("impre
 
     Masks of one label that share their spans ("bilateral effusions") are one phrase, with their union as region.
     Masks without spans in these sections name no words and give no phrase. A phrase is on the study's frontal image,
-    or on the first of a study that has none. Raises ValueError for a span that does not
-    lie in its text.
+    or on its first where it has none. Raises ValueError for a span that does not lie in its text.
     """
-    found = []
+    phrases = []
     for position, row in enumerate(frame.to_dict("records")):
         number, image = frontal_image(row, or_first=True)
         grouped: dict[tuple, list[str]] = {}
@@ -73,8 +72,8 @@ def phrases_from_masks(frame: pd.DataFrame, *, sections: Sequence[str] = ("impre
                 raise ValueError(
                     f"study {row['study_id']}: spans {spans} do not lie in its {section} ({len(text)} long)"
                 )
-            found.append(Phrase(position, label, section, text, spans, image, masks=tuple(paths)))
-    return found
+            phrases.append(Phrase(position, label, section, text, spans, image, masks=tuple(paths)))
+    return phrases
 
 
 def phrases_from_boxes(frame: pd.DataFrame, prompts: Mapping[str, str]) -> list[Phrase]:
@@ -82,7 +81,7 @@ def phrases_from_boxes(frame: pd.DataFrame, prompts: Mapping[str, str]) -> list[
 
     Labels that are not in `prompts` are left out: naming the labels is how one chooses them.
     """
-    found = []
+    phrases = []
     for position, row in enumerate(frame.to_dict("records")):
         number, image = frontal_image(row, or_first=True)
         grouped: dict[str, list[tuple]] = {}
@@ -91,8 +90,8 @@ def phrases_from_boxes(frame: pd.DataFrame, prompts: Mapping[str, str]) -> list[
                 grouped.setdefault(box["label"], []).append(tuple(box["xywh"]))
         for label, boxes in grouped.items():
             text = prompts[label]
-            found.append(Phrase(position, label, "prompt", text, ((0, len(text)),), image, boxes=tuple(boxes)))
-    return found
+            phrases.append(Phrase(position, label, "prompt", text, ((0, len(text)),), image, boxes=tuple(boxes)))
+    return phrases
 
 
 def region(phrase: Phrase, geometry: Geometry, root: Path | str, crop: int | None = None) -> np.ndarray:
@@ -152,7 +151,7 @@ def whole_sentences(phrases: Sequence[Phrase]) -> list[Phrase]:
 def another_text(phrases: Sequence[Phrase], *, seed: int = 0) -> list[Phrase | None]:
     """For each phrase one of another label and another study, drawn at random; None where there is none.
 
-    The image keeps its place: what changes is the words that the map is drawn for.
+    Image and region stay the same; only the words change.
     """
     rng, partners = np.random.default_rng(seed), []
     labels, rows = np.array([p.label for p in phrases], dtype=object), np.array([p.row for p in phrases])

@@ -198,7 +198,7 @@ def plain_answer(table: pd.DataFrame, cohort: Cohort | None) -> str:
     if cohort is None:
         return (
             f"The image is most like the sentences for {name} (score {first['score']:.2f}). Without a validation "
-            f"cohort nobody can say whether that is much. {CAUTION}"
+            f"cohort it cannot be said whether that is high. {CAUTION}"
         )
     standing_out = list(findings.index[findings["stands_out"]])
     n = int((cohort.targets[name] == 0).sum())
