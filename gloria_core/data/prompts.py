@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -28,6 +28,8 @@ from gloria_core.data.files import did_you_mean
 Kind = Literal["pos", "neg", "unc"]
 KINDS = Kind.__args__
 NO_FINDING = "No Finding"
+FROM_LABELS = "labels"
+"""Name of the prompt set that `prompts_for` makes from the names of labels."""
 _FOLDER = resources.files("gloria_core.data") / "prompt_sets"
 
 
@@ -78,6 +80,42 @@ def load_prompts(name_or_path: str | Path) -> PromptSet:
         fault = error.errors()[0]
         raise PromptError(f"{path}: {' > '.join(map(str, fault['loc']))}: {fault['msg']}") from None
     return prompts if prompts.name else replace(prompts, name=path.stem)
+
+
+def prompts_for(dataset: str, labels: Iterable[str], prompt_set: str | Path = "") -> PromptSet:
+    """The prompt set to use for `dataset`, whose findings are `labels`; its `name` says what was chosen.
+
+    prompt_set: a name or file for `load_prompts`, or "labels" for sentences made from the names of the labels. Empty:
+    the set of the package that carries the dataset's name, with sentences from their names for labels that it lacks
+    (its name is then "<dataset>, labels"); "labels" where there is no such set. Raises PromptError as `load_prompts`.
+    """
+    if prompt_set and str(prompt_set) != FROM_LABELS:
+        return load_prompts(prompt_set)
+    made = {label: _sentences(label) for label in (*labels, NO_FINDING)}
+    if prompt_set or dataset not in available_prompts():
+        return PromptSet(FROM_LABELS, made)
+    own = load_prompts(dataset)
+    lacking = {label: kinds for label, kinds in made.items() if label not in own.classes}
+    return replace(own, name=f"{dataset}, {FROM_LABELS}", classes=own.classes | lacking) if lacking else own
+
+
+def _sentences(label: str) -> dict[Kind, list[str]]:
+    """Positive, negative and uncertain sentences made from the name of a label, e.g. "Pleural_Thickening"."""
+    name = label.replace("_", " ")
+    if name.lower() in ("no finding", "normal"):
+        return {
+            "pos": ["Normal.", "No finding."],
+            "neg": ["Not normal.", "There is a finding."],
+            "unc": ["Probably normal."],
+        }
+    # abbreviations keep their capitals: COVID-19, NG tube
+    name = " ".join(word if sum(map(str.isupper, word)) > 1 else word.lower() for word in name.split())
+    first = name[:1].upper() + name[1:]
+    return {
+        "pos": [f"{first}.", f"There is {name}.", f"{first} is present."],
+        "neg": [f"No {name}.", f"There is no {name}.", f"No evidence of {name}."],
+        "unc": [f"Possible {name}.", f"{first} cannot be excluded."],
+    }
 
 
 def report_from_labels(

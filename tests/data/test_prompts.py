@@ -16,6 +16,7 @@ from gloria_core.data.prompts import (
     class_combinations,
     gloria_class_prompts,
     load_prompts,
+    prompts_for,
     report_from_labels,
     zero_shot_prompts,
 )
@@ -206,3 +207,20 @@ def test_malformed_files(tmp_path, content, words):
     with pytest.raises(PromptError, match=words) as caught:
         load_prompts(tmp_path / "p.json")
     assert "p.json" in str(caught.value)
+
+
+def test_prompts_for_every_dataset():
+    """The dataset's own set, completed from the names of labels; else sentences from names; a named set as it is."""
+    assert prompts_for("nih", load_prompts("nih").classes) == load_prompts("nih")
+    mixed = prompts_for("nih", ["Mass", "Goitre"])
+    assert mixed.name == "nih, labels" and mixed.classes["Mass"] == load_prompts("nih").classes["Mass"]
+    assert mixed.classes["Goitre"]["neg"][0] == "No goitre." and "Goitre" not in load_prompts("nih").classes
+    made = prompts_for("kermany", ["Pleural_Thickening", "COVID-19", "Normal"])
+    assert made.name == "labels" and list(made.classes) == ["Pleural_Thickening", "COVID-19", "Normal", "No Finding"]
+    assert made.classes["Pleural_Thickening"]["pos"][0] == "Pleural thickening."
+    assert made.classes["COVID-19"]["unc"][0] == "Possible COVID-19."
+    assert made.classes["Normal"] == made.classes["No Finding"]
+    assert prompts_for("nih", ["Mass"], "labels").name == "labels"
+    assert prompts_for("kermany", ["Pneumonia"], "chexpert") == load_prompts("chexpert")
+    with pytest.raises(PromptError, match="no prompt set 'cexpert'"):
+        prompts_for("kermany", ["Pneumonia"], "cexpert")
