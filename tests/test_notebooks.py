@@ -39,7 +39,7 @@ stages:
     parameters: {fractions: [0.5], subsets: 1, steps: 2, validate_every: 1, channels: [8, 8, 8, 8, 8]}
     grid: {objective: [gloria, random]}
   - notebook: 06_detection
-    parameters: {fractions: [0.5], subsets: 1, epochs: 0.1, least_steps: 2, width: 16}
+    parameters: {fractions: [0.5], subsets: 1, epochs: 0.1, min_steps: 2, width: 16}
     grid: {objective: [gloria, random]}
   - notebook: 07_zero_shot
     grid: {objective: [gloria, random]}

@@ -115,7 +115,7 @@ def bootstrap_rows(
 
     averaged = [(target, [k], notes[k]) for k, target in enumerate(targets)]
     if macro:
-        averaged.append(("macro", [targets.index(name) for name in macro], [None] * len(metrics)))
+        averaged.append(("macro", [targets.index(name) for name in macro], None))
     rows = []
     for target, members, note in averaged:
         for m, metric in enumerate(metrics):
@@ -127,7 +127,7 @@ def bootstrap_rows(
                 values = (np.nanmean if skip_undefined else np.mean)(values, axis=1)
             shown = members if len(members) == 1 else defined
             more = [float(column[shown, m].mean()) if shown else float("nan") for column in columns.values()]
-            text = f"mean over {len(defined)} of {len(members)} labels" if target == "macro" else note[m]
+            text = f"mean over {len(defined)} of {len(members)} labels" if note is None else note[m]
             n = int(counted[:, members, m].any(axis=1).sum())
             rows.append((target, metric, point, *interval(values), n, *more, text))
     return pd.DataFrame(rows, columns=["target", "metric", "value", "ci_low", "ci_high", "n", *columns, "note"])

@@ -185,16 +185,12 @@ def evaluate(
         {label: int(sum((boxes.labels == k).sum() for boxes in images)) for k, label in enumerate(labels)}
         for images in (truths, detections)
     )
-    notes = {}
-    for label in labels:
-        untrained_note = "no box of this class in the training subset" if label in untrained else ""
-        notes[label] = untrained_note if n_boxes[label] else f"no box of this class in {n} images"
-    notes = notes if n else dict.fromkeys(labels, "no image to score")
-    classes = {
-        k: precision_recall(k, truths, detections, merge_ties=merge_ties)
-        for k, label in enumerate(labels)
-        if not notes[label]
-    }
+    classes, notes = {}, []
+    for k, label in enumerate(labels):
+        if n_boxes[label] and label not in untrained:
+            classes[k] = precision_recall(k, truths, detections, merge_ties=merge_ties)
+        missing = "the training subset" if n_boxes[label] else f"{n} images"
+        notes.append("" if k in classes else f"no box of this class in {missing}" if n else "no image to score")
 
     def statistic(weights: np.ndarray) -> np.ndarray:
         values = np.full((len(weights), len(labels), len(names)), np.nan)
@@ -211,7 +207,7 @@ def evaluate(
         labels,
         names,
         macro=macro,
-        notes=list(notes.values()),
+        notes=notes,
         groups=groups,
         n_bootstrap=n_bootstrap,
         seed=seed,
