@@ -83,6 +83,8 @@ def load_training_state(path: str | Path) -> dict[str, Any] | None:
 
 def read(path: str | Path) -> dict[str, Any]:
     """The content of a checkpoint file as plain values and CPU tensors. Raises CheckpointError."""
+    if not str(path):
+        raise CheckpointError("`checkpoint` is blank: run notebook 02 first and give the best.pt that it writes")
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path} does not exist")

@@ -127,6 +127,8 @@ def open_dataset(manifest: str | Path) -> PreparedDataset:
 
     Raises ManifestError where the manifest, `dataset.json` or the image folder is missing, naming the remedy.
     """
+    if not str(manifest):
+        raise ManifestError("`manifest` is blank: run notebook 01 first and give the manifest.csv that it writes")
     manifest = Path(manifest)
     description = manifest.with_name("dataset.json")
     for path in (manifest, description):

@@ -59,9 +59,12 @@ class Parameters:
             name = error.errors()[0]["loc"][0]
             if name not in self.types:
                 raise ParameterError(unknown("parameter", name, self.types, where=self.notebook)) from None
+            value, hint = given.get(name), ""
+            if isinstance(value, str):
+                hint = f"; `papermill -p` may give it as text, then write -y '{name}: {value or self.defaults[name]}'"
             raise ParameterError(
-                f"{self.notebook}: parameter {name!r} is {self.types[name]}, not {given.get(name)!r}; its default is "
-                f"{self.defaults[name]!r}"
+                f"{self.notebook}: parameter {name!r} is {self.types[name]}, not {value!r}; its default is "
+                f"{self.defaults[name]!r}{hint}"
             ) from None
 
 

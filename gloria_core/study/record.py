@@ -12,6 +12,7 @@ The proof of success, `run.json`, is not written here: the runner writes it afte
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -200,13 +201,27 @@ class Run:
 def start_run(out: str | Path, *, notebook: str, parameters: Mapping[str, Any]) -> Run:
     """Open the folder `out` of this run; `out=""` (a notebook opened by hand) is results/runs/interactive/<notebook>.
 
-    `parameters` fill the columns `FROM_PARAMETERS` of every number, where they have them.
+    `parameters` fill the columns `FROM_PARAMETERS` of every number, where they have them. Raises `ParameterError`
+    where the notebook was given a parameter of another type than its file says.
     """
+    _check_parameters(notebook)
     interactive = str(out) == ""
     folder = repository_root() / RUNS / "interactive" / _file_name(notebook) if interactive else Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     run_id = "interactive" if interactive else folder.resolve().name
     return Run(folder, run_id, _file_name(notebook), dict(parameters), interactive)
+
+
+def _check_parameters(notebook: str) -> None:
+    """In a kernel, check the parameters of the notebook: `papermill -p` and people give what the runner refuses."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    if shell is None:
+        return
+    from gloria_core.study import parameters  # slow to import
+
+    with contextlib.suppress(FileNotFoundError):  # the notebook's own file is not at hand
+        known = parameters.read(repository_root() / "notebooks" / f"{notebook}.ipynb")
+        known.check({name: shell.user_ns[name] for name in known.types if name in shell.user_ns})
 
 
 def peak_memory_mb() -> float:

@@ -352,7 +352,15 @@ def loss_history(history: pd.DataFrame, *, title: str = "Pretraining") -> Figure
 
 
 def label_prevalence(frame: pd.DataFrame, labels: Sequence[str], *, title: str = "Labels") -> Figure:
-    """Share of studies with each label positive, uncertain, negative and blank; the number of positives is written."""
+    """Share of studies with each label positive, uncertain, negative and blank; the number of positives is written.
+
+    Without labels an empty figure that says so.
+    """
+    if not labels:
+        figure, (axis,) = new_figure(width=8, height=1.3)
+        axis.set(title=f"{title}: none (n = {len(frame)} studies)")
+        axis.set_axis_off()
+        return figure
     values = frame[list(labels)].apply(pd.to_numeric)
     palette = sns.color_palette("colorblind")
     kinds = {"positive": values == 1, "uncertain": values == -1, "negative": values == 0, "blank": values.isna()}

@@ -574,6 +574,8 @@ def test_what_save_dataset_writes_open_dataset_opens(tmp_path):
     with pytest.raises(ManifestError, match="no row in split 'test'"):
         opened.split("test")
     (tmp_path / "set" / "dataset.json").unlink()
+    with pytest.raises(ManifestError, match="`manifest` is blank: run notebook 01 first"):
+        open_dataset("")
     with pytest.raises(ManifestError, match=r"dataset\.json is missing: run notebooks/01"):
         open_dataset(tmp_path / "set" / "manifest.csv")
 

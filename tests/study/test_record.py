@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
+from types import SimpleNamespace
 
+import IPython
 import numpy as np
 import pandas as pd
 import pytest
 
 from gloria_core.study import record
+from gloria_core.study.parameters import ParameterError
 from gloria_core.study.record import COLUMNS, RecordError, start_run
 
 PARAMETERS = {"objective": "gloria", "dataset": "phantom", "seed": 3, "epochs": 2}
@@ -45,6 +48,17 @@ def test_metrics_csv(run):
     notes = json.loads((run.folder / "notes.json").read_text())
     assert notes["device"] == record.device_in_use()
     assert notes["peak_memory_mb"] > 10
+
+
+def test_parameters_that_were_given_by_hand_are_checked(monkeypatch, tmp_path):
+    """In a kernel the values in use must have the types of the notebook's file."""
+    values = {"options": '{"n_patients": 20}', "seed": 0}
+    monkeypatch.setattr(IPython, "get_ipython", lambda: SimpleNamespace(user_ns=values))
+    wanted = r"parameter 'options' is dict.*papermill -p.*-y 'options: \{\"n_patients\": 20\}'"
+    with pytest.raises(ParameterError, match=wanted):
+        start_run(tmp_path, notebook="01_data_preparation", parameters={})
+    values["options"] = {}
+    start_run(tmp_path, notebook="01_data_preparation", parameters={})
 
 
 @pytest.mark.parametrize(
