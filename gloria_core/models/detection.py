@@ -1,18 +1,14 @@
-"""torchvision's Faster R-CNN with a feature pyramid on a pretrained ResNet trunk.
+"""Object detectors on a pretrained trunk: what all share, and torchvision's RetinaNet and Faster R-CNN.
 
-Ren et al. 2015, https://arxiv.org/abs/1506.01497. Trunk, pyramid and anchors are those of `detectors.RetinaDetector`.
+RetinaNet: Lin et al. 2017, https://arxiv.org/abs/1708.02002. Faster R-CNN: Ren et al. 2015,
+https://arxiv.org/abs/1506.01497. Both have a feature pyramid: Lin et al. 2017, https://arxiv.org/abs/1612.03144. The
+trunk is copied, so that the pretrained model stays as it was; its stages C3, C4, C5 have stride 8, 16, 32.
 
-Object detectors on a pretrained trunk: what they share, and torchvision's RetinaNet with a feature pyramid.
-
-RetinaNet: Lin et al. 2017, https://arxiv.org/abs/1708.02002. Feature pyramid: Lin et al. 2017,
-https://arxiv.org/abs/1612.03144. The trunk's own modules are used (copied, so that the pretrained model stays as it
-was): stages C3, C4, C5 at stride 8, 16, 32.
-
-Work is cut in two, `stages` (trunk) and `losses` or `detect` (everything behind it), because the stages of a frozen
-trunk can be computed once and kept. Radiographs are small here, so anchors are sized by the image and not by COCO's
-800 pixels. Stages are standardised by fixed statistics of the training images (`standardise`), as a linear probe does
-with features: in an untrained trunk what is common to all images is far larger than what differs between them, and
-without it the comparison would be one of scales. Group normalisation (Wu and He 2018) stands in pyramid and heads.
+`stages` (the trunk) and `losses` or `detect` (everything behind it) are separate, because the stages of a frozen trunk
+can be computed once. Radiographs are small here, so anchors are sized by the image and not by COCO's 800 pixels. Stages
+are standardised by fixed statistics of the training images (`standardise`), as a linear probe does with features: in an
+untrained trunk what is common to all images is far larger than what differs between them, and without it the
+comparison would be one of scales. Group normalisation (Wu and He 2018) stands in pyramid and heads.
 """
 
 from __future__ import annotations
@@ -59,7 +55,7 @@ class Detector(nn.Module):
     """What all detectors share: the trunk, how it is frozen, and the promise of `losses` and `detect`.
 
     encoder: an ImageEncoder with maps at strides 8, 16 and 32: a ResNet, DenseNet or EfficientNet.
-    side: height and width of the images in pixels, a multiple of 32.
+    side: height and width of the images in pixels, a multiple of 32. width: channels of the feature pyramid.
     frozen: no gradient reaches the trunk. batch_norm: "eval" keeps the stored statistics of the trunk; "train" uses
         the batch's and moves the stored ones, which the released code of MGCA does even with a frozen trunk.
     Raises ValueError for another encoder, a side that does not fit or an unknown option.
@@ -69,7 +65,14 @@ class Detector(nn.Module):
     max_detections: int = 100
 
     def __init__(
-        self, encoder: ImageEncoder, *, side: int, frozen: bool = True, batch_norm: BatchNorm = "eval"
+        self,
+        encoder: ImageEncoder,
+        *,
+        classes: int,
+        side: int,
+        width: int = 64,
+        frozen: bool = True,
+        batch_norm: BatchNorm = "eval",
     ) -> None:
         super().__init__()
         self.widths = encoder.pyramid_widths[2:]
@@ -80,9 +83,14 @@ class Detector(nn.Module):
         self.side, self.frozen, self.batch_norm = side, frozen, batch_norm
         self.trunk = copy.deepcopy(encoder.trunk).requires_grad_(not frozen)
         self.trunk.prune_intermediate_layers()  # EfficientNet's last convolution stands behind its last map
-        for number, width in enumerate(self.widths):
-            self.register_buffer(f"shift_{number}", torch.zeros(1, width, 1, 1))
-            self.register_buffer(f"scale_{number}", torch.ones(1, width, 1, 1))
+        for number, channels in enumerate(self.widths):
+            self.register_buffer(f"shift_{number}", torch.zeros(1, channels, 1, 1))
+            self.register_buffer(f"scale_{number}", torch.ones(1, channels, 1, 1))
+        self.build(classes, width)
+
+    def build(self, classes: int, width: int) -> None:
+        """Make what stands behind the trunk."""
+        raise NotImplementedError
 
     @property
     def stages_are_fixed(self) -> bool:
@@ -131,18 +139,8 @@ class Detector(nn.Module):
 class RetinaDetector(Detector):
     """RetinaNet: pyramid of `width` channels, four convolutions a head, focal loss and L1."""
 
-    def __init__(
-        self,
-        encoder: ImageEncoder,
-        *,
-        classes: int,
-        side: int,
-        width: int = 64,
-        frozen: bool = True,
-        batch_norm: BatchNorm = "eval",
-    ) -> None:
-        super().__init__(encoder, side=side, frozen=frozen, batch_norm=batch_norm)
-        anchors, norm = anchor_generator(side), _group_norm(width)
+    def build(self, classes: int, width: int) -> None:
+        anchors, norm = anchor_generator(self.side), _group_norm(width)
         head = RetinaNetHead(width, anchors.num_anchors_per_location()[0], classes, norm_layer=norm)
         self.net = RetinaNet(feature_pyramid(self.widths, width), classes, anchor_generator=anchors, head=head)
 
@@ -227,21 +225,11 @@ class FasterDetector(Detector):
     Numbers of proposals and samples are a quarter of torchvision's, which are made for images of 800 pixels.
     """
 
-    def __init__(
-        self,
-        encoder: ImageEncoder,
-        *,
-        classes: int,
-        side: int,
-        width: int = 64,
-        frozen: bool = True,
-        batch_norm: BatchNorm = "eval",
-    ) -> None:
-        super().__init__(encoder, side=side, frozen=frozen, batch_norm=batch_norm)
-        pool = MultiScaleRoIAlign(list(LEVELS), 7, 2, canonical_scale=side // 2)
+    def build(self, classes: int, width: int) -> None:
+        pool = MultiScaleRoIAlign(list(LEVELS), 7, 2, canonical_scale=self.side // 2)
         self.net = FasterRCNN(
             feature_pyramid(self.widths, width),
-            rpn_anchor_generator=anchor_generator(side),
+            rpn_anchor_generator=anchor_generator(self.side),
             rpn_pre_nms_top_n_train=500,
             rpn_pre_nms_top_n_test=250,
             rpn_post_nms_top_n_train=250,

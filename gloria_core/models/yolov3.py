@@ -81,9 +81,11 @@ class YoloDetector(Detector):
         frozen: bool = True,
         batch_norm: BatchNorm = "train",
     ) -> None:
-        super().__init__(encoder, side=side, frozen=frozen, batch_norm=batch_norm)
-        self.classes, self.neck = classes, YoloNeck(self.widths, classes)
-        self.register_buffer("anchors", torch.tensor(ANCHORS) * side / ANCHOR_SIDE)
+        super().__init__(encoder, classes=classes, side=side, frozen=frozen, batch_norm=batch_norm)
+
+    def build(self, classes: int, width: int) -> None:
+        self.neck = YoloNeck(self.widths, classes)
+        self.register_buffer("anchors", torch.tensor(ANCHORS) * self.side / ANCHOR_SIDE)
 
     def standardise(self, stages: Sequence[Tensor]) -> None:
         """Nothing: the neck begins with batch normalisation, and the published protocol has no other."""

@@ -2,8 +2,8 @@
 
 Cheng, Lin, Lyu, Huang, Luo, Yuan: "PRIOR: Prototype Representation Joint Learning from Medical Images and Reports",
 ICCV 2023. Released code: github.com/QtacierP/PRIOR (`prior.py`). Regions Z, sentences X, their mixtures of prototypes Q
-and the bank's logits l (`models/prototype_bank.py`); image vector G = pool(regions) and report vector T = pool(Q);
-"told" and "seen" of the sigmoid attention (`models/sentence_region.py`); predictor p and stop-gradient sg; and NCE_s,
+and the bank's logits l (`models/sentences.py`); image vector G = pool(regions) and report vector T = pool(Q);
+"told" and "seen" of the sigmoid attention (`models/sentences.py`); predictor p and stop-gradient sg; and NCE_s,
 the mean of both directions of InfoNCE over e^s cos:
 
     global       = NCE_s(G, T)
