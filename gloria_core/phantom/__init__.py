@@ -7,9 +7,8 @@ pixels. Labels are the fourteen of CheXpert (Irvin et al. 2019, https://arxiv.or
 
 from gloria_core.phantom.disease import COMPETITION, LABELS
 from gloria_core.phantom.patient import Patient
-from gloria_core.phantom.study import LARGEST, SMALLEST, VIEWS, PhantomStudy, Region, patients, study, without
+from gloria_core.phantom.study import LARGEST, SMALLEST, VIEWS, PhantomStudy, Region, patients, study
 
 __all__ = [
     "COMPETITION", "LABELS", "LARGEST", "SMALLEST", "VIEWS", "Patient", "PhantomStudy", "Region", "patients", "study",
-    "without",
 ]  # fmt: skip

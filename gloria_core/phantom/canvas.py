@@ -7,12 +7,14 @@ function of these coordinates, so the same patient can be drawn at any size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 from scipy.ndimage import correlate1d, gaussian_filter1d
 
+from gloria_core.phantom.disease import Finding
 from gloria_core.phantom.patient import Exposure, Patient, Pose
 
 Array = np.ndarray
@@ -163,42 +165,60 @@ ZONES = {"upper": -0.46, "mid": -0.09, "lower": 0.24}
 """y of the middle of each lung zone at full inspiration; between them lie -0.27 and 0.08."""
 
 
-@dataclass
+@dataclass(frozen=True)
+class RibFracture:
+    """A broken rib: beyond `x` (distance from the midline) the rib near `y` is displaced by `shift` units."""
+
+    side: float
+    x: float
+    y: float
+    shift: float
+
+
 class AnatomyChange:
-    """What findings do to the anatomy before it is drawn."""
+    """What findings do to the anatomy before it is drawn: a big heart, a raised diaphragm, wet vessels."""
 
-    heart: float = 1.0  # factor on heart size
-    mediastinum: float = 0.0  # extra half-width of the upper mediastinum
-    raised: dict[str, float] = field(default_factory=lambda: {"right": 0.0, "left": 0.0})
-    congestion: float = 0.0  # vessel blurring and upper-lobe diversion
+    def __init__(self, present: Sequence[Finding]) -> None:
+        self.heart = 1.0  # factor on heart size
+        self.mediastinum = 0.0  # extra half-width of the upper mediastinum
+        self.raised = {"right": 0.0, "left": 0.0}
+        self.congestion = 0.0  # vessel blurring and upper-lobe diversion
+        for finding in present:
+            if not finding.drawn:
+                continue
+            if finding.kind == "cardiomegaly":
+                self.heart = 1.17 + 0.30 * finding.strength
+            elif finding.kind == "wide":
+                self.mediastinum = 0.040 + 0.080 * finding.strength
+            elif finding.kind == "edema":
+                self.congestion = 0.35 + 0.55 * finding.strength
+            elif finding.kind == "basal":
+                self.raised |= dict.fromkeys(finding.sides, 0.03 + 0.06 * finding.strength)
 
 
-@dataclass
-class Scene:
+class Scene(Canvas):
     """The layers of one view.
 
     Shape: all layers (size, size) float32. `air` is the depth of aerated lung, 0..1; `lung` a soft lung membership
     for each side; `extra` density that findings and devices add; `vessels` a gain on the vessel layer; `wall` the
     distance to the inner chest wall; `base` the distance above the diaphragm (units); `solid` how much of the lung is
-    filled, which makes the heart's border vanish there.
+    filled, which makes the heart's border vanish there; `cardiac` and `mediastinum` are positive inside these organs.
     """
 
-    canvas: Canvas
-    patient: Patient
-    exposure: Exposure
-    change: AnatomyChange
-    air: Array = field(init=False)
-    lung: dict[str, Array] = field(default_factory=dict)
-    heart: Array = field(init=False)
-    cardiac: Array = field(init=False)
-    mediastinum: Array = field(init=False)
-    wall: Array = field(init=False)
-    base: Array = field(init=False)
+    lung: dict[str, Array]
+    air: Array
+    heart: Array
+    cardiac: Array
+    mediastinum: Array
+    wall: Array
+    base: Array
 
-    def __post_init__(self) -> None:
-        shape = (self.canvas.size, self.canvas.size)
-        self.extra, self.solid = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-        self.vessels = np.ones(shape, np.float32)
+    def __init__(self, size: int, pose: Pose, patient: Patient, exposure: Exposure, change: AnatomyChange) -> None:
+        super().__init__(size, pose)
+        self.patient, self.exposure, self.change = patient, exposure, change
+        self.extra, self.solid = np.zeros((2, size, size), np.float32)
+        self.vessels = np.ones((size, size), np.float32)
+        self.broken_ribs: list[RibFracture] = []
 
     def fill(self, amount: Array) -> None:
         """Replace air by fluid or cells where `amount` (0..1) says, and hide the vessels there."""
@@ -207,21 +227,14 @@ class Scene:
         self.solid = np.maximum(self.solid, np.minimum(amount, 1.0))
         self.vessels *= 1.0 - 0.85 * np.minimum(amount, 1.0)
 
-    def sides(self, side: str) -> list[str]:
-        """The lungs that a finding's side names."""
-        return ["right", "left"] if side == "bilateral" else [side]
-
     def lungs(self, side: str) -> Array:
         """Lung membership of one side or both."""
         return np.maximum(self.lung["right"], self.lung["left"]) if side == "bilateral" else self.lung[side]
 
-    def lines(self, points: Array, lengths: Array, width: float, peak: Array | float) -> Array:
-        """A wire or vessel: Gaussian profile of `width` (its sigma) and `peak` density."""
-        return self.canvas.strokes(points, lengths * peak, width)
-
     def line(self, knots: Array | list, width: float, peak: float) -> Array:
-        """A smooth wire through knots (k, 2)."""
-        return self.lines(*smooth_line(knots), width, peak)
+        """A smooth wire through knots (k, 2): Gaussian profile of `width` (its sigma) and `peak` density."""
+        points, lengths = smooth_line(knots)
+        return self.strokes(points, lengths * peak, width)
 
     def dome_height(self, side: str) -> float:
         """y of the top of one hemidiaphragm."""

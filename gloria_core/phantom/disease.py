@@ -1,13 +1,21 @@
-"""What is wrong with a patient, and how it develops from study to study."""
+"""What is wrong with a patient, and how it develops from study to study.
+
+`disease.json` holds, by label, the kinds that a finding may have with their chances, the chance that it is on both
+sides (or its fixed side) and the chances of the upper and middle zone; and the findings and devices that come together.
+"""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 
 from gloria_core.phantom.patient import COURSE, draw_patient, stream
+
+_DATA = json.loads(Path(__file__).with_name("disease.json").read_text(encoding="utf-8"))
 
 COMPETITION = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")
 LABELS = (
@@ -21,33 +29,13 @@ _OTHERS = (
 _SINGLE = (0.24, 0.14, 0.25, 0.19, 0.18)
 """How often each competition finding comes alone; the combinations below make up for the differences."""
 _CHRONIC = {"Cardiomegaly", "Enlarged Cardiomediastinum", "Lung Lesion", "Pleural Other", "Fracture", "Support Devices"}
-_CLUSTERS = (
-    ("Cardiomegaly", "Edema"),
-    ("Cardiomegaly", "Edema", "Pleural Effusion"),
-    ("Edema", "Pleural Effusion", "tubes"),
-    ("Atelectasis", "Pleural Effusion"),
-    ("Atelectasis", "Pleural Effusion", "tubes"),
-    ("Atelectasis", "tubes"),
-    ("Consolidation", "Pleural Effusion"),
-    ("Consolidation", "tubes"),
-    ("Consolidation", "Atelectasis"),
-    ("Pneumonia", "Pleural Effusion"),
-    ("Lung Lesion", "Pleural Effusion"),
-    ("Fracture", "Pneumothorax"),
-    ("Pneumothorax", "chest_tube"),
-    ("Cardiomegaly", "pacemaker"),
-    ("Cardiomegaly", "Atelectasis"),
-    ("Enlarged Cardiomediastinum", "tubes"),
-    ("Edema", "tubes"),
-    ("Pneumonia", "tubes"),
-)
 
 
 @dataclass(frozen=True)
 class Finding:
     """One abnormal thing of one study.
 
-    `kind` is its shape (see `pathology` and `devices`), `severity` runs from 0 to 1, `depth` from -1 (front) to 1
+    `kind` is its shape, `severity` runs from 0 to 1, `depth` from -1 (front) to 1
     (back), `form` seeds the outline so that it stays the same thing in the next study. An uncertain finding is drawn
     faintly or not at all.
     """
@@ -68,58 +56,39 @@ class Finding:
         """How strongly it is drawn."""
         return 0.35 * self.severity if self.uncertain else self.severity
 
+    @property
+    def sides(self) -> list[str]:
+        """The lungs that it is in."""
+        return ["right", "left"] if self.side == "bilateral" else [self.side]
+
 
 def _side(rng: np.random.Generator, both: float = 0.0) -> str:
     return str(rng.choice(["right", "left", "bilateral"], p=[(1 - both) / 2, (1 - both) / 2, both]))
 
 
-def _zone(rng: np.random.Generator, upper: float, mid: float) -> str:
-    return str(rng.choice(["upper", "mid", "lower"], p=[upper, mid, 1 - upper - mid]))
-
-
 def _place(label: str, rng: np.random.Generator) -> tuple[str, str, str]:
     """Kind, side and zone of a new finding."""
-    if label == "Atelectasis":
-        kind = str(rng.choice(["plate", "basal"], p=[0.6, 0.4]))
-        return kind, _side(rng, 0.3), "lower" if kind == "basal" else _zone(rng, 0.08, 0.30)
-    if label == "Consolidation":
-        return "consolidation", _side(rng), _zone(rng, 0.35, 0.25)
-    if label == "Pneumonia":
-        return "pneumonia", _side(rng, 0.2), _zone(rng, 0.22, 0.28)
-    if label == "Lung Opacity":
-        return "opacity", _side(rng), _zone(rng, 0.3, 0.3)
-    if label == "Lung Lesion":
-        return str(rng.choice(["nodule", "mass"], p=[0.55, 0.45])), _side(rng), _zone(rng, 0.45, 0.35)
-    if label == "Pleural Effusion":
-        return "effusion", _side(rng, 0.35), ""
-    if label == "Pneumothorax":
-        return "pneumothorax", _side(rng), ""
-    if label == "Pleural Other":
-        kind = str(rng.choice(["thickening", "cap"]))
-        return kind, _side(rng), "upper" if kind == "cap" else _zone(rng, 0.0, 0.5)
-    if label == "Fracture":
-        return str(rng.choice(["rib", "clavicle"], p=[0.75, 0.25])), _side(rng), _zone(rng, 0.4, 0.6)
-    kind = {"Edema": "edema", "Cardiomegaly": "cardiomegaly"}.get(label, "wide")
-    return kind, "bilateral" if label == "Edema" else "", ""
+    place = _DATA["places"][label]
+    kind = place["kinds"][0]
+    if len(place["kinds"]) > 1:
+        kind = str(rng.choice(place["kinds"], p=place.get("chances")))
+    side = place["side"] if "side" in place else _side(rng, place["both_sides"])
+    if kind in ("basal", "cap"):
+        return kind, side, {"basal": "lower", "cap": "upper"}[kind]
+    if "upper" not in place:
+        return kind, side, ""
+    upper, mid = place["upper"], place["mid"]
+    zone = str(rng.choice(["upper", "mid", "lower"], p=[upper, mid, 1 - upper - mid]))
+    return kind, side, "" if kind == "clavicle" else zone
 
 
 def new_finding(label: str, rng: np.random.Generator) -> Finding:
     """A finding with side, zone, size and certainty; certainty and severity draws are the same for every label."""
-    kind, side, zone = _place(label, rng)
-    if kind == "clavicle":
-        zone = ""
+    place = _place(label, rng)
     uncertain = bool(rng.random() < 0.11)
-    return Finding(
-        label=label,
-        kind=kind,
-        side=side,
-        zone=zone,
-        severity=float(rng.beta(1.8, 1.6) * 0.85 + 0.15),
-        depth=float(rng.uniform(-0.8, 0.8)),
-        form=int(rng.integers(2**31)),
-        uncertain=uncertain,
-        drawn=bool(not uncertain or rng.random() < 0.5),
-    )
+    severity, depth = float(rng.beta(1.8, 1.6) * 0.85 + 0.15), float(rng.uniform(-0.8, 0.8))
+    form = int(rng.integers(2**31))
+    return Finding(label, *place, severity, depth, form, uncertain, drawn=bool(not uncertain or rng.random() < 0.5))
 
 
 def _device(kind: str, rng: np.random.Generator) -> Finding:
@@ -132,15 +101,10 @@ def _device(kind: str, rng: np.random.Generator) -> Finding:
 
 
 def _devices(name: str, rng: np.random.Generator) -> list[Finding]:
-    if name == "chest_tube":
-        kinds = ["chest_tube"]
-    elif name == "pacemaker":
-        kinds = ["pacemaker"]
-    else:
-        kinds = [
-            k for k, p in (("tracheal", 0.45), ("gastric", 0.4), ("venous", 0.7), ("leads", 0.5)) if rng.random() < p
-        ]
-        kinds = kinds or ["venous"]
+    kinds = [name]
+    if name == "tubes":
+        chances = {"tracheal": 0.45, "gastric": 0.4, "venous": 0.7, "leads": 0.5}
+        kinds = [kind for kind, chance in chances.items() if rng.random() < chance] or ["venous"]
     return [_device(kind, rng) for kind in kinds]
 
 
@@ -154,7 +118,7 @@ def _scenario(rng: np.random.Generator) -> list[Finding]:
     elif plot == 2:
         names = [str(rng.choice(_OTHERS))]
     elif plot == 3:
-        names = list(_CLUSTERS[int(rng.integers(len(_CLUSTERS)))])
+        names = _DATA["clusters"][int(rng.integers(len(_DATA["clusters"])))]
     else:
         names = [str(n) for n in rng.choice(COMPETITION + _OTHERS, size=int(rng.integers(2, 4)), replace=False)]
     out: list[Finding] = []
@@ -162,10 +126,8 @@ def _scenario(rng: np.random.Generator) -> list[Finding]:
         out += [new_finding(name, rng)] if name in LABELS else _devices(name, rng)
     if plot != 1 and rng.random() < 0.13 and not any(f.label == "Support Devices" for f in out):
         out.append(_device(str(rng.choice(["pacemaker", "venous", "wires", "leads"])), rng))
-    drains = [i for i, f in enumerate(out) if f.kind == "chest_tube"]
-    for i in drains:  # the drain goes where the air is
-        out[i] = replace(out[i], side=next((f.side for f in out if f.label == "Pneumothorax"), out[i].side))
-    return out
+    air = [f.side for f in out if f.label == "Pneumothorax"]
+    return [replace(f, side=air[0]) if air and f.kind == "chest_tube" else f for f in out]  # the drain is in the air
 
 
 def _evolve(finding: Finding, rng: np.random.Generator) -> Finding | None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from gloria_core.phantom.canvas import SIGN, Array, Scene, polyline, table_rows
+from gloria_core.phantom.canvas import SIGN, Array, RibFracture, Scene, polyline, table_rows
 from gloria_core.phantom.disease import Finding
-from gloria_core.phantom.frontal import RibFracture, clavicle_line, rib_offset, wall_curve
+from gloria_core.phantom.frontal import clavicle_line, rib_offset, wall_curve
 
 
 def half_width(scene: Scene, y: float) -> float:
@@ -37,21 +37,20 @@ def mottle(scene: Scene, finding: Finding, spacing: float, sigma: float) -> Arra
     rng = np.random.default_rng([finding.form, 7])
     n = int((1.8 / spacing) ** 2)
     points = rng.uniform(-0.9, 0.9, (n, 2))
-    return scene.canvas.blobs(points, sigma, rng.normal(0, 0.55, n))
+    return scene.blobs(points, sigma, rng.normal(0, 0.55, n))
 
 
 def consolidation(scene: Scene, finding: Finding) -> Array:
     """Consolidation: one dense homogeneous area, sharp along a fissure, with air bronchograms."""
-    canvas, side = scene.canvas, finding.side
-    sign, rng = SIGN[side], np.random.default_rng(finding.form)
+    side, sign, rng = finding.side, SIGN[finding.side], np.random.default_rng(finding.form)
     x, y = spot(scene, finding, side, 0.30, 0.55)
     reach = 0.16 + 0.13 * finding.severity
-    edge = canvas.disc(x, y, reach * 1.3, reach * 1.1) + 0.75 * mottle(scene, finding, 0.13, 0.065)
+    edge = scene.disc(x, y, reach * 1.3, reach * 1.1) + 0.75 * mottle(scene, finding, 0.13, 0.065)
     # the fissure: lower border of the upper zone, upper border of the middle and lower zones; the rest fades out
-    along = sign * (canvas.x - x) / reach
+    along = sign * (scene.x - x) / reach
     sag = (0.10 * rng.uniform(-0.5, 1.0) * along + 0.07 * rng.uniform(-1.0, 1.0) * along**2) * reach
-    cut = canvas.y - sag - (y + (0.50 if finding.zone == "upper" else -0.45) * reach)
-    plane = canvas.edge(-cut if finding.zone == "upper" else cut, 0.022)
+    cut = scene.y - sag - (y + (0.50 if finding.zone == "upper" else -0.45) * reach)
+    plane = scene.edge(-cut if finding.zone == "upper" else cut, 0.022)
     shape = np.clip(edge * 1.5 + 0.12, 0, 1) * plane * scene.lung[side]
     amount = shape * np.float32((0.55 + 0.38 * finding.severity) * doubt(finding))
     amount *= 1 - np.minimum(_bronchogram(scene, rng, (x, y), sign, reach), 0.45) * shape
@@ -79,12 +78,12 @@ def _bronchogram(
 def pneumonia(scene: Scene, finding: Finding) -> Array:
     """Pneumonia: several ill-defined fluffy patches that run into each other."""
     total = np.zeros_like(scene.air)
-    for side in scene.sides(finding.side):
+    for side in finding.sides:
         rng = np.random.default_rng([finding.form, 3, side == "left"])
         x, y = spot(scene, finding, side, 0.40, 0.62)
         n = 7 + int(6 * finding.severity)
         points = np.array([x, y]) + rng.normal(0, 1, (n, 2)) * (0.085, 0.10)
-        cloud = scene.canvas.blobs(points, rng.uniform(0.018, 0.042, n), rng.uniform(0.35, 0.8, n))
+        cloud = scene.blobs(points, rng.uniform(0.018, 0.042, n), rng.uniform(0.35, 0.8, n))
         total += cloud * scene.lung[side]
     amount = (1 - np.exp(-1.15 * total)) * np.float32((0.42 + 0.5 * finding.severity) * doubt(finding))
     scene.fill(amount)
@@ -96,7 +95,7 @@ def opacity(scene: Scene, finding: Finding) -> Array:
     side = finding.side
     x, y = spot(scene, finding, side, 0.40, 0.60)
     size = 0.16 + 0.07 * finding.severity
-    cloud = np.clip(scene.canvas.disc(x, y, size * 1.1, size * 1.25) + 0.25 * mottle(scene, finding, 0.3, 0.13), 0, 1)
+    cloud = np.clip(scene.disc(x, y, size * 1.1, size * 1.25) + 0.25 * mottle(scene, finding, 0.3, 0.13), 0, 1)
     cloud = np.sqrt(cloud) * scene.lung[side]
     scene.extra += cloud * scene.air * np.float32((0.12 + 0.12 * finding.severity) * doubt(finding))
     return cloud > 0.35
@@ -104,13 +103,12 @@ def opacity(scene: Scene, finding: Finding) -> Array:
 
 def edema(scene: Scene, finding: Finding) -> Array:
     """Edema: perihilar bat wings, thick blurred vessels, Kerley B lines at the bases."""
-    canvas = scene.canvas
     rng = np.random.default_rng(finding.form)
     wings = np.zeros_like(scene.air)
     for side, sign in SIGN.items():
         at = np.array([[0.25, -0.20], [0.30, -0.04], [0.29, 0.10], [0.22, 0.20]]) * (sign, 1)
         at = at + rng.normal(0, 0.02, at.shape)
-        wings += canvas.blobs(at, 0.10 + 0.035 * finding.severity, 0.62) * scene.lung[side]
+        wings += scene.blobs(at, 0.10 + 0.035 * finding.severity, 0.62) * scene.lung[side]
     wings = 1 - np.exp(-1.3 * wings)
     texture = 1 + 0.35 * mottle(scene, finding, 0.085, 0.030)
     amount = wings * texture * np.float32((0.20 + 0.42 * finding.severity) * doubt(finding))
@@ -129,7 +127,7 @@ def edema(scene: Scene, finding: Finding) -> Array:
 def plate_atelectasis(scene: Scene, finding: Finding) -> Array:
     """Plate-like atelectasis: one to three thin, nearly horizontal dense bands."""
     mask = np.zeros(scene.air.shape, bool)
-    for side in scene.sides(finding.side):
+    for side in finding.sides:
         sign, rng = SIGN[side], np.random.default_rng([finding.form, 11, side == "left"])
         x, y = spot(scene, finding, side, 0.42, 0.58)
         for k in range(1 + int(2.4 * finding.severity)):
@@ -147,11 +145,11 @@ def basal_atelectasis(scene: Scene, finding: Finding) -> Array:
     total = np.zeros_like(scene.air)
     lifted = np.zeros(scene.air.shape, bool)
     height = 0.10 + 0.08 * finding.severity
-    for side in scene.sides(finding.side):
+    for side in finding.sides:
         rng = np.random.default_rng([finding.form, 13, side == "left"])
         # what the raised diaphragm has taken from the lung belongs to the finding, too
         strip = (scene.base < 0) & (scene.base > -scene.change.raised[side]) & (scene.wall > 0)
-        lifted |= strip & (scene.canvas.x * SIGN[side] > 0.09)
+        lifted |= strip & (scene.x * SIGN[side] > 0.09)
         near = np.clip(1.15 - scene.base / height, 0, 1) * np.clip((scene.wall - 0.02) / 0.10, 0, 1)
         streaks = np.zeros_like(near)
         for k in range(4):
@@ -173,11 +171,11 @@ def nodule_or_mass(scene: Scene, finding: Finding) -> Array:
     x, y = spot(scene, finding, side, 0.30, 0.72)
     small, large = (0.038, 0.062) if finding.kind == "nodule" else (0.085, 0.140)
     radius = small + (large - small) * finding.severity
-    shape = scene.canvas.disc(x, y, radius, radius * rng.uniform(0.85, 1.1), rng.uniform(0, 3))
+    shape = scene.disc(x, y, radius, radius * rng.uniform(0.85, 1.1), rng.uniform(0, 3))
     for _ in range(3):
         a = rng.uniform(0, 2 * np.pi)
         dx, dy = 0.45 * radius * np.cos(a), 0.45 * radius * np.sin(a)
-        shape = np.maximum(shape, 0.9 * scene.canvas.disc(x + dx, y + dy, 0.72 * radius))
+        shape = np.maximum(shape, 0.9 * scene.disc(x + dx, y + dy, 0.72 * radius))
     shape = np.clip(shape, 0, 1) ** 0.45 * (scene.lungs(side) > 0.02)
     amount = (0.23 + 0.13 * finding.severity + (0.05 if finding.kind == "mass" else 0.0)) * doubt(finding)
     scene.extra += shape * np.float32(amount)
@@ -191,21 +189,21 @@ def cardiomegaly(scene: Scene, finding: Finding) -> Array:
 
 def wide_mediastinum(scene: Scene, finding: Finding) -> Array:
     """The widened upper mediastinum."""
-    return (scene.mediastinum > 0) & (scene.canvas.y > -0.72) & (scene.canvas.y < 0.02)
+    return (scene.mediastinum > 0) & (scene.y > -0.72) & (scene.y < 0.02)
 
 
 def effusion(scene: Scene, finding: Finding) -> Array:
     """Pleural effusion: white below a meniscus that climbs the lateral wall and blunts the costophrenic angle."""
     mask = np.zeros(scene.air.shape, bool)
-    for side in scene.sides(finding.side):
+    for side in finding.sides:
         rng = np.random.default_rng([finding.form, 17, side == "left"])
         volume = finding.severity * (rng.uniform(0.75, 1.1) if finding.side == "bilateral" else 1.0)
         top = scene.dome_height(side)
         level = top + 0.135 - 0.42 * volume**1.25
         climb = 0.13 + 0.16 * volume
         rise = climb * np.exp(-np.maximum(scene.wall, 0) / 0.085)
-        rise += 0.25 * climb * np.exp(-np.maximum(np.abs(scene.canvas.x) - 0.10, 0) / 0.05)
-        wet = scene.canvas.edge(scene.canvas.y - level + rise, 0.035) * scene.lung[side]
+        rise += 0.25 * climb * np.exp(-np.maximum(np.abs(scene.x) - 0.10, 0) / 0.05)
+        wet = scene.edge(scene.y - level + rise, 0.035) * scene.lung[side]
         opaque = (0.75 + 0.2 * finding.severity) * (0.6 if finding.uncertain else 1.0)
         scene.fill(wet * np.float32(opaque))
         scene.extra += wet * np.float32(0.06 * opaque)
@@ -215,8 +213,7 @@ def effusion(scene: Scene, finding: Finding) -> Array:
 
 def pneumothorax(scene: Scene, finding: Finding) -> Array:
     """Pneumothorax: a thin pleural line with nothing but black, vessel-free air beyond it."""
-    side = finding.side
-    canvas, sign = scene.canvas, SIGN[side]
+    side, sign = finding.side, SIGN[finding.side]
     gap = 0.070 + 0.22 * finding.severity**1.3
     y = table_rows()
     apex = scene.patient.apex
@@ -225,8 +222,8 @@ def pneumothorax(scene: Scene, finding: Finding) -> Array:
     roof = apex + gap * 1.15
     lung_edge = wall_curve(scene.patient) - inset
     lung_edge = np.where(y < roof, 0.0, 0.27 + (lung_edge - 0.27) * np.sqrt(np.clip((y - roof) / 0.12, 0, 1)))
-    outside = canvas.edge(sign * canvas.x - canvas.curve(lung_edge)) * scene.lung[side]
-    outside *= canvas.profile((-1.2, 0.2 + 0.3 * finding.severity, 0.35 + 0.3 * finding.severity), (1.0, 1.0, 0.0))
+    outside = scene.edge(sign * scene.x - scene.curve(lung_edge)) * scene.lung[side]
+    outside *= scene.profile((-1.2, 0.2 + 0.3 * finding.severity, 0.35 + 0.3 * finding.severity), (1.0, 1.0, 0.0))
     rows = np.linspace(roof, min(0.1 + 0.5 * finding.severity, 0.5), 60)
     line = np.stack([sign * np.interp(rows, y, lung_edge), rows], axis=1)
     scene.vessels *= 1 - outside
@@ -240,47 +237,44 @@ def pneumothorax(scene: Scene, finding: Finding) -> Array:
 def pleural_thickening(scene: Scene, finding: Finding) -> Array:
     """Pleural thickening: a dense rind along the lateral wall of one zone, or a cap over the apex."""
     side = finding.side
-    y, depth = scene.canvas.y, 0.035 + 0.035 * finding.severity
+    y, depth = scene.y, 0.035 + 0.035 * finding.severity
     if finding.kind == "cap":
-        roof = scene.canvas.profile((-1.2, 1.2), (-1.2, 1.2)) - scene.patient.apex
-        rind = scene.canvas.edge(depth * 2.6 - roof - 0.6 * np.maximum(0, 0.05 - scene.wall), 0.02)
+        roof = scene.profile((-1.2, 1.2), (-1.2, 1.2)) - scene.patient.apex
+        rind = scene.edge(depth * 2.6 - roof - 0.6 * np.maximum(0, 0.05 - scene.wall), 0.02)
     else:
         middle = scene.zone_height(finding.zone)
-        rind = scene.canvas.edge(depth * np.exp(-(((y - middle) / 0.17) ** 4)) - scene.wall, 0.010)
+        rind = scene.edge(depth * np.exp(-(((y - middle) / 0.17) ** 4)) - scene.wall, 0.010)
     rind = rind * scene.lung[side]
     scene.fill(rind * np.float32((0.45 + 0.4 * finding.severity) * doubt(finding)))
     return rind > 0.5
 
 
-def rib_fracture(scene: Scene, finding: Finding) -> RibFracture:
-    """Where the rib of a fracture breaks, in the coordinates of `frontal.ribs`."""
+def rib_fracture(scene: Scene, finding: Finding) -> Array:
+    """A broken rib: the fracture line and callus here, the displaced rib itself in `frontal.ribs`."""
     rng, patient = np.random.default_rng([finding.form, 23]), scene.patient
-    goal = scene.zone_height(finding.zone)
     t = rng.uniform(0.62, 0.84)
     start = patient.apex + 0.02 + patient.rib_phase * 0.04
-    rib = np.round((goal - rib_offset(t) - start) / patient.rib_spacing)
+    rib = np.round((scene.zone_height(finding.zone) - rib_offset(t) - start) / patient.rib_spacing)
     y = float(start + rib * patient.rib_spacing + rib_offset(t))
-    shift = 0.036 + 0.034 * finding.strength
-    return RibFracture(SIGN[finding.side], float(t * half_width(scene, y)), y, shift)
-
-
-def fracture(scene: Scene, finding: Finding) -> Array:
-    """The fracture line and callus; the displaced rib itself is drawn by `frontal.ribs`."""
-    canvas = scene.canvas
-    if finding.kind == "clavicle":
-        sign, x = SIGN[finding.side], 0.36 + 0.1 * (finding.form % 100) / 100
-        y = float(clavicle_line(np.float64(x), 0.06 if scene.exposure.projection == "AP" else 0.0))
-        line = [[sign * (x - 0.012), y - 0.05], [sign * (x + 0.012), y + 0.05]]
-        scene.extra -= scene.line(line, 0.011, 0.13 + 0.06 * finding.strength)
-        bit = [[sign * (x + 0.005), y + 0.045], [sign * (x + 0.12), y + 0.02]]
-        scene.extra += scene.line(bit, 0.014, 0.12 * (0.5 + finding.strength))
-        return canvas.disc(sign * (x + 0.045), y + 0.005, 0.105, 0.085) > 0
-    step = rib_fracture(scene, finding)
-    x = step.side * step.x
-    gap = [[x - 0.008 * step.side, step.y - 0.035], [x + 0.008 * step.side, step.y + 0.045]]
+    shift, sign = 0.036 + 0.034 * finding.strength, SIGN[finding.side]
+    distance = float(t * half_width(scene, y))
+    scene.broken_ribs.append(RibFracture(sign, distance, y, shift))
+    x = sign * distance
+    gap = [[x - 0.008 * sign, y - 0.035], [x + 0.008 * sign, y + 0.045]]
     scene.extra -= scene.line(gap, 0.008, 0.08 + 0.06 * finding.strength)
-    scene.extra += canvas.blobs(np.array([[x, step.y + step.shift / 2]]), 0.030, 0.05 * finding.strength)
-    return canvas.disc(x + 0.03 * step.side, step.y + step.shift / 2, 0.10, 0.075) > 0
+    scene.extra += scene.blobs(np.array([[x, y + shift / 2]]), 0.030, 0.05 * finding.strength)
+    return scene.disc(x + 0.03 * sign, y + shift / 2, 0.10, 0.075) > 0
+
+
+def clavicle_fracture(scene: Scene, finding: Finding) -> Array:
+    """The fracture line of a clavicle, and a displaced piece."""
+    sign, x = SIGN[finding.side], 0.36 + 0.1 * (finding.form % 100) / 100
+    y = float(clavicle_line(np.float64(x), 0.06 if scene.exposure.projection == "AP" else 0.0))
+    line = [[sign * (x - 0.012), y - 0.05], [sign * (x + 0.012), y + 0.05]]
+    scene.extra -= scene.line(line, 0.011, 0.13 + 0.06 * finding.strength)
+    bit = [[sign * (x + 0.005), y + 0.045], [sign * (x + 0.12), y + 0.02]]
+    scene.extra += scene.line(bit, 0.014, 0.12 * (0.5 + finding.strength))
+    return scene.disc(sign * (x + 0.045), y + 0.005, 0.105, 0.085) > 0
 
 
 def wire(scene: Scene, knots: list, width: float, peak: float, *, hollow: float = 0.0) -> Array:
@@ -289,7 +283,7 @@ def wire(scene: Scene, knots: list, width: float, peak: float, *, hollow: float 
     if hollow:  # two walls and a lumen
         layer = layer - scene.line(knots, width * 0.55, peak * hollow)
     scene.extra += layer
-    return scene.line(knots, max(2.2 * width, 1.6 / scene.canvas.unit), 1.0) > 0.42
+    return scene.line(knots, max(2.2 * width, 1.6 / scene.unit), 1.0) > 0.42
 
 
 def tracheal_tube(scene: Scene, finding: Finding) -> Array:
@@ -325,11 +319,11 @@ def chest_tube(scene: Scene, finding: Finding) -> Array:
 
 def pacemaker(scene: Scene, finding: Finding) -> Array:
     """Pacemaker: a box below the clavicle and two leads to the right atrium and ventricle."""
-    canvas, sign = scene.canvas, SIGN[finding.side]
+    sign = SIGN[finding.side]
     x, y = sign * 0.55, -0.43
-    box = np.maximum(canvas.disc(x, y, 0.125, 0.10), canvas.disc(x, y + 0.015, 0.112, 0.10))
-    box = canvas.edge(box * 0.06, 0.004)
-    inner = canvas.edge(canvas.disc(x, y + 0.025, 0.085, 0.06) * 0.04, 0.006)
+    box = np.maximum(scene.disc(x, y, 0.125, 0.10), scene.disc(x, y + 0.015, 0.112, 0.10))
+    box = scene.edge(box * 0.06, 0.004)
+    inner = scene.edge(scene.disc(x, y + 0.025, 0.085, 0.06) * 0.04, 0.006)
     scene.extra += 0.52 * box + 0.16 * inner
     top = [[x - sign * 0.04, y - 0.11], [sign * 0.38, -0.62], [sign * 0.17, -0.57]]
     cross = [[-0.01, -0.50]] if finding.side == "left" else []
@@ -347,8 +341,8 @@ def sternotomy_wires(scene: Scene, finding: Finding) -> Array:
         tilt = rng.normal(0, 0.008)
         loop = [(-0.045, y), (0.0, y - 0.020 + tilt), (0.045, y), (0.0, y + 0.020 - tilt), (-0.045, y)]
         points, lengths = polyline(loop)
-        scene.extra += scene.lines(points, lengths, 0.0065, 0.26)
-        mask |= scene.canvas.disc(0, y, 0.065, 0.045) > 0
+        scene.extra += scene.strokes(points, lengths * 0.26, 0.0065)
+        mask |= scene.disc(0, y, 0.065, 0.045) > 0
     return mask
 
 
@@ -360,9 +354,9 @@ def ecg_leads(scene: Scene, finding: Finding) -> Array:
     ends = ends + rng.normal(0, 0.04, (5, 2))
     for k in np.flatnonzero(rng.random(5) < 0.85):
         x, y = ends[k]
-        disc = scene.canvas.edge(scene.canvas.disc(x, y, 0.028) * 0.014, 0.004)
+        disc = scene.edge(scene.disc(x, y, 0.028) * 0.014, 0.004)
         scene.extra += 0.30 * disc
-        mask |= scene.canvas.disc(x, y, 0.045) > 0
+        mask |= scene.disc(x, y, 0.045) > 0
         far = [x * 1.2 + rng.normal(0, 0.1), 1.2]
         knots = [[x, y], [x * 1.12, y + 0.16], [(x + far[0]) / 2 + rng.normal(0, 0.06), 0.75], far]
         mask |= wire(scene, knots, 0.0055, 0.20)
@@ -373,7 +367,7 @@ DRAW = {
     "pneumothorax": pneumothorax, "edema": edema, "opacity": opacity, "pneumonia": pneumonia,
     "consolidation": consolidation, "nodule": nodule_or_mass, "mass": nodule_or_mass, "plate": plate_atelectasis,
     "basal": basal_atelectasis, "thickening": pleural_thickening, "cap": pleural_thickening, "effusion": effusion,
-    "rib": fracture, "clavicle": fracture, "cardiomegaly": cardiomegaly, "wide": wide_mediastinum,
+    "rib": rib_fracture, "clavicle": clavicle_fracture, "cardiomegaly": cardiomegaly, "wide": wide_mediastinum,
     "tracheal": tracheal_tube, "gastric": gastric_tube, "venous": venous_catheter, "chest_tube": chest_tube,
     "pacemaker": pacemaker, "wires": sternotomy_wires, "leads": ecg_leads,
 }  # fmt: skip

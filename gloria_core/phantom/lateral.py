@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from gloria_core.phantom.canvas import AIR, AnatomyChange, Array, Canvas, Scene
+from gloria_core.phantom.canvas import AIR, AnatomyChange, Array, Scene
 from gloria_core.phantom.disease import Finding
 from gloria_core.phantom.findings import mottle, wire
-from gloria_core.phantom.frontal import VESSEL_PEAK, VESSEL_WIDTH, vessel_tree
+from gloria_core.phantom.frontal import VESSEL_PEAKS, vessel_tree
 from gloria_core.phantom.patient import Exposure, Patient
 
 _FRONT = ((-1.2, -0.86, -0.66, -0.30, 0.10, 0.45, 0.9), (-0.12, -0.14, -0.30, -0.46, -0.57, -0.60, -0.58))
@@ -30,46 +30,46 @@ def lung_dome(scene: Scene, side: str, x: Array) -> Array:
     return top + 0.10 * np.clip(-t, 0, 1) ** 2 * 2.2 + 0.62 * np.clip(t, 0, 1) ** 2.1
 
 
-def start(canvas: Canvas, patient: Patient, exposure: Exposure, change: AnatomyChange) -> Scene:
+def start(size: int, patient: Patient, exposure: Exposure, change: AnatomyChange) -> Scene:
     """Both lungs, the hemidiaphragms and the heart seen from the side."""
-    scene = Scene(canvas, patient, exposure, change)
-    x, y = canvas.x, canvas.y
-    front, back = canvas.profile(*_FRONT, round_off=0.09), canvas.profile(*_BACK, round_off=0.09)
-    roof = canvas.edge(y - patient.apex + 0.03 - 0.9 * np.clip(np.abs(x - 0.06) - 0.10, 0, 1), 0.06)
-    chest = canvas.edge(x - front, 0.01) * canvas.edge(back - x, 0.01) * roof
+    scene = Scene(size, exposure.lateral_pose, patient, exposure, change)
+    x, y = scene.x, scene.y
+    front, back = scene.profile(*_FRONT, round_off=0.09), scene.profile(*_BACK, round_off=0.09)
+    roof = scene.edge(y - patient.apex + 0.03 - 0.9 * np.clip(np.abs(x - 0.06) - 0.10, 0, 1), 0.06)
+    chest = scene.edge(x - front, 0.01) * scene.edge(back - x, 0.01) * roof
     thick = 0.62 + 0.38 * (1 - np.exp(-np.minimum(x - front, back - x).clip(0) * 7))
-    for side in ("right", "left"):
-        scene.lung[side] = chest * canvas.edge(lung_dome(scene, side, x) - y, 0.008)
+    domes = {side: lung_dome(scene, side, x) - y for side in ("right", "left")}
+    scene.lung = {side: chest * scene.edge(dome, 0.008) for side, dome in domes.items()}
     scene.air = 0.5 * (scene.lung["right"] + scene.lung["left"]) * thick
     scene.wall = np.minimum(x - front, back - x)
-    scene.base = lung_dome(scene, "right", x) - y
+    scene.base = domes["right"]
     size = patient.heart * change.heart
     lift = 0.5 * exposure.inspiration
     grow = size - 1.0
-    scene.cardiac = canvas.disc(-0.265 + 0.13 * grow, 0.215 - lift - 0.04 * grow, 0.315 * size, 0.25 * size, 0.62)
+    scene.cardiac = scene.disc(-0.265 + 0.13 * grow, 0.215 - lift - 0.04 * grow, 0.315 * size, 0.25 * size, 0.62)
     wide = change.mediastinum
     arch = 1 - ((np.hypot(x - 0.11, (y + 0.24) * 0.9) - 0.15) / (0.055 * patient.knob + 0.4 * wide)) ** 2
-    arch = np.clip(arch, 0, 1) * canvas.edge(-0.16 - y, 0.10)
-    aorta = np.clip(1 - ((x - 0.255 + 0.1 * np.clip(y, 0, 1)) / (0.05 + 0.3 * wide)) ** 2, 0, 1) * canvas.edge(
+    arch = np.clip(arch, 0, 1) * scene.edge(-0.16 - y, 0.10)
+    aorta = np.clip(1 - ((x - 0.255 + 0.1 * np.clip(y, 0, 1)) / (0.05 + 0.3 * wide)) ** 2, 0, 1) * scene.edge(
         y + 0.2, 0.08
     )
-    front_wide = np.clip(canvas.disc(-0.16, -0.35, 0.10, 0.22), 0, 1) * min(wide * 12, 1.0)
+    front_wide = np.clip(scene.disc(-0.16, -0.35, 0.10, 0.22), 0, 1) * min(wide * 12, 1.0)
     scene.mediastinum = np.maximum(arch, front_wide)
-    thick = np.sqrt(np.clip(scene.cardiac, 0, 1)) * (0.1 + 0.9 * canvas.edge(scene.base + 0.03, 0.05))
+    thick = np.sqrt(np.clip(scene.cardiac, 0, 1)) * (0.1 + 0.9 * scene.edge(scene.base + 0.03, 0.05))
     scene.heart = 0.36 * thick + 0.11 * np.sqrt(arch) + 0.06 * aorta + 0.16 * front_wide
     return scene
 
 
 def tissue(scene: Scene) -> Array:
     """Chest wall, raised arms, abdomen and the air in lungs, trachea and stomach."""
-    canvas, patient = scene.canvas, scene.patient
-    x, y = canvas.x, canvas.y
+    patient = scene.patient
+    x, y = scene.x, scene.y
     pad = 0.05 + 0.05 * patient.girth
-    front = canvas.profile(_FRONT[0], np.array(_FRONT[1]) - pad - 0.01, round_off=0.11)
-    back = canvas.profile(_BACK[0], np.array(_BACK[1]) + pad + 0.05, round_off=0.11)
+    front = scene.profile(_FRONT[0], np.array(_FRONT[1]) - pad - 0.01, round_off=0.11)
+    back = scene.profile(_BACK[0], np.array(_BACK[1]) + pad + 0.05, round_off=0.11)
     middle, half = (front + back) / 2, (back - front) / 2
     body = (
-        canvas.profile((-1.0, -0.6, 0.2, 0.8), (0.78, 0.72, 0.80, 0.92))
+        scene.profile((-1.0, -0.6, 0.2, 0.8), (0.78, 0.72, 0.80, 0.92))
         * np.clip(1 - ((x - middle) / half) ** 2, 0, 1) ** 0.45
     )
     # raised arms: soft tissue over the whole upper edge, thinner than the neck and shoulders in the middle
@@ -77,25 +77,25 @@ def tissue(scene: Scene) -> Array:
     arms *= np.clip((-0.50 - y - 0.25 * np.abs(x - 0.05)) * 3.0, 0, 1)
     body = np.maximum(body, 0.60 * arms) + 0.10 * arms
     if patient.breast:
-        bump = canvas.disc(-0.53 - pad, 0.14, 0.15 * patient.breast + 0.09, 0.30)
+        bump = scene.disc(-0.53 - pad, 0.14, 0.15 * patient.breast + 0.09, 0.30)
         body = np.maximum(body, 0.50 * np.sqrt(np.clip(bump, 0, 1))) + 0.04 * np.clip(bump, 0, 1)
-    body += 0.06 * canvas.edge(-scene.base, 0.02) * (body > 0.1)
+    body += 0.06 * scene.edge(-scene.base, 0.02) * (body > 0.1)
     tube = x - 0.045 - 0.10 * (y + 0.6)
-    trachea = np.sqrt(np.clip(1 - (tube / 0.042) ** 2, 0, 1)) * canvas.edge(-0.14 - y, 0.03) * canvas.edge(y + 1.1, 0.2)
+    trachea = np.sqrt(np.clip(1 - (tube / 0.042) ** 2, 0, 1)) * scene.edge(-0.14 - y, 0.03) * scene.edge(y + 1.1, 0.2)
     if patient.gastric:
         top = lung_dome(scene, "left", np.float32(0.02))
-        body -= 0.16 * np.sqrt(np.clip(canvas.disc(0.02, float(top) + 0.10, 0.15 * patient.gastric, 0.055), 0, 1))
+        body -= 0.16 * np.sqrt(np.clip(scene.disc(0.02, float(top) + 0.10, 0.15 * patient.gastric, 0.055), 0, 1))
     return body - np.float32(AIR) * scene.air - 0.10 * trachea * (body > 0.2)
 
 
 def bones(scene: Scene) -> Array:
     """Vertebrae with their discs, oblique ribs, sternum, shoulder blades."""
-    canvas, patient = scene.canvas, scene.patient
-    x, y = canvas.x, canvas.y
+    patient = scene.patient
+    x, y = scene.x, scene.y
     off = x - spine_x(y).astype(np.float32)
     phase = (y + 0.12 * off) / 0.128 + 0.3 * y
     f = np.abs(phase - np.round(phase))
-    body = canvas.edge(0.068 + 0.012 * np.clip(y, 0, 1) + 0.012 * f - np.abs(off), 0.012)
+    body = scene.edge(0.068 + 0.012 * np.clip(y, 0, 1) + 0.012 * f - np.abs(off), 0.012)
     layer = body * (0.125 - 0.085 * np.exp(-(((f - 0.5) / 0.10) ** 2)))
     layer += body * 0.05 * np.exp(-(((f - 0.38) / 0.06) ** 2))
     arch = np.exp(-(((off - 0.115) / 0.035) ** 2)) * (0.05 + 0.05 * np.cos(2 * np.pi * phase))
@@ -106,14 +106,14 @@ def bones(scene: Scene) -> Array:
         rib = np.abs(level / 0.165 - np.round(level / 0.165)) * 0.165
         layer += (
             0.045
-            * canvas.edge(0.024 - rib, 0.012)
+            * scene.edge(0.024 - rib, 0.012)
             * (scene.wall > -0.02)
-            * canvas.edge(0.62 - y, 0.3)
+            * scene.edge(0.62 - y, 0.3)
             * np.clip(t * 2.2, 0, 1)
         )
-    front = canvas.profile(_FRONT[0], np.array(_FRONT[1]) - 0.022, round_off=0.09)
+    front = scene.profile(_FRONT[0], np.array(_FRONT[1]) - 0.022, round_off=0.09)
     layer += (
-        0.14 * canvas.edge(0.019 - np.abs(x - front), 0.006) * canvas.edge(y + 0.60, 0.03) * canvas.edge(0.22 - y, 0.03)
+        0.14 * scene.edge(0.019 - np.abs(x - front), 0.006) * scene.edge(y + 0.60, 0.03) * scene.edge(0.22 - y, 0.03)
     )
     for x0, bend in ((0.36, 0.02), (0.45, -0.01)):
         layer += scene.line([[x0, -0.95], [x0 + bend, -0.6], [x0 + 0.06, -0.22]], 0.011, 0.06)
@@ -123,14 +123,10 @@ def bones(scene: Scene) -> Array:
 def vessels(scene: Scene) -> Array:
     """The two vessel trees seen end on: the frontal ones folded about the hilum."""
     wet = scene.change.congestion
-    layer = np.zeros_like(scene.air)
-    for (points, lengths, taper), width, peak in zip(
-        vessel_tree(scene.patient.vessel_seed), VESSEL_WIDTH, VESSEL_PEAK, strict=True
-    ):
-        away = np.stack([0.06 + (points[:, 0]) * 0.85, points[:, 1]], axis=1)
-        layer += scene.lines(away, lengths, width * (1 + 0.5 * wet), 0.7 * peak * taper * (1 + 0.4 * wet))
-    hila = scene.canvas.blobs(np.array([[0.04, -0.06], [0.10, -0.01], [0.07, -0.12]]), 0.045, 0.085 * (1 + 0.5 * wet))
-    return layer * scene.vessels * np.minimum(scene.air * 1.5, 1) + hila
+    peaks = [0.7 * peak for peak in VESSEL_PEAKS]
+    layer = vessel_tree(scene, peaks, lambda _: 1 + 0.4 * wet, lambda points: points * (0.85, 1) + (0.06, 0))
+    hila = np.array([[0.04, -0.06], [0.10, -0.01], [0.07, -0.12]])
+    return layer + scene.blobs(hila, 0.045, 0.085 * (1 + 0.5 * wet))
 
 
 def density(scene: Scene) -> Array:
@@ -157,7 +153,7 @@ def _fill(scene: Scene, finding: Finding, amount: Array) -> None:
 def _cloud(scene: Scene, finding: Finding, n: int, spread: float, sigma: float, gain: float) -> Array:
     rng = np.random.default_rng([finding.form, 37])
     points = np.array(_spot(scene, finding)) + rng.normal(0, spread, (n, 2))
-    cloud = scene.canvas.blobs(points, sigma * rng.uniform(0.7, 1.4, n), gain)
+    cloud = scene.blobs(points, sigma * rng.uniform(0.7, 1.4, n), gain)
     return (1 - np.exp(-cloud)) * scene.lungs(finding.side or "bilateral")
 
 
@@ -165,9 +161,9 @@ def consolidation(scene: Scene, finding: Finding) -> Array:
     """Consolidation, sharp along the oblique fissure."""
     x, y = _spot(scene, finding)
     reach = 0.17 + 0.12 * finding.severity
-    shape = np.clip(scene.canvas.disc(x, y, reach * 1.2, reach) * 2.6, 0, 1) * scene.lungs(finding.side)
-    fissure = (scene.canvas.x - x) * 0.75 - (scene.canvas.y - y) * 0.66 + 0.5 * reach
-    shape *= scene.canvas.edge(-fissure if finding.zone == "upper" else fissure, 0.01)
+    shape = np.clip(scene.disc(x, y, reach * 1.2, reach) * 2.6, 0, 1) * scene.lungs(finding.side)
+    fissure = (scene.x - x) * 0.75 - (scene.y - y) * 0.66 + 0.5 * reach
+    shape *= scene.edge(-fissure if finding.zone == "upper" else fissure, 0.01)
     _fill(scene, finding, shape * (0.45 + 0.5 * finding.strength))
     return shape > 0.45
 
@@ -189,7 +185,7 @@ def opacity(scene: Scene, finding: Finding) -> Array:
 def edema(scene: Scene, finding: Finding) -> Array:
     """Edema: haze around the hila and thick fissures."""
     points = np.array([[0.00, -0.20], [0.17, -0.10], [0.20, 0.08], [0.06, 0.14], [-0.14, -0.02]])
-    wings = scene.canvas.blobs(points, 0.095 + 0.03 * finding.severity, 0.6) * scene.lungs("bilateral")
+    wings = scene.blobs(points, 0.095 + 0.03 * finding.severity, 0.6) * scene.lungs("bilateral")
     wings = 1 - np.exp(-1.3 * wings)
     texture = 1 + 0.35 * mottle(scene, finding, 0.085, 0.030)
     scene.extra += wings * scene.air * np.float32(0.16 + 0.26 * finding.strength) * texture
@@ -214,21 +210,21 @@ def plate_atelectasis(scene: Scene, finding: Finding) -> Array:
 def basal_atelectasis(scene: Scene, finding: Finding) -> Array:
     """Basal volume loss above the posterior diaphragm."""
     side = finding.side if finding.side != "bilateral" else "right"
-    above = lung_dome(scene, side, scene.canvas.x) - scene.canvas.y
+    above = lung_dome(scene, side, scene.x) - scene.y
     near = np.clip(1.1 - above / (0.10 + 0.08 * finding.severity), 0, 1) * scene.lungs(finding.side)
-    near = near * scene.canvas.edge(scene.canvas.x + 0.05, 0.2)
+    near = near * scene.edge(scene.x + 0.05, 0.2)
     _fill(scene, finding, near * (0.3 + 0.5 * finding.strength))
     return near > 0.25
 
 
 def effusion(scene: Scene, finding: Finding) -> Array:
     """Pleural effusion: the posterior sulcus fills first, with a meniscus along the back wall."""
-    x, y = scene.canvas.x, scene.canvas.y
+    x, y = scene.x, scene.y
     level = 0.80 - scene.exposure.inspiration - 0.55 * finding.severity**1.1
     rise = (0.12 + 0.10 * finding.severity) * np.exp(-np.maximum(scene.wall, 0) / 0.10)
-    wet = scene.canvas.edge(y - level + rise, 0.03) * scene.lungs(finding.side)
+    wet = scene.edge(y - level + rise, 0.03) * scene.lungs(finding.side)
     if finding.severity < 0.7:
-        wet = wet * scene.canvas.edge(x - 0.05, 0.15)
+        wet = wet * scene.edge(x - 0.05, 0.15)
     _fill(scene, finding, wet * np.float32(0.6 + 0.4 * finding.strength))
     return wet > 0.5
 
@@ -237,7 +233,7 @@ def nodule_or_mass(scene: Scene, finding: Finding) -> Array:
     """Nodule or mass."""
     x, y = _spot(scene, finding)
     small, large = (0.038, 0.062) if finding.kind == "nodule" else (0.085, 0.140)
-    shape = np.clip(scene.canvas.disc(x, y, small + (large - small) * finding.severity), 0, 1) ** 0.45
+    shape = np.clip(scene.disc(x, y, small + (large - small) * finding.severity), 0, 1) ** 0.45
     shape = shape * (scene.lungs(finding.side) > 0.02)
     scene.extra += shape * np.float32(0.14 + 0.12 * finding.strength)
     return shape > 0.35
@@ -270,7 +266,7 @@ def venous_catheter(scene: Scene, finding: Finding) -> Array:
 
 def pacemaker(scene: Scene, finding: Finding) -> Array:
     """Pacemaker box edge-on in the front wall, leads into the heart."""
-    box = scene.canvas.edge(scene.canvas.disc(-0.44, -0.50, 0.045, 0.12, -0.5) * 0.04, 0.004)
+    box = scene.edge(scene.disc(-0.44, -0.50, 0.045, 0.12, -0.5) * 0.04, 0.004)
     scene.extra += 0.45 * box
     vena = [[-0.36, -0.56], [-0.16, -0.64], [-0.04, -0.45], [-0.02, -0.10]]
     mask = (box > 0.5) | wire(scene, [*vena, [-0.10, 0.10], [-0.18, 0.06]], 0.0075, 0.26)

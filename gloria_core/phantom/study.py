@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from gloria_core.phantom import findings, frontal, lateral
 from gloria_core.phantom.acquisition import acquire
-from gloria_core.phantom.canvas import AnatomyChange, Canvas, Scene
+from gloria_core.phantom.canvas import AnatomyChange
 from gloria_core.phantom.disease import Finding, course
-from gloria_core.phantom.patient import NOISE, WORDS, Exposure, Patient, draw_exposure, draw_patient, stream
+from gloria_core.phantom.patient import NOISE, WORDS, Exposure, Patient, draw_patient, stream
 from gloria_core.phantom.report import compose
 
 VIEWS = ("frontal", "lateral")
@@ -73,14 +73,20 @@ def study(
 
     Raises ValueError for a size outside 64..512, an unknown view, or a study that this patient does not have.
     """
-    _check(seed, patient, number, size, views)
+    if not SMALLEST <= size <= LARGEST:
+        raise ValueError(f"size must be {SMALLEST} to {LARGEST} pixels, not {size}")
+    if not views or not set(views) <= set(VIEWS):
+        raise ValueError(f"views must be taken from {', '.join(VIEWS)}, not {list(views)}")
+    if patient < 0 or seed < 0:
+        raise ValueError(f"seed and patient count from 0, not {seed}, {patient}")
     person = draw_patient(seed, patient)
+    if not 1 <= number <= person.studies:
+        raise ValueError(f"patient {patient} of seed {seed} has studies 1 to {person.studies}, not {number}")
     present, exposure = course(seed, patient)[number - 1], exposure_of(seed, patient, number)
     report = compose(present, stream(seed, patient, number, WORDS))
     images, regions = {}, []
     for view in views:
-        image, masks = draw(seed, person, number, exposure, present, size=size, view=view)
-        images[view] = image
+        images[view], masks = draw(seed, person, number, exposure, present, size=size, view=view)
         for (index, label), spans in sorted(report.spans.items()):
             f = present[index]
             if index in masks:
@@ -90,84 +96,25 @@ def study(
     )
 
 
-def without(seed: int, patient: int, number: int, label: str, *, size: int = 128, view: str = "frontal") -> np.ndarray:
-    """The picture of the same study, same noise and pose, as if the finding `label` were not there."""
-    _check(seed, patient, number, size, (view,))
-    present, exposure = course(seed, patient)[number - 1], exposure_of(seed, patient, number)
-    skip = {index for index, finding in enumerate(present) if finding.label == label}
-    return draw(seed, draw_patient(seed, patient), number, exposure, present, size=size, view=view, skip=skip)[0]
-
-
-def _check(seed: int, patient: int, number: int, size: int, views: Sequence[str]) -> None:
-    if not SMALLEST <= size <= LARGEST:
-        raise ValueError(f"size must be {SMALLEST} to {LARGEST} pixels, not {size}")
-    unknown = [view for view in views if view not in VIEWS]
-    if unknown or not views:
-        raise ValueError(f"views must be taken from {', '.join(VIEWS)}, not {list(views)}")
-    if patient < 0 or seed < 0:
-        raise ValueError(f"seed and patient count from 0, not {seed}, {patient}")
-    count = draw_patient(seed, patient).studies
-    if not 1 <= number <= count:
-        raise ValueError(f"patient {patient} of seed {seed} has studies 1 to {count}, not {number}")
-
-
 def exposure_of(seed: int, patient: int, number: int) -> Exposure:
     """How a study was taken: the sicker the patient, the more likely at the bedside."""
     kinds = {finding.kind for finding in course(seed, patient)[number - 1]}
     bedside = 0.45 if kinds & {"edema", "venous"} else 0.2
     if kinds & {"tracheal", "gastric", "chest_tube", "leads"}:
         bedside = 0.85
-    return draw_exposure(seed, patient, number, bedside=bedside)
-
-
-def _anatomy(present: Sequence[Finding], skip: Collection[int]) -> AnatomyChange:
-    """What the findings do to organs: a big heart, a raised diaphragm, wet vessels."""
-    change = AnatomyChange()
-    for index, finding in enumerate(present):
-        if index in skip or not finding.drawn:
-            continue
-        if finding.kind == "cardiomegaly":
-            change.heart = 1.17 + 0.30 * finding.strength
-        elif finding.kind == "wide":
-            change.mediastinum = 0.040 + 0.080 * finding.strength
-        elif finding.kind == "edema":
-            change.congestion = 0.35 + 0.55 * finding.strength
-        elif finding.kind == "basal":
-            for side in ("right", "left") if finding.side == "bilateral" else (finding.side,):
-                change.raised[side] = 0.03 + 0.06 * finding.strength
-    return change
+    return Exposure(seed, patient, number, bedside=bedside)
 
 
 def draw(
-    seed: int,
-    person: Patient,
-    number: int,
-    exposure: Exposure,
-    present: Sequence[Finding],
-    *,
-    size: int,
-    view: str,
-    skip: Collection[int] = (),
+    seed: int, person: Patient, number: int, exposure: Exposure, present: Sequence[Finding], *, size: int, view: str
 ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
     """One view: uint8 (size, size), and the mask of each finding that is drawn on it, by its index in `present`."""
-    noise = stream(seed, person.patient, number, NOISE, VIEWS.index(view))
-    shown = [(i, f) for i, f in enumerate(present) if i not in skip and f.drawn]
-    if view == "lateral":
-        scene = lateral.start(Canvas(size, exposure.lateral_pose), person, exposure, _anatomy(present, skip))
-        masks = _draw_findings(scene, shown, lateral.DRAW)
-        density = lateral.density(scene)
-    else:
-        scene = frontal.start(Canvas(size, exposure.pose), person, exposure, _anatomy(present, skip))
-        masks = _draw_findings(scene, shown, findings.DRAW)
-        fractures = tuple(findings.rib_fracture(scene, f) for _, f in shown if f.kind == "rib")
-        density = frontal.density(scene) + frontal.skeleton(scene, fractures)
-    return acquire(density, exposure, noise), masks
-
-
-def _draw_findings(
-    scene: Scene, shown: list[tuple[int, Finding]], functions: dict[str, Callable[[Scene, Finding], np.ndarray]]
-) -> dict[int, np.ndarray]:
-    """Draw findings in the order of the functions; a finding that leaves no pixel in this view has no mask."""
-    order = [(index, finding, kind) for kind in functions for index, finding in shown if finding.kind == kind]
-    masks = {index: functions[kind](scene, finding) for index, finding, kind in order}
-    return {index: mask for index, mask in masks.items() if mask.any()}
+    module, painters = (lateral, lateral.DRAW) if view == "lateral" else (frontal, findings.DRAW)
+    scene = module.start(size, person, exposure, AnatomyChange(present))
+    masks = {}
+    for kind, paint in painters.items():  # in this order, so that fluid covers what lies in it
+        for index, finding in enumerate(present):
+            if finding.kind == kind and finding.drawn:
+                masks[index] = paint(scene, finding)
+    image = acquire(module.density(scene), exposure, stream(seed, person.patient, number, NOISE, VIEWS.index(view)))
+    return image, {index: mask for index, mask in masks.items() if mask.any()}
