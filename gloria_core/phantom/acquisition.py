@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from gloria_core.phantom.canvas import Array, Canvas, blur, pixel_centres, polyline
+from gloria_core.phantom.canvas import Array, Canvas, blur, clip01, pixel_centres, polyline
 from gloria_core.phantom.patient import Exposure, Pose
 
 _LETTERS = {
@@ -31,12 +31,12 @@ def acquire(density: Array, exposure: Exposure, rng: np.random.Generator) -> Arr
     image = (image - 0.48) * exposure.contrast + 0.48 + exposure.brightness
     # the film's S-curve: shoulders at both ends, nearly straight between
     image = 0.5 + 0.5 * np.tanh(1.45 * (image - 0.50)) / np.float32(np.tanh(1.45 * 0.58))
-    image = np.clip(image, 0, 1) ** np.float32(exposure.gamma)
+    image = clip01(image) ** np.float32(exposure.gamma)
     # fewer photons behind dense parts, hence more noise there; finer pixels catch fewer still
     grain = rng.standard_normal((size, size), dtype=np.float32) * np.float32(exposure.noise * (size / 128) ** 0.5)
     image += blur(grain, 0.45) * (0.7 + 0.9 * image)
     image = _collimate(image, exposure)
-    return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
+    return (clip01(image) * 255 + 0.5).astype(np.uint8)
 
 
 def _collimate(image: Array, exposure: Exposure) -> Array:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 from scipy.ndimage import correlate1d, gaussian_filter1d
@@ -20,11 +19,18 @@ from gloria_core.phantom.patient import Exposure, Patient, Pose
 Array = np.ndarray
 
 _TABLE_MIN, _TABLE_MAX, _TABLE_SIZE = -2.0, 2.0, 1024
+TABLE_ROWS = np.linspace(_TABLE_MIN, _TABLE_MAX, _TABLE_SIZE)
+"""The y values behind `Canvas.curve`."""
 
 
 def pixel_centres(size: int) -> Array:
     """Pixel centres along one side in image coordinates [-1, 1]. Shape: (size,)."""
     return ((np.arange(size, dtype=np.float32) + 0.5) * (2.0 / size) - 1.0).astype(np.float32)
+
+
+def clip01(values: Array) -> Array:
+    """Values cut to 0..1."""
+    return np.clip(values, 0, 1)
 
 
 def blur(layer: Array, sigma: float) -> Array:
@@ -57,13 +63,13 @@ class Canvas:
 
     def profile(self, ys: Array | tuple, values: Array | tuple, *, round_off: float = 0.0) -> Array:
         """A curve value(y), given by its knots, looked up at every pixel: (size, size); `round_off` units blur it."""
-        table = np.interp(table_rows(), ys, values)
+        table = np.interp(TABLE_ROWS, ys, values)
         if round_off:
             table = gaussian_filter1d(table, round_off * _TABLE_SIZE / (_TABLE_MAX - _TABLE_MIN), mode="nearest")
         return self.curve(table)
 
     def curve(self, values: Array) -> Array:
-        """Like `profile` for values already on `table_rows()`."""
+        """Like `profile` for values already on `TABLE_ROWS`."""
         return values.astype(np.float32)[self._row]
 
     def edge(self, distance: Array, softness: float = 0.0) -> Array:
@@ -125,14 +131,6 @@ class Canvas:
         window = blur(sums.reshape(high, wide).astype(np.float32), spread)
         layer[y0:y1, x0:x1] = window[margin : margin + y1 - y0, margin : margin + x1 - x0]
         return layer
-
-
-@lru_cache(maxsize=1)
-def table_rows() -> Array:
-    """The y values behind `Canvas.curve`, read-only."""
-    rows = np.linspace(_TABLE_MIN, _TABLE_MAX, _TABLE_SIZE)
-    rows.flags.writeable = False
-    return rows
 
 
 def polyline(knots: Array | list, step: float = 0.004) -> tuple[Array, Array]:
@@ -197,21 +195,14 @@ class AnatomyChange:
 
 
 class Scene(Canvas):
-    """The layers of one view.
+    """The layers of one view. `start` of the view makes those of the normal anatomy.
 
     Shape: all layers (size, size) float32. `air` is the depth of aerated lung, 0..1; `lung` a soft lung membership
-    for each side; `extra` density that findings and devices add; `vessels` a gain on the vessel layer; `wall` the
-    distance to the inner chest wall; `base` the distance above the diaphragm (units); `solid` how much of the lung is
-    filled, which makes the heart's border vanish there; `cardiac` and `mediastinum` are positive inside these organs.
+    for each side; `wall` the distance to the inner chest wall; `base` the distance above the diaphragm (units);
+    `heart` the density of heart and mediastinum; `cardiac` and `mediastinum` are positive inside these organs. `extra`
+    is density that findings and devices add; `vessels` a gain on the vessel layer; `solid` how much of the lung is
+    filled, which makes the heart's border vanish there.
     """
-
-    lung: dict[str, Array]
-    air: Array
-    heart: Array
-    cardiac: Array
-    mediastinum: Array
-    wall: Array
-    base: Array
 
     def __init__(self, size: int, pose: Pose, patient: Patient, exposure: Exposure, change: AnatomyChange) -> None:
         super().__init__(size, pose)

@@ -22,10 +22,7 @@ LABELS = (
     "No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema", "Consolidation",
     "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other", "Fracture", "Support Devices",
 )  # fmt: skip
-_OTHERS = (
-    "Pneumonia", "Pneumothorax", "Lung Lesion", "Lung Opacity", "Fracture", "Enlarged Cardiomediastinum",
-    "Pleural Other",
-)  # fmt: skip
+_OTHERS = tuple(label for label in _DATA["places"] if label not in COMPETITION)
 _SINGLE = (0.24, 0.14, 0.25, 0.19, 0.18)
 """How often each competition finding comes alone; the combinations below make up for the differences."""
 _CHRONIC = {"Cardiomegaly", "Enlarged Cardiomediastinum", "Lung Lesion", "Pleural Other", "Fracture", "Support Devices"}
@@ -95,7 +92,7 @@ def _device(kind: str, rng: np.random.Generator) -> Finding:
     side = "midline" if kind in ("tracheal", "gastric", "wires") else _side(rng)
     if kind == "pacemaker":
         side = "left" if rng.random() < 0.8 else "right"
-    if kind == "leads":
+    elif kind == "leads":
         side = ""
     return Finding("Support Devices", kind, side, "", 1.0, -0.5, int(rng.integers(2**31)))
 
@@ -111,15 +108,14 @@ def _devices(name: str, rng: np.random.Generator) -> list[Finding]:
 def _scenario(rng: np.random.Generator) -> list[Finding]:
     """One clinical situation: normal, a single finding, or several that go together."""
     plot = rng.choice(5, p=[0.225, 0.365, 0.085, 0.255, 0.07])
-    if plot == 0:
-        names: list[str] = []
-    elif plot == 1:
+    names: list[str] = []
+    if plot == 1:
         names = [str(rng.choice(COMPETITION, p=_SINGLE))]
     elif plot == 2:
         names = [str(rng.choice(_OTHERS))]
     elif plot == 3:
         names = _DATA["clusters"][int(rng.integers(len(_DATA["clusters"])))]
-    else:
+    elif plot == 4:
         names = [str(n) for n in rng.choice(COMPETITION + _OTHERS, size=int(rng.integers(2, 4)), replace=False)]
     out: list[Finding] = []
     for name in names:
@@ -140,14 +136,12 @@ def _evolve(finding: Finding, rng: np.random.Generator) -> Finding | None:
         certain = bool(roll < 0.35)
         later = replace(finding, uncertain=not certain, drawn=certain or finding.drawn, change="")
         return later if roll < 0.6 else None
-    chronic = finding.label in _CHRONIC
-    if roll < (0.04 if chronic else 0.16):
+    gone, unchanged, improved = (0.04, 0.72, 0.78) if finding.label in _CHRONIC else (0.16, 0.5, 0.76)
+    if roll < gone:
         return None
-    if roll < (0.72 if chronic else 0.5):
-        return replace(finding, change="unchanged")
-    if roll < (0.78 if chronic else 0.76) and finding.severity - amount > 0.15:
+    if unchanged <= roll < improved and finding.severity - amount > 0.15:
         return replace(finding, severity=finding.severity - amount, change="improved")
-    if finding.severity + amount < 1.0:
+    if roll >= unchanged and finding.severity + amount < 1.0:
         return replace(finding, severity=finding.severity + amount, change="increased")
     return replace(finding, change="unchanged")
 
@@ -159,13 +153,14 @@ def course(seed: int, patient: int) -> tuple[tuple[Finding, ...], ...]:
     now = _scenario(rng)
     visits = [tuple(now)]
     for _ in range(draw_patient(seed, patient).studies - 1):
-        kept = [later for later in (_evolve(f, rng) for f in now) if later is not None]
+        now = [later for later in (_evolve(f, rng) for f in now) if later is not None]
         if rng.random() < 0.48:
-            fresh = [f for f in _scenario(rng) if (f.label, f.kind) not in {(k.label, k.kind) for k in kept}]
-            fresh = [f for f in fresh if f.label == "Support Devices" or f.label not in {k.label for k in kept}]
-            now = [f for f in kept if f.label in _CHRONIC or rng.random() < 0.3]
-            now += [replace(f, change="new") for f in fresh]
-        else:
-            now = kept
+            old = {f.label for f in now}, {f.kind for f in now}
+            new = [
+                replace(f, change="new")
+                for f in _scenario(rng)
+                if (f.kind not in old[1] if f.label == "Support Devices" else f.label not in old[0])
+            ]
+            now = [f for f in now if f.label in _CHRONIC or rng.random() < 0.3] + new
         visits.append(tuple(now))
     return tuple(visits)

@@ -73,22 +73,23 @@ def _write_study(job: Job, patient: int, number: int) -> tuple[dict, list[str]]:
     views = VIEWS if job.lateral else VIEWS[:1]
     drawn = study(job.seed, patient, number, size=job.size, views=views)
     name = f"p{patient:05d}_s{number}"
-    images = [f"images/{name}_{view}.png" for view in views]
-    for view, path in zip(views, images, strict=True):
-        _write_png(Path(job.root, path), drawn.images[view])
-    masks, boxes = [], []
+    pictures = {f"images/{name}_{view}.png": pixels for view, pixels in drawn.images.items()}
+    images, masks, boxes = ";".join(pictures), [], []
     for k, region in enumerate(drawn.regions):
         entry = {"label": region.label, "image": views.index(region.view)}
-        spans = [list(span) for span in region.spans]
         masks.append(entry | {"path": f"masks/{name}_{k}.png", "side": region.side, "zone": region.zone,
-                              "severity": round(region.severity, 3), "spans": spans})  # fmt: skip
-        boxes.append(entry | {"xywh": list(region.box)})
-        _write_png(Path(job.root, masks[-1]["path"]), region.mask)
+                              "severity": round(region.severity, 3), "spans": region.spans})  # fmt: skip
+        boxes.append(entry | {"xywh": region.box})
+        pictures[masks[-1]["path"]] = region.mask
+    for path, pixels in pictures.items():
+        buffer = BytesIO()
+        Image.fromarray(pixels).save(buffer, format="PNG", compress_level=1)
+        _write(Path(job.root, path), buffer.getvalue())
     row = {
         "study_id": name,
         "patient_id": f"p{patient:05d}",
         "split": "train",
-        "images": ";".join(images),
+        "images": images,
         "views": ";".join([drawn.projection, "LATERAL"][: len(views)]),
         "findings": drawn.findings,
         "impression": drawn.impression,
@@ -101,13 +102,7 @@ def _write_study(job: Job, patient: int, number: int) -> tuple[dict, list[str]]:
         "meta_age": str(drawn.patient.age),
         "meta_study_number": str(number),
     }
-    return row, [*images, *[mask["path"] for mask in masks]]
-
-
-def _write_png(path: Path, pixels: np.ndarray) -> None:
-    buffer = BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG", compress_level=1)
-    _write(path, buffer.getvalue())
+    return row, list(pictures)
 
 
 def _write(path: Path, content: bytes) -> None:

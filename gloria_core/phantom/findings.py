@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from gloria_core.phantom.canvas import SIGN, Array, RibFracture, Scene, polyline, table_rows
+from gloria_core.phantom.canvas import SIGN, TABLE_ROWS, Array, RibFracture, Scene, clip01, polyline
 from gloria_core.phantom.disease import Finding
 from gloria_core.phantom.frontal import clavicle_line, rib_offset, wall_curve
 
 
 def half_width(scene: Scene, y: float) -> float:
     """Distance from the midline to the inner chest wall at height y."""
-    return float(np.interp(y, table_rows(), wall_curve(scene.patient)))
+    return float(np.interp(y, TABLE_ROWS, wall_curve(scene.patient)))
 
 
 def spot(scene: Scene, finding: Finding, side: str, inner: float, outer: float) -> tuple[float, float]:
@@ -51,7 +51,7 @@ def consolidation(scene: Scene, finding: Finding) -> Array:
     sag = (0.10 * rng.uniform(-0.5, 1.0) * along + 0.07 * rng.uniform(-1.0, 1.0) * along**2) * reach
     cut = scene.y - sag - (y + (0.50 if finding.zone == "upper" else -0.45) * reach)
     plane = scene.edge(-cut if finding.zone == "upper" else cut, 0.022)
-    shape = np.clip(edge * 1.5 + 0.12, 0, 1) * plane * scene.lung[side]
+    shape = clip01(edge * 1.5 + 0.12) * plane * scene.lung[side]
     amount = shape * np.float32((0.55 + 0.38 * finding.severity) * doubt(finding))
     amount *= 1 - np.minimum(_bronchogram(scene, rng, (x, y), sign, reach), 0.45) * shape
     scene.fill(amount)
@@ -95,7 +95,7 @@ def opacity(scene: Scene, finding: Finding) -> Array:
     side = finding.side
     x, y = spot(scene, finding, side, 0.40, 0.60)
     size = 0.16 + 0.07 * finding.severity
-    cloud = np.clip(scene.disc(x, y, size * 1.1, size * 1.25) + 0.25 * mottle(scene, finding, 0.3, 0.13), 0, 1)
+    cloud = clip01(scene.disc(x, y, size * 1.1, size * 1.25) + 0.25 * mottle(scene, finding, 0.3, 0.13))
     cloud = np.sqrt(cloud) * scene.lung[side]
     scene.extra += cloud * scene.air * np.float32((0.12 + 0.12 * finding.severity) * doubt(finding))
     return cloud > 0.35
@@ -150,16 +150,15 @@ def basal_atelectasis(scene: Scene, finding: Finding) -> Array:
         # what the raised diaphragm has taken from the lung belongs to the finding, too
         strip = (scene.base < 0) & (scene.base > -scene.change.raised[side]) & (scene.wall > 0)
         lifted |= strip & (scene.x * SIGN[side] > 0.09)
-        near = np.clip(1.15 - scene.base / height, 0, 1) * np.clip((scene.wall - 0.02) / 0.10, 0, 1)
+        near = clip01(1.15 - scene.base / height) * clip01((scene.wall - 0.02) / 0.10)
         streaks = np.zeros_like(near)
         for k in range(4):
             x0, drop = rng.uniform(0.16, 0.42), rng.uniform(0.015, 0.05) + 0.028 * k
             top = scene.dome_height(side) - drop
             reach, tilt = rng.uniform(0.13, 0.24), rng.normal(0.03, 0.05)
-            ends = np.array(
-                [[x0, top], [x0 + reach / 2, top + tilt / 2 + rng.normal(0, 0.008)], [x0 + reach, top + tilt]]
-            )
-            streaks += scene.line(ends * (SIGN[side], 1), rng.uniform(0.008, 0.014), 0.38)
+            middle = [x0 + reach / 2, top + tilt / 2 + rng.normal(0, 0.008)]
+            ends = np.array([[x0, top], middle, [x0 + reach, top + tilt]]) * (SIGN[side], 1)
+            streaks += scene.line(ends, rng.uniform(0.008, 0.014), 0.38)
         total += (0.62 * near + streaks * (near > 0.02)) * scene.lung[side]
     scene.fill(np.minimum(total, 1.1) * np.float32((0.40 + 0.42 * finding.severity) * doubt(finding)))
     return (total > 0.22) | lifted
@@ -176,7 +175,7 @@ def nodule_or_mass(scene: Scene, finding: Finding) -> Array:
         a = rng.uniform(0, 2 * np.pi)
         dx, dy = 0.45 * radius * np.cos(a), 0.45 * radius * np.sin(a)
         shape = np.maximum(shape, 0.9 * scene.disc(x + dx, y + dy, 0.72 * radius))
-    shape = np.clip(shape, 0, 1) ** 0.45 * (scene.lungs(side) > 0.02)
+    shape = clip01(shape) ** 0.45 * (scene.lungs(side) > 0.02)
     amount = (0.23 + 0.13 * finding.severity + (0.05 if finding.kind == "mass" else 0.0)) * doubt(finding)
     scene.extra += shape * np.float32(amount)
     return shape > 0.35
@@ -215,13 +214,13 @@ def pneumothorax(scene: Scene, finding: Finding) -> Array:
     """Pneumothorax: a thin pleural line with nothing but black, vessel-free air beyond it."""
     side, sign = finding.side, SIGN[finding.side]
     gap = 0.070 + 0.22 * finding.severity**1.3
-    y = table_rows()
+    y = TABLE_ROWS
     apex = scene.patient.apex
-    fall = np.clip((y - apex) / (0.35 + 0.5 * finding.severity), 0, 1)
+    fall = clip01((y - apex) / (0.35 + 0.5 * finding.severity))
     inset = gap * (1 - fall) ** 0.8 + (0.02 * finding.severity) * (fall >= 1)
     roof = apex + gap * 1.15
     lung_edge = wall_curve(scene.patient) - inset
-    lung_edge = np.where(y < roof, 0.0, 0.27 + (lung_edge - 0.27) * np.sqrt(np.clip((y - roof) / 0.12, 0, 1)))
+    lung_edge = np.where(y < roof, 0.0, 0.27 + (lung_edge - 0.27) * np.sqrt(clip01((y - roof) / 0.12)))
     outside = scene.edge(sign * scene.x - scene.curve(lung_edge)) * scene.lung[side]
     outside *= scene.profile((-1.2, 0.2 + 0.3 * finding.severity, 0.35 + 0.3 * finding.severity), (1.0, 1.0, 0.0))
     rows = np.linspace(roof, min(0.1 + 0.5 * finding.severity, 0.5), 60)

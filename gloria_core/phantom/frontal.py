@@ -7,27 +7,27 @@ from functools import lru_cache
 
 import numpy as np
 
-from gloria_core.phantom.canvas import AIR, AnatomyChange, Array, Scene, table_rows
+from gloria_core.phantom.canvas import AIR, TABLE_ROWS, AnatomyChange, Array, Scene, clip01
 from gloria_core.phantom.patient import Exposure, Patient
 
 
 @lru_cache(maxsize=8)
 def wall_curve(patient: Patient) -> Array:
     """Half-width of the rib cage for each table row: a dome over the apices, widest near the base."""
-    y = table_rows()
+    y = TABLE_ROWS
     t = np.clip((y - patient.apex) / (0.62 - patient.apex), 0.0, 1.0)
-    return 0.27 + (patient.width - 0.27) * np.sqrt(1 - (1 - t) ** 2.7) - 0.03 * np.clip(y - 0.45, 0, 1)
+    return 0.27 + (patient.width - 0.27) * np.sqrt(1 - (1 - t) ** 2.7) - 0.03 * clip01(y - 0.45)
 
 
 def _medial_curve(patient: Patient) -> Array:
-    t = np.clip((table_rows() - patient.apex) / 0.33, 0.0, 1.0)
+    t = np.clip((TABLE_ROWS - patient.apex) / 0.33, 0.0, 1.0)
     return 0.27 - (0.27 - 0.085) * np.sqrt(1 - (1 - t) ** 2)
 
 
 def start(size: int, patient: Patient, exposure: Exposure, change: AnatomyChange) -> Scene:
     """Lungs, diaphragm and heart: everything that findings need to know before they are drawn."""
     scene = Scene(size, exposure.pose, patient, exposure, change)
-    bend = scene.curve(patient.spine_bend * np.sin(table_rows() * 2.2))
+    bend = scene.curve(patient.spine_bend * np.sin(TABLE_ROWS * 2.2))
     x = scene.x - bend
     ax = np.abs(x)
     lateral = scene.curve(wall_curve(patient))
@@ -42,7 +42,7 @@ def start(size: int, patient: Patient, exposure: Exposure, change: AnatomyChange
     inside = scene.edge(scene.wall) * scene.edge(ax - medial, 0.02) * scene.edge(scene.base, 0.008)
     depth = (1 - np.exp(-np.maximum(scene.wall, 0) * 11)) * 0.45 + 0.55
     depth *= 1 - 0.35 * np.exp(-np.maximum(ax - medial, 0) * 14)
-    depth *= 1 - 0.16 * np.clip((-0.45 - scene.y) * 3, 0, 1)
+    depth *= 1 - 0.16 * clip01((-0.45 - scene.y) * 3)
     scene.air = inside * depth
     left = is_left.astype(np.float32)
     scene.lung = {"right": inside * (1 - left), "left": inside * left}
@@ -54,8 +54,7 @@ def _heart(scene: Scene, x: Array) -> None:
     patient = scene.patient
     size = patient.heart * scene.change.heart * (1.09 if scene.exposure.projection == "AP" else 1.0)
     lift = 0.5 * scene.exposure.inspiration
-    floor = scene.dome_height("left")
-    low = 0.5 * (floor + 0.52 - lift) - 0.245  # the heart rests on the diaphragm
+    low = 0.5 * (scene.dome_height("left") + 0.52 - lift) - 0.245  # the heart rests on the diaphragm
     grow = size - 1.0
     ventricle = scene.disc(0.105 + 0.12 * grow, low - 0.05 * grow, 0.36 * size, 0.235 * size**0.9, patient.heart_tilt)
     atrium = scene.disc(-0.045 - 0.03 * grow, low - 0.02, 0.15 * size**1.2, 0.23 * size)
@@ -63,22 +62,18 @@ def _heart(scene: Scene, x: Array) -> None:
     wide = scene.change.mediastinum
     trunk = scene.disc(0.075 + 0.02 * grow, -0.10 - lift, 0.095 + 0.03 * grow, 0.13)
     knob = scene.disc(0.088 + 0.7 * wide, -0.32, 0.088 * patient.knob, 0.085 * patient.knob)
-    half = scene.profile(
-        (-1.2, -0.8, -0.55, -0.3, 0.0, 0.3, 0.7, 1.2), (0.10, 0.10, 0.115, 0.11, 0.115, 0.09, 0.08, 0.08)
-    )
+    heights = (-1.2, -0.8, -0.55, -0.3, 0.0, 0.3, 0.7, 1.2)
+    half = scene.profile(heights, (0.10, 0.10, 0.115, 0.11, 0.115, 0.09, 0.08, 0.08))
     flare = scene.profile((-1.0, -0.72, -0.45, -0.1, 0.1), (0.1, 0.8, 1.0, 0.6, 0.0)) * np.float32(wide)
     band = 1 - ((x + 0.012) / (half + flare)) ** 2
     scene.mediastinum = np.maximum(band, knob) * (scene.y < 0.1)
-    thick = np.sqrt(np.clip(scene.cardiac, 0, 1)) ** 1.3
-    round_ = np.sqrt(np.clip(np.maximum(trunk, knob), 0, 1))
-    flat = np.sqrt(np.clip(band, 0, 1))
+    thick = np.sqrt(clip01(scene.cardiac)) ** 1.3
+    round_ = np.sqrt(clip01(np.maximum(trunk, knob)))
+    flat = np.sqrt(clip01(band))
     thick *= 0.12 + 0.88 * scene.edge(scene.base + 0.015, 0.05)  # below the dome it melts into the liver
     aorta = scene.edge(0.125 + 0.3 * wide - x, 0.02) * scene.edge(x, 0.05) * scene.edge(scene.y + 0.3, 0.03)
-    scene.heart = (
-        np.maximum(np.maximum(0.52 * thick, 0.31 * round_), min(0.10 + 6.0 * wide, 0.36) * flat)
-        + 0.02 * flat
-        + 0.05 * aorta
-    )
+    nearest = np.maximum(np.maximum(0.52 * thick, 0.31 * round_), min(0.10 + 6.0 * wide, 0.36) * flat)
+    scene.heart = nearest + 0.02 * flat + 0.05 * aorta
 
 
 def tissue(scene: Scene) -> Array:
@@ -87,35 +82,27 @@ def tissue(scene: Scene) -> Array:
     ax, y, girth = np.abs(scene.x), scene.y, patient.girth
     wall = 0.07 + 0.055 * girth
     chest = [patient.width + wall + more for more in (0.09, 0.03, 0.0, -0.01, 0.03)]
-    half = scene.profile(
-        (-1.8, -1.02, -0.92, -0.84, -0.72, -0.6, -0.45, -0.2, 0.1, 0.5, 1.0, 1.6),
-        (0.24, 0.25, 0.34, 0.58, 0.86, 0.98, 1.0, *chest),
-    )
+    heights = (-1.8, -1.02, -0.92, -0.84, -0.72, -0.6, -0.45, -0.2, 0.1, 0.5, 1.0, 1.6)
+    half = scene.profile(heights, (0.24, 0.25, 0.34, 0.58, 0.86, 0.98, 1.0, *chest))
     reach = 1 - (ax / half) ** 2
     depth = scene.profile((-1.5, -0.95, -0.7, -0.3, 0.2, 0.8, 1.5), (0.50, 0.50, 0.54, 0.66, 0.73, 0.84, 0.90))
-    body = depth * np.clip(reach, 0, 1) ** 0.40 * (0.94 + 0.06 * girth)
+    body = depth * clip01(reach) ** 0.40 * (0.94 + 0.06 * girth)
     arm = 1 - ((ax - (1.06 + 0.06 * girth)) / 0.17) ** 2
-    body = np.maximum(body, 0.45 * np.sqrt(np.clip(arm, 0, 1)) * scene.edge(y + 0.62, 0.1))
+    body = np.maximum(body, 0.45 * np.sqrt(clip01(arm)) * scene.edge(y + 0.62, 0.1))
     if patient.breast:
         for side in (-1, 1):
             fold = scene.disc(side * 0.40, 0.18, 0.30, 0.30 * patient.breast + 0.10)
-            body += 0.10 * patient.breast * np.sqrt(np.clip(fold, 0, 1)) * scene.edge(y + 0.2, 0.5)
-    below = scene.edge(-scene.base, 0.01) * np.clip(reach * 3, 0, 1)
+            body += 0.10 * patient.breast * np.sqrt(clip01(fold)) * scene.edge(y + 0.2, 0.5)
+    below = scene.edge(-scene.base, 0.01) * clip01(reach * 3)
     body += 0.07 * below * (scene.x < 0.1) + 0.03 * below
     if patient.gastric:
-        dome = scene.dome_height("left")
-        bubble = scene.disc(0.30, dome + 0.12, 0.15 * patient.gastric, 0.065)
-        body -= 0.17 * np.sqrt(np.clip(bubble, 0, 1))
+        bubble = scene.disc(0.30, scene.dome_height("left") + 0.12, 0.15 * patient.gastric, 0.065)
+        body -= 0.17 * np.sqrt(clip01(bubble))
     tube = np.abs(scene.x - 0.004 + scene.profile((-1, -0.5, -0.32, -0.2), (0.0, 0.0, 0.02, 0.0)))
-    trachea = np.sqrt(np.clip(1 - (tube / 0.044) ** 2, 0, 1)) * scene.edge(-0.235 - y, 0.02)
-    return body - np.float32(AIR) * scene.air - 0.13 * trachea - _bronchi(scene)
-
-
-def _bronchi(scene: Scene) -> Array:
-    out = 0.0
-    for x, angle, length in ((-0.075, np.pi - 0.85, 0.10), (0.085, 0.55, 0.12)):
-        out = out + 0.07 * np.sqrt(np.clip(scene.disc(x, -0.17, length, 0.026, angle), 0, 1))
-    return out
+    trachea = np.sqrt(clip01(1 - (tube / 0.044) ** 2)) * scene.edge(-0.235 - y, 0.02)
+    places = ((-0.075, np.pi - 0.85, 0.10), (0.085, 0.55, 0.12))
+    bronchi = [0.07 * np.sqrt(clip01(scene.disc(x, -0.17, a, 0.026, angle))) for x, angle, a in places]
+    return body - np.float32(AIR) * scene.air - 0.13 * trachea - (bronchi[0] + bronchi[1])
 
 
 VESSEL_PEAKS = (0.115, 0.085, 0.062, 0.042)
@@ -137,9 +124,8 @@ def _branches(seed: int) -> tuple[tuple[Array, Array, Array], ...]:
         turn = angle[:, None] + bow[:, None] * (t - 0.5)
         px = x[:, None] + side[:, None] * np.cumsum(np.cos(turn), axis=1) * length[:, None] / 28
         py = y[:, None] + np.cumsum(np.sin(turn), axis=1) * length[:, None] / 28
-        out.append(
-            (np.stack([px.ravel(), py.ravel()], axis=1), np.repeat(length / 28, 28), np.tile(1 - 0.25 * t, len(x)))
-        )
+        points = np.stack([px.ravel(), py.ravel()], axis=1)
+        out.append((points, np.repeat(length / 28, 28), np.tile(1 - 0.25 * t, len(x))))
         spread = rng.uniform(0.22, 0.5, len(x))
         x, y, side = np.repeat(px[:, -1], 2), np.repeat(py[:, -1], 2), np.repeat(side, 2)
         angle = np.repeat(turn[:, -1], 2) + np.stack([spread, -spread], axis=1).ravel()
@@ -188,7 +174,7 @@ def _band(distance: Array, half: float, scene: Scene) -> Array:
 
 def rib_offset(t: Array | float) -> Array | float:
     """How far a posterior rib has come down at `t` of its way from the spine (0) to the lateral wall (1)."""
-    return -0.035 * np.sin(np.pi * np.clip(t * 1.6, 0, 1)) + 0.20 * t**2 + 0.13 * t**7
+    return -0.035 * np.sin(np.pi * clip01(t * 1.6)) + 0.20 * t**2 + 0.13 * t**7
 
 
 def ribs(scene: Scene) -> Array:
@@ -203,14 +189,14 @@ def ribs(scene: Scene) -> Array:
         near = np.exp(-(((y - step.y) / (0.55 * spacing)) ** 2)) * (scene.x * step.side > 0)
         level = level - near * step.shift * scene.edge(ax - step.x, 0.004) * np.exp(-np.maximum(ax - step.x, 0) / 0.16)
     phase = (level - sit) / spacing
-    half = 0.0265 + 0.004 * np.clip(-y, 0, 1)
+    half = 0.0265 + 0.004 * clip01(-y)
     distance = np.abs(phase - np.round(phase)) * spacing
     keep = scene.edge(lateral + 0.012 - ax, 0.02) * scene.edge(ax - 0.075, 0.02) * (phase > -0.4)
-    depth = 1.0 - 0.7 * np.clip((y - 0.40) * 3, 0, 1)
+    depth = 1.0 - 0.7 * clip01((y - 0.40) * 3)
     layer = 0.125 * _band(distance, half, scene) * keep * depth
     front = (y + 0.42 * t**1.3 - sit - 0.55 * spacing - 0.16) / spacing
     distance = np.abs(front - np.round(front)) * spacing
-    costal = np.clip((t - 0.42) * 4.0, 0, 1) * (front > 0.4) * scene.edge(0.55 - y, 0.25)
+    costal = clip01((t - 0.42) * 4.0) * (front > 0.4) * scene.edge(0.55 - y, 0.25)
     layer += 0.065 * _band(distance, 0.032, scene) * keep * costal
     rim = np.exp(-(((ax - lateral - 0.004) / 0.016) ** 2)) * (y > patient.apex + 0.1)
     return (layer + 0.065 * rim * depth) * patient.rib_density
@@ -230,7 +216,7 @@ def spine(scene: Scene) -> Array:
     layer = column * (0.085 - 0.06 * disc)
     pedicle = np.exp(-(((np.abs(x) - 0.72 * half) / 0.013) ** 2) - ((f + 0.12) / 0.16) ** 2)
     process = np.exp(-((x / 0.013) ** 2) - ((f - 0.22) / 0.17) ** 2)
-    transverse = np.exp(-(((f + 0.1) * height / 0.020) ** 2)) * np.clip(1 - np.abs(np.abs(x) - half) / 0.055, 0, 1)
+    transverse = np.exp(-(((f + 0.1) * height / 0.020) ** 2)) * clip01(1 - np.abs(np.abs(x) - half) / 0.055)
     return layer + 0.05 * pedicle + 0.05 * process + 0.028 * transverse
 
 
@@ -248,15 +234,15 @@ def girdle(scene: Scene) -> Array:
     for side in (-1.0, 1.0):
         border = ((0.70, -0.60), (0.715, -0.35), (0.76, -0.02), (0.83, -0.20), (0.90, -0.52))
         layer = layer + scene.line([[side * (x - inset), y] for x, y in border], 0.009, 0.05)
-    blade = scene.edge(ax - 0.70 + inset - 0.08 * np.clip(y + 0.6, 0, 1), 0.02) * scene.edge(-0.05 - y, 0.05)
-    blade *= scene.edge(0.90 - inset - ax - 0.18 * np.clip(y + 0.5, 0, 1), 0.02) * scene.edge(y + 0.66, 0.03)
+    blade = scene.edge(ax - 0.70 + inset - 0.08 * clip01(y + 0.6), 0.02) * scene.edge(-0.05 - y, 0.05)
+    blade *= scene.edge(0.90 - inset - ax - 0.18 * clip01(y + 0.5), 0.02) * scene.edge(y + 0.66, 0.03)
     head = 1 - ((ax - 0.945) / 0.105) ** 2 - ((y + 0.60) / 0.105) ** 2
     shaft = 1 - ((ax - 1.03 - 0.10 * (y + 0.5)) / 0.055) ** 2
-    arm = np.maximum(np.clip(head, 0, 1), 0.75 * np.clip(shaft, 0, 1) * scene.edge(y + 0.58, 0.02))
+    arm = np.maximum(clip01(head), 0.75 * clip01(shaft) * scene.edge(y + 0.58, 0.02))
     return (layer + 0.045 * blade + 0.17 * np.sqrt(arm)) * (0.5 + 0.5 * patient.rib_density)
 
 
 def clavicle_line(ax: Array, rise: float) -> Array:
     """y of the clavicle's axis at distance `ax` from the midline: a flat S."""
-    s = np.clip((ax - 0.06) / 0.72, 0, 1)
+    s = clip01((ax - 0.06) / 0.72)
     return -0.585 - rise - (0.13 + rise) * s - 0.030 * np.sin(2 * np.pi * s)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from gloria_core.phantom.canvas import AIR, AnatomyChange, Array, Scene
+from gloria_core.phantom.canvas import AIR, AnatomyChange, Array, Scene, clip01
 from gloria_core.phantom.disease import Finding
 from gloria_core.phantom.findings import mottle, wire
 from gloria_core.phantom.frontal import VESSEL_PEAKS, vessel_tree
@@ -27,7 +27,7 @@ def lung_dome(scene: Scene, side: str, x: Array) -> Array:
     """y of one hemidiaphragm at x: high in front, falling into the posterior sulcus."""
     top = scene.dome_height(side) - 0.02
     t = x + 0.14
-    return top + 0.10 * np.clip(-t, 0, 1) ** 2 * 2.2 + 0.62 * np.clip(t, 0, 1) ** 2.1
+    return top + 0.10 * clip01(-t) ** 2 * 2.2 + 0.62 * clip01(t) ** 2.1
 
 
 def start(size: int, patient: Patient, exposure: Exposure, change: AnatomyChange) -> Scene:
@@ -35,27 +35,24 @@ def start(size: int, patient: Patient, exposure: Exposure, change: AnatomyChange
     scene = Scene(size, exposure.lateral_pose, patient, exposure, change)
     x, y = scene.x, scene.y
     front, back = scene.profile(*_FRONT, round_off=0.09), scene.profile(*_BACK, round_off=0.09)
-    roof = scene.edge(y - patient.apex + 0.03 - 0.9 * np.clip(np.abs(x - 0.06) - 0.10, 0, 1), 0.06)
+    roof = scene.edge(y - patient.apex + 0.03 - 0.9 * clip01(np.abs(x - 0.06) - 0.10), 0.06)
     chest = scene.edge(x - front, 0.01) * scene.edge(back - x, 0.01) * roof
-    thick = 0.62 + 0.38 * (1 - np.exp(-np.minimum(x - front, back - x).clip(0) * 7))
+    scene.wall = np.minimum(x - front, back - x)
+    thick = 0.62 + 0.38 * (1 - np.exp(-scene.wall.clip(0) * 7))
     domes = {side: lung_dome(scene, side, x) - y for side in ("right", "left")}
     scene.lung = {side: chest * scene.edge(dome, 0.008) for side, dome in domes.items()}
     scene.air = 0.5 * (scene.lung["right"] + scene.lung["left"]) * thick
-    scene.wall = np.minimum(x - front, back - x)
     scene.base = domes["right"]
-    size = patient.heart * change.heart
-    lift = 0.5 * exposure.inspiration
+    size, lift = patient.heart * change.heart, 0.5 * exposure.inspiration
     grow = size - 1.0
     scene.cardiac = scene.disc(-0.265 + 0.13 * grow, 0.215 - lift - 0.04 * grow, 0.315 * size, 0.25 * size, 0.62)
     wide = change.mediastinum
     arch = 1 - ((np.hypot(x - 0.11, (y + 0.24) * 0.9) - 0.15) / (0.055 * patient.knob + 0.4 * wide)) ** 2
-    arch = np.clip(arch, 0, 1) * scene.edge(-0.16 - y, 0.10)
-    aorta = np.clip(1 - ((x - 0.255 + 0.1 * np.clip(y, 0, 1)) / (0.05 + 0.3 * wide)) ** 2, 0, 1) * scene.edge(
-        y + 0.2, 0.08
-    )
-    front_wide = np.clip(scene.disc(-0.16, -0.35, 0.10, 0.22), 0, 1) * min(wide * 12, 1.0)
+    arch = clip01(arch) * scene.edge(-0.16 - y, 0.10)
+    aorta = clip01(1 - ((x - 0.255 + 0.1 * clip01(y)) / (0.05 + 0.3 * wide)) ** 2) * scene.edge(y + 0.2, 0.08)
+    front_wide = clip01(scene.disc(-0.16, -0.35, 0.10, 0.22)) * min(wide * 12, 1.0)
     scene.mediastinum = np.maximum(arch, front_wide)
-    thick = np.sqrt(np.clip(scene.cardiac, 0, 1)) * (0.1 + 0.9 * scene.edge(scene.base + 0.03, 0.05))
+    thick = np.sqrt(clip01(scene.cardiac)) * (0.1 + 0.9 * scene.edge(scene.base + 0.03, 0.05))
     scene.heart = 0.36 * thick + 0.11 * np.sqrt(arch) + 0.06 * aorta + 0.16 * front_wide
     return scene
 
@@ -68,56 +65,46 @@ def tissue(scene: Scene) -> Array:
     front = scene.profile(_FRONT[0], np.array(_FRONT[1]) - pad - 0.01, round_off=0.11)
     back = scene.profile(_BACK[0], np.array(_BACK[1]) + pad + 0.05, round_off=0.11)
     middle, half = (front + back) / 2, (back - front) / 2
-    body = (
-        scene.profile((-1.0, -0.6, 0.2, 0.8), (0.78, 0.72, 0.80, 0.92))
-        * np.clip(1 - ((x - middle) / half) ** 2, 0, 1) ** 0.45
-    )
+    depth = scene.profile((-1.0, -0.6, 0.2, 0.8), (0.78, 0.72, 0.80, 0.92))
+    body = depth * clip01(1 - ((x - middle) / half) ** 2) ** 0.45
     # raised arms: soft tissue over the whole upper edge, thinner than the neck and shoulders in the middle
-    arms = np.clip(1 - ((x - 0.06) / (0.52 + 0.9 * np.clip(-0.72 - y, 0, 1))) ** 2, 0, 1) ** 0.6
-    arms *= np.clip((-0.50 - y - 0.25 * np.abs(x - 0.05)) * 3.0, 0, 1)
+    arms = clip01(1 - ((x - 0.06) / (0.52 + 0.9 * clip01(-0.72 - y))) ** 2) ** 0.6
+    arms *= clip01((-0.50 - y - 0.25 * np.abs(x - 0.05)) * 3.0)
     body = np.maximum(body, 0.60 * arms) + 0.10 * arms
     if patient.breast:
         bump = scene.disc(-0.53 - pad, 0.14, 0.15 * patient.breast + 0.09, 0.30)
-        body = np.maximum(body, 0.50 * np.sqrt(np.clip(bump, 0, 1))) + 0.04 * np.clip(bump, 0, 1)
+        body = np.maximum(body, 0.50 * np.sqrt(clip01(bump))) + 0.04 * clip01(bump)
     body += 0.06 * scene.edge(-scene.base, 0.02) * (body > 0.1)
     tube = x - 0.045 - 0.10 * (y + 0.6)
-    trachea = np.sqrt(np.clip(1 - (tube / 0.042) ** 2, 0, 1)) * scene.edge(-0.14 - y, 0.03) * scene.edge(y + 1.1, 0.2)
+    trachea = np.sqrt(clip01(1 - (tube / 0.042) ** 2)) * scene.edge(-0.14 - y, 0.03) * scene.edge(y + 1.1, 0.2)
     if patient.gastric:
         top = lung_dome(scene, "left", np.float32(0.02))
-        body -= 0.16 * np.sqrt(np.clip(scene.disc(0.02, float(top) + 0.10, 0.15 * patient.gastric, 0.055), 0, 1))
+        body -= 0.16 * np.sqrt(clip01(scene.disc(0.02, float(top) + 0.10, 0.15 * patient.gastric, 0.055)))
     return body - np.float32(AIR) * scene.air - 0.10 * trachea * (body > 0.2)
 
 
 def bones(scene: Scene) -> Array:
     """Vertebrae with their discs, oblique ribs, sternum, shoulder blades."""
-    patient = scene.patient
     x, y = scene.x, scene.y
     off = x - spine_x(y).astype(np.float32)
     phase = (y + 0.12 * off) / 0.128 + 0.3 * y
     f = np.abs(phase - np.round(phase))
-    body = scene.edge(0.068 + 0.012 * np.clip(y, 0, 1) + 0.012 * f - np.abs(off), 0.012)
+    body = scene.edge(0.068 + 0.012 * clip01(y) + 0.012 * f - np.abs(off), 0.012)
     layer = body * (0.125 - 0.085 * np.exp(-(((f - 0.5) / 0.10) ** 2)))
     layer += body * 0.05 * np.exp(-(((f - 0.38) / 0.06) ** 2))
-    arch = np.exp(-(((off - 0.115) / 0.035) ** 2)) * (0.05 + 0.05 * np.cos(2 * np.pi * phase))
-    layer += arch
-    t = np.clip((x + 0.55) / 1.15, 0, 1)
+    layer += np.exp(-(((off - 0.115) / 0.035) ** 2)) * (0.05 + 0.05 * np.cos(2 * np.pi * phase))
+    t = clip01((x + 0.55) / 1.15)
     for shift in (0.0, 0.055):
         level = y - 0.36 * (1 - t) ** 1.5 + shift + 0.10 * t**2
         rib = np.abs(level / 0.165 - np.round(level / 0.165)) * 0.165
-        layer += (
-            0.045
-            * scene.edge(0.024 - rib, 0.012)
-            * (scene.wall > -0.02)
-            * scene.edge(0.62 - y, 0.3)
-            * np.clip(t * 2.2, 0, 1)
-        )
+        ribs = 0.045 * scene.edge(0.024 - rib, 0.012) * (scene.wall > -0.02)
+        layer += ribs * scene.edge(0.62 - y, 0.3) * clip01(t * 2.2)
     front = scene.profile(_FRONT[0], np.array(_FRONT[1]) - 0.022, round_off=0.09)
-    layer += (
-        0.14 * scene.edge(0.019 - np.abs(x - front), 0.006) * scene.edge(y + 0.60, 0.03) * scene.edge(0.22 - y, 0.03)
-    )
+    sternum = 0.14 * scene.edge(0.019 - np.abs(x - front), 0.006)
+    layer += sternum * scene.edge(y + 0.60, 0.03) * scene.edge(0.22 - y, 0.03)
     for x0, bend in ((0.36, 0.02), (0.45, -0.01)):
         layer += scene.line([[x0, -0.95], [x0 + bend, -0.6], [x0 + 0.06, -0.22]], 0.011, 0.06)
-    return layer * (0.4 + 0.6 * patient.rib_density)
+    return layer * (0.4 + 0.6 * scene.patient.rib_density)
 
 
 def vessels(scene: Scene) -> Array:
@@ -161,7 +148,7 @@ def consolidation(scene: Scene, finding: Finding) -> Array:
     """Consolidation, sharp along the oblique fissure."""
     x, y = _spot(scene, finding)
     reach = 0.17 + 0.12 * finding.severity
-    shape = np.clip(scene.disc(x, y, reach * 1.2, reach) * 2.6, 0, 1) * scene.lungs(finding.side)
+    shape = clip01(scene.disc(x, y, reach * 1.2, reach) * 2.6) * scene.lungs(finding.side)
     fissure = (scene.x - x) * 0.75 - (scene.y - y) * 0.66 + 0.5 * reach
     shape *= scene.edge(-fissure if finding.zone == "upper" else fissure, 0.01)
     _fill(scene, finding, shape * (0.45 + 0.5 * finding.strength))
@@ -211,7 +198,7 @@ def basal_atelectasis(scene: Scene, finding: Finding) -> Array:
     """Basal volume loss above the posterior diaphragm."""
     side = finding.side if finding.side != "bilateral" else "right"
     above = lung_dome(scene, side, scene.x) - scene.y
-    near = np.clip(1.1 - above / (0.10 + 0.08 * finding.severity), 0, 1) * scene.lungs(finding.side)
+    near = clip01(1.1 - above / (0.10 + 0.08 * finding.severity)) * scene.lungs(finding.side)
     near = near * scene.edge(scene.x + 0.05, 0.2)
     _fill(scene, finding, near * (0.3 + 0.5 * finding.strength))
     return near > 0.25
@@ -233,7 +220,7 @@ def nodule_or_mass(scene: Scene, finding: Finding) -> Array:
     """Nodule or mass."""
     x, y = _spot(scene, finding)
     small, large = (0.038, 0.062) if finding.kind == "nodule" else (0.085, 0.140)
-    shape = np.clip(scene.disc(x, y, small + (large - small) * finding.severity), 0, 1) ** 0.45
+    shape = clip01(scene.disc(x, y, small + (large - small) * finding.severity)) ** 0.45
     shape = shape * (scene.lungs(finding.side) > 0.02)
     scene.extra += shape * np.float32(0.14 + 0.12 * finding.strength)
     return shape > 0.35

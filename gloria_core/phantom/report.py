@@ -4,6 +4,7 @@ The vocabulary is in `phrases.json`. In noun phrases `{size}`, `{side}` and `{zo
 leading `a:` marks a phrase that takes an article. Sentences hold the phrase as `{p}` (with article: `{ap}`,
 capitalised: `{P}`). In clauses, which are whole sentences, the words that name the region stand in square brackets.
 Sizes are listed by severity: below 0.42, below 0.72, above. Clauses of a kind in `also` make that label positive, too.
+Each of the `fillers` comes with the labels that it would contradict.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ _PHRASES = json.loads(Path(__file__).with_name("phrases.json").read_text(encodin
 _NOT_IN_THE_LUNGS = {
     "No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Pleural Other", "Fracture", "Support Devices",
 }  # fmt: skip
+_RANK = {1.0: 3, -1.0: 2, 0.0: 1}
+"""Certain beats uncertain beats denied, whichever was said last."""
 
 
 @dataclass
@@ -42,8 +45,12 @@ class _Sentence:
     labels: tuple[tuple[str, float], ...] = ()
 
 
-def _pick(rng: np.random.Generator, options: Sequence) -> object:
+def _pick(rng: np.random.Generator, options: Sequence[str]) -> str:
     return options[int(rng.integers(len(options)))]
+
+
+def _shuffled(items: list, rng: np.random.Generator) -> list:
+    return [items[i] for i in rng.permutation(len(items))]
 
 
 def _capital(text: str) -> str:
@@ -63,9 +70,9 @@ def _fill(template: str, finding: Finding, rng: np.random.Generator) -> str:
     if "{size} enlarged" in template or "{size} widened" in template:
         size = f"{size}ly" if size in ("mild", "moderate", "severe", "marked", "minimal", "slight") else ""
     zones = _PHRASES["zones"].get(finding.kind, _PHRASES["zones"]["lung"])
-    zone = str(_pick(rng, zones[finding.zone])) if finding.zone else ""
+    zone = _pick(rng, zones[finding.zone]) if finding.zone else ""
     angle = "angles" if finding.side == "bilateral" else "angle"
-    side = finding.side if finding.side in ("left", "right", "bilateral") else ""
+    side = "" if finding.side == "midline" else finding.side
     return template.format(size=size, side=side, Side=_capital(side), zone=zone, angle=angle)
 
 
@@ -86,17 +93,17 @@ def _mention(index: int, finding: Finding, rng: np.random.Generator) -> _Sentenc
     # a clause that describes the picture needs the thing on the picture
     fits = not (kind == "effusion" and finding.severity > 0.5)  # a large effusion does more than blunt an angle
     if kind in table and finding.drawn and plain and fits and rng.random() < 0.33:
-        template = str(_pick(rng, table[kind]))
+        template = _pick(rng, table[kind])
         if not (finding.side == "bilateral" and "{Side}" in template):
             labels = (finding.label, _PHRASES["also"][kind]) if kind in _PHRASES["also"] else (finding.label,)
             return _bracketed(_tidy(_fill(template, finding, rng)), index, labels, value)
-    article, _, noun = str(_pick(rng, _PHRASES["nouns"][kind])).rpartition(":")
+    article, _, noun = _pick(rng, _PHRASES["nouns"][kind]).rpartition(":")
     noun = _tidy(_fill(noun, finding, rng))
     if finding.label == "Support Devices":
         frames = _PHRASES["device"]
     else:
         frames = _PHRASES["unsure"] if finding.uncertain else _PHRASES["present"][finding.change]
-    frame = str(_pick(rng, frames))
+    frame = _pick(rng, frames)
     if kind == "wires" and "position" in frame:
         frame = _PHRASES["device"][0]
     article = "" if not article else "an " if noun[0] in "aeiouAEIOU8" else "a "
@@ -110,30 +117,22 @@ def _mention(index: int, finding: Finding, rng: np.random.Generator) -> _Sentenc
 def _negatives(taken: set[str], rng: np.random.Generator, n: int) -> list[_Sentence]:
     """Up to n sentences that deny findings nobody speaks of."""
     out: list[_Sentence] = []
-    blocked = set(taken)
-    if blocked & {"Consolidation", "Lung Opacity", "Pneumonia"}:
-        blocked |= {"Pneumonia", "Consolidation", "Lung Opacity"}
-    pairs = [_PHRASES["absent_pairs"][i] for i in rng.permutation(len(_PHRASES["absent_pairs"]))]
-    singles = [((label,), _PHRASES["absent"][label]) for label in _PHRASES["absent"]]
+    alike = {"Consolidation", "Lung Opacity", "Pneumonia"}
+    blocked = taken | alike if taken & alike else set(taken)
+    pairs = _shuffled(_PHRASES["absent_pairs"], rng)
+    singles = [((label,), sentences) for label, sentences in _PHRASES["absent"].items()]
     weights = np.array([3.0, 3.0, 2.0, 1.2, 2.0, 1.0, 0.7, 0.6, 0.6, 0.8, 0.5, 0.4, 0.4])
     order = rng.choice(len(singles), size=len(singles), replace=False, p=weights / weights.sum())
-    pool = [*pairs[: int(rng.integers(0, 3))], *[singles[i] for i in order]]
-    for labels, sentences in pool:
-        if len(out) >= n:
-            break
-        if not blocked & set(labels):
-            out.append(_Sentence(str(_pick(rng, sentences)), (), tuple((label, 0.0) for label in labels)))
+    for labels, sentences in [*pairs[: int(rng.integers(0, 3))], *[singles[i] for i in order]]:
+        if len(out) < n and not blocked & set(labels):
+            out.append(_Sentence(_pick(rng, sentences), (), tuple((label, 0.0) for label in labels)))
             blocked |= set(labels)
     return out
 
 
 def _fillers(taken: set[str], rng: np.random.Generator) -> list[_Sentence]:
-    options = [
-        text for text in _PHRASES["fillers"]
-        if not ("intact" in text and "Fracture" in taken) and not ("volumes" in text and "Atelectasis" in taken)
-        and not ("hila" in text and taken & {"Edema", "Lung Lesion"})
-    ]  # fmt: skip
-    return [_Sentence(options[i]) for i in rng.permutation(len(options))[: int(rng.integers(0, 3))]]
+    options = [text for text, contradicted in _PHRASES["fillers"] if not taken & set(contradicted)]
+    return [_Sentence(text) for text in _shuffled(options, rng)[: int(rng.integers(0, 3))]]
 
 
 def _section(name: str, sentences: list[_Sentence], report: Report) -> str:
@@ -142,18 +141,11 @@ def _section(name: str, sentences: list[_Sentence], report: Report) -> str:
         for index, label, start, end in sentence.spans:
             report.spans.setdefault((index, label), []).append((name, at + start, at + end))
         for label, value in sentence.labels:
-            # certain beats uncertain beats denied, whichever was said last
-            old = report.labels[label]
-            rank = {1.0: 3, -1.0: 2, 0.0: 1}
-            if rank[value] > rank.get(old, 0):
+            if _RANK[value] > _RANK.get(report.labels[label], 0):
                 report.labels[label] = value
         parts.append(sentence.text)
         at += len(sentence.text) + 1
     return " ".join(parts)
-
-
-def _shuffled(sentences: list[_Sentence], rng: np.random.Generator) -> list[_Sentence]:
-    return [sentences[i] for i in rng.permutation(len(sentences))]
 
 
 def compose(findings: Sequence[Finding], rng: np.random.Generator) -> Report:
@@ -172,9 +164,9 @@ def compose(findings: Sequence[Finding], rng: np.random.Generator) -> Report:
     healthy = not taken - {"Support Devices"}
     body += _negatives(taken, rng, int(rng.integers(2, 6))) + _fillers(taken, rng)
     if taken <= _NOT_IN_THE_LUNGS and rng.random() < 0.6:
-        body.append(_Sentence(str(_pick(rng, _PHRASES["clear"]))))
+        body.append(_Sentence(_pick(rng, _PHRASES["clear"])))
     if healthy:
-        summary.append(_Sentence(str(_pick(rng, _PHRASES["normal"]))))
+        summary.append(_Sentence(_pick(rng, _PHRASES["normal"])))
         summary += _negatives(taken, rng, int(rng.integers(0, 3)))
     else:
         summary += _negatives(taken, rng, int(rng.choice([0, 1, 2], p=[0.3, 0.5, 0.2])))

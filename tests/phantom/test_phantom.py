@@ -11,7 +11,7 @@ from scipy.ndimage import binary_dilation, distance_transform_edt
 from gloria_core import phantom
 from gloria_core.data.manifest import CHEXPERT_LABELS, COMPETITION_LABELS
 from gloria_core.phantom import frontal
-from gloria_core.phantom.canvas import AnatomyChange, Canvas
+from gloria_core.phantom.canvas import AnatomyChange
 from gloria_core.phantom.disease import course
 from gloria_core.phantom.study import draw, exposure_of
 
@@ -137,10 +137,9 @@ def test_zones_are_ordered_from_above(studies):
 def test_findings_lie_in_the_chest(studies, keys):
     """Lung, heart, mediastinum and a rim of chest wall hold every finding but devices and clavicles."""
     for study, key in zip(studies, keys, strict=True):
-        canvas = Canvas(SIZE, exposure_of(SEED, *key).pose)
-        scene = frontal.start(
-            canvas, study.patient, exposure_of(SEED, *key), AnatomyChange(heart=1.5, mediastinum=0.15)
-        )
+        change = AnatomyChange(())
+        change.heart, change.mediastinum = 1.5, 0.15
+        scene = frontal.start(SIZE, study.patient, exposure_of(SEED, *key), change)
         chest = (scene.lung["left"] + scene.lung["right"] > 0.5) | (scene.cardiac > 0) | (scene.mediastinum > 0)
         chest = binary_dilation(chest, iterations=SIZE // 14)
         for region in study.regions:
@@ -168,7 +167,9 @@ def test_without_a_finding_the_picture_changes_inside_its_mask(studies, keys):
             if study.labels[region.label] != 1 or len(ratios.setdefault(region.label, [])) >= 4:
                 continue
             mask = np.any([r.mask for r in study.regions if r.label == region.label], axis=0)
-            other = phantom.without(SEED, *key, region.label, size=SIZE)
+            rest = [finding for finding in course(SEED, key[0])[key[1] - 1] if finding.label != region.label]
+            exposure = exposure_of(SEED, *key)
+            other, _ = draw(SEED, study.patient, key[1], exposure, rest, size=SIZE, view="frontal")
             change = np.abs(study.images["frontal"].astype(float) - other)
             outside = change[distance_transform_edt(~mask) > 3]
             ratios[region.label].append(change[mask].mean() / max(outside.mean(), 0.1))
