@@ -64,7 +64,7 @@ class PreparedDataset:
         test = self.frame["split"] == "test"
         named = test & (self.frame[column].astype(str) == value)
         if not 0 < named.sum() < test.sum():
-            values = ", ".join(sorted(set(self.frame[column][test].astype(str)))[:8])
+            values = ", ".join(sorted(set(map(str, self.frame[column][test])))[:8])
             raise ManifestError(
                 f"rule {rule!r} names {named.sum()} of {test.sum()} test studies; it must name some and leave some. "
                 f"{column!r} of the test studies is one of: {values}"

@@ -596,3 +596,6 @@ def test_test_sets_with_and_without_the_studies_that_a_rule_names(tmp_path):
     }.items():
         with pytest.raises(ManifestError, match=message):
             data.exclude(rule)
+    data.frame["score"] = [1.0, np.nan, 2.0, np.nan, 1.0, np.nan]  # a column with empty cells
+    with pytest.raises(ManifestError, match="names 0 of 3 test studies"):
+        data.exclude("score=3")
