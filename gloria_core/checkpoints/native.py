@@ -19,7 +19,7 @@ from gloria_core.models.weights import WeightsError, check_is_binary, fill, firs
 
 FORMAT = "gloria_core checkpoint"
 NOT_ARCHITECTURE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures")
-VERSION = 2  # 2: the Swin's tensors have timm's names
+VERSION = 2  # 2: the Swin's tensors have timm's names, CXR-CLIP's projections are heads
 
 
 class CheckpointError(ValueError):

@@ -1,4 +1,4 @@
-"""The contract that every objective keeps, and nothing else."""
+"""The contract that every objective keeps, and what those without a local loss share."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
+from pydantic import ConfigDict, validate_call
 from torch import Tensor, nn
 
+from gloria_core.models.heads import cosine_matrix
 from gloria_core.types import AttentionRows, Batch, Behavior, ImageFeatures, Needs, ObjectiveOutput, TextFeatures
 
 
@@ -18,7 +20,8 @@ class Objective(nn.Module, ABC):
 
     A subclass is called with the widths of the encoders it sits on, then its own options by keyword:
     `__init__(self, *, pooled_dim: int, region_dim: int, text_dim: int, behavior="corrected", ...)`. It calls
-    `super().__init__(behavior)`.
+    `super().__init__(behavior)`. Options are checked by their type hints (`temperature: PositiveFloat`); a wrong one
+    raises pydantic's ValidationError, a ValueError that names it.
     """
 
     needs: ClassVar[Needs] = Needs()
@@ -28,10 +31,13 @@ class Objective(nn.Module, ABC):
     encoders: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     """Fields of `ModelConfig` that the paper sets otherwise than the study's defaults; notebook 02 begins with them."""
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "__init__" in vars(cls):
+            cls.__init__ = validate_call(config=ConfigDict(strict=True, allow_inf_nan=False))(cls.__init__)
+
     def __init__(self, behavior: Behavior = "corrected") -> None:
         super().__init__()
-        if behavior not in ("published", "corrected"):
-            raise ValueError(f'behavior must be "published" or "corrected", got {behavior!r}')
         self.behavior = behavior
 
     @abstractmethod
@@ -39,9 +45,12 @@ class Objective(nn.Module, ABC):
         """Loss of B images paired with N = B texts. Random numbers come from torch's generators, which resuming puts
         back, and from no other."""
 
-    @abstractmethod
     def similarity(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
-        """(B, N) scores, higher is more alike; zero-shot, retrieval and figures all call this one."""
+        """(B, N) scores, higher is more alike; zero-shot, retrieval and figures all call this one.
+
+        Unless the paper says otherwise, the cosine of `global_embeddings`.
+        """
+        return cosine_matrix(*self.global_embeddings(images, texts))
 
     def attention(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
         """(N, W, h, w): the maps that the loss uses, image n with text n; rows of unused words are zero."""
@@ -80,3 +89,23 @@ class Objective(nn.Module, ABC):
     def stage_rates(self) -> tuple[float, ...]:
         """Learning rate of each stage of the plan, as a share of the configured one; () is all ones."""
         return ()
+
+
+class GlobalObjective(Objective):
+    """An objective that contrasts whole images with whole texts, each through one head, without a local loss."""
+
+    image_head: nn.Module
+    text_head: nn.Module
+
+    def local_embeddings(self, images: ImageFeatures, texts: TextFeatures) -> tuple[Tensor, Tensor, Tensor]:
+        """Regions (B, h, w, D) and words (N, W, D) through the heads of the whole, and the mask (N, W) of words.
+
+        For cosine maps; the heads were **never trained locally**. Raises NotImplementedError where regions are of
+        another stage than the pooled vector.
+        """
+        if images.regions.shape[-1] != images.pooled.shape[-1]:
+            raise NotImplementedError(
+                f"{type(self).__name__} projects the vectors of the last stage only: build the model with "
+                'region_stage="layer4"'
+            )
+        return self.image_head(images.regions), self.text_head(texts.words), texts.word_mask & ~texts.special_mask

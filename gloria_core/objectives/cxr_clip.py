@@ -18,21 +18,21 @@ from __future__ import annotations
 import math
 from itertools import permutations, product
 from types import MappingProxyType
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from gloria_core.models.heads import contrastive_terms, cosine_matrix
-from gloria_core.objectives.base import Objective
+from gloria_core.objectives.base import GlobalObjective
 from gloria_core.types import Batch, Behavior, ImageFeatures, Needs, ObjectiveOutput, TextFeatures
 
-TextPooling = Literal["eos", "cls", "mean"]
 LARGEST_LOG_SCALE = math.log(100.0)
 """Where CLIP holds its logit scale (Radford et al. 2021, section 2.5)."""
 
 
-class CXRCLIP(Objective):
+class CXRCLIP(GlobalObjective):
     """Linear projections of both modalities to one space, and the contrast of all views with all texts.
 
     `icl_weight`, `tcl_weight`: of the image-image and the text-text term; 1.0 and 0.5 in the released configuration.
@@ -62,8 +62,7 @@ class CXRCLIP(Objective):
       not choices of the method, and are not offered.
     - Studies with the same text are negatives of each other, as they are there.
 
-    There is no local loss. `local_embeddings` passes region and word vectors through the projections of the whole
-    image and the whole text, for cosine maps; they were **never trained locally**. `similarity` is the cosine.
+    `similarity` is the cosine of the projections, without the scale.
 
     Shape: images B * V and texts B * T, study by study
     """
@@ -80,28 +79,19 @@ class CXRCLIP(Objective):
         region_dim: int,
         text_dim: int,
         behavior: Behavior = "corrected",
-        icl_weight: float = 1.0,
-        tcl_weight: float = 0.5,
-        label_smoothing: float = 0.0,
-        projection_dim: int = 512,
-        text_pooling: TextPooling = "eos",
-        temperature: float = 0.07,
+        icl_weight: NonNegativeFloat = 1.0,
+        tcl_weight: NonNegativeFloat = 0.5,
+        label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0,
+        projection_dim: PositiveInt = 512,
+        text_pooling: Literal["eos", "cls", "mean"] = "eos",
+        temperature: PositiveFloat = 0.07,
     ) -> None:
         super().__init__(behavior)
-        if text_pooling not in ("eos", "cls", "mean"):
-            raise ValueError(f'text_pooling must be "eos", "cls" or "mean", got {text_pooling!r}')
-        if min(icl_weight, tcl_weight) < 0:
-            raise ValueError(f"icl_weight and tcl_weight must not be negative, got {icl_weight} and {tcl_weight}")
-        if not 0 <= label_smoothing < 1:
-            raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
-        if temperature <= 0:
-            raise ValueError(f"temperature must be positive, got {temperature}")
         self.text_pooling, self.label_smoothing = text_pooling, label_smoothing
         self.icl_weight, self.tcl_weight = icl_weight, tcl_weight
-        self.same_width = region_dim == pooled_dim
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)))
-        self.image_projection = nn.Linear(pooled_dim, projection_dim)
-        self.text_projection = nn.Linear(text_dim, projection_dim)
+        self.image_head = nn.Linear(pooled_dim, projection_dim)
+        self.text_head = nn.Linear(text_dim, projection_dim)
 
     def forward(self, images: ImageFeatures, texts: TextFeatures, batch: Batch | None = None) -> ObjectiveOutput:
         """Loss of B studies. Raises ValueError where images, texts and the batch's V and T do not fit together."""
@@ -129,25 +119,9 @@ class CXRCLIP(Objective):
                 total = total + weight * terms[name]
         return ObjectiveOutput(total=total, terms=terms)
 
-    def similarity(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
-        """(B, N) cosines of the projected vectors, without the scale."""
-        return cosine_matrix(*self.global_embeddings(images, texts))
-
     def global_embeddings(self, images: ImageFeatures, texts: TextFeatures) -> tuple[Tensor, Tensor]:
         """Projected image (B, D) and text (N, D) vectors, unnormalised."""
-        return self.image_projection(images.pooled), self.text_projection(self._pooled_text(texts))
-
-    def local_embeddings(self, images: ImageFeatures, texts: TextFeatures) -> tuple[Tensor, Tensor, Tensor]:
-        """Projected regions (B, h, w, D), words (N, W, D) and the mask (N, W) of words; never trained locally.
-
-        Raises NotImplementedError where regions are of another stage than the pooled vector.
-        """
-        if not self.same_width:
-            raise NotImplementedError(
-                'CXR-CLIP projects the vectors of the last stage only: build the model with region_stage="layer4"'
-            )
-        words = texts.word_mask & ~texts.special_mask
-        return self.image_projection(images.regions), self.text_projection(texts.words), words
+        return self.image_head(images.pooled), self.text_head(self._pooled_text(texts))
 
     def _pooled_text(self, texts: TextFeatures) -> Tensor:
         """(N, L, Dt) -> (N, Dt) by `text_pooling`."""

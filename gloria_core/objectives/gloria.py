@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -26,11 +27,8 @@ from gloria_core.types import AttentionRows, Batch, Behavior, ImageFeatures, Obj
 
 TERMS = ("local_image_to_text", "local_text_to_image", "global_image_to_text", "global_text_to_image")
 PUBLISHED_COLUMNS = 97  # word columns of the released code, padding included
-PUBLISHED_INFERENCE = {
-    "temp_attention": 4.0,
-    "temp_similarity": 5.0,
-    "aggregation": "max",
-}  # fixed in `gloria_model.py`
+# fixed in `gloria_model.py`
+PUBLISHED_INFERENCE = {"temp_attention": 4.0, "temp_similarity": 5.0, "aggregation": "max"}
 
 
 class GLoRIA(Objective):
@@ -64,27 +62,20 @@ class GLoRIA(Objective):
         region_dim: int,
         text_dim: int,
         behavior: Behavior = "corrected",
-        temp_attention: float = 4.0,
-        temp_similarity: float = 5.0,
-        temp_loss: float = 10.0,
-        local_weight: float = 1.0,
-        global_weight: float = 1.0,
+        temp_attention: PositiveFloat = 4.0,
+        temp_similarity: PositiveFloat = 5.0,
+        temp_loss: PositiveFloat = 10.0,
+        local_weight: NonNegativeFloat = 1.0,
+        global_weight: NonNegativeFloat = 1.0,
         aggregation: Aggregation = "sum",
-        chunk_size: int = 0,
+        chunk_size: NonNegativeInt = 0,
     ) -> None:
         super().__init__(behavior)
-        if aggregation not in ("sum", "mean", "max"):
-            raise ValueError(f'aggregation must be "sum", "mean" or "max", got {aggregation!r}')
-        if min(temp_attention, temp_similarity, temp_loss) <= 0:
-            raise ValueError("temperatures must be positive")
-        if min(local_weight, global_weight) < 0 or local_weight + global_weight == 0:
-            raise ValueError("loss weights must not be negative, nor both zero")
+        if local_weight + global_weight == 0:
+            raise ValueError("the loss weights are both zero")
         self.temp_attention, self.temp_loss, self.chunk_size = temp_attention, temp_loss, chunk_size
-        self.settings = {
-            "temp_attention": temp_attention,
-            "temp_similarity": temp_similarity,
-            "aggregation": aggregation,
-        }
+        temperatures = {"temp_attention": temp_attention, "temp_similarity": temp_similarity}
+        self.settings = temperatures | {"aggregation": aggregation}
         self.local_weight, self.global_weight = local_weight, global_weight
         self.global_embedder = nn.Linear(pooled_dim, text_dim)
         self.local_embedder = nn.Linear(region_dim, text_dim, bias=False)  # a 1x1 convolution, channels last

@@ -21,17 +21,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Literal
 
 import torch
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gloria_core.models.alignment import attend, clipped_weights, paired_loss, sinkhorn
-from gloria_core.models.heads import contrastive_terms, cosine_matrix, widened
+from gloria_core.models.heads import contrastive_terms, widened
 from gloria_core.models.text_encoder import words_from_pieces
 from gloria_core.objectives.base import Objective
 from gloria_core.types import AttentionRows, Batch, Behavior, ImageFeatures, Needs, ObjectiveOutput, TextFeatures
 
+Level = Literal["ita", "cta", "cpa"]
 TEMPERATURES = MappingProxyType({"ita": 0.07, "cta": 0.1, "cpa": 0.2})
 WEIGHTS = MappingProxyType({"ita": 1.0, "cta": 1.0, "cpa": 1.0})  # the released command line; its defaults differ
 PUBLISHED_TOKENS = 112  # the released code pads every caption to this length
@@ -85,21 +88,20 @@ class MGCA(Objective):
         region_dim: int,
         text_dim: int,
         behavior: Behavior = "corrected",
-        dim: int = 128,
-        hidden: int = 2048,
-        n_prototypes: int = 500,
-        temperatures: Mapping[str, float] | None = None,
-        weights: Mapping[str, float] | None = None,
-        freeze_prototypes_epochs: int = 1,
+        dim: PositiveInt = 128,
+        hidden: PositiveInt = 2048,
+        n_prototypes: PositiveInt = 500,
+        temperatures: Mapping[Level, PositiveFloat] | None = None,
+        weights: Mapping[Level, NonNegativeFloat] | None = None,
+        freeze_prototypes_epochs: NonNegativeInt = 1,
         use_local_attention: bool = False,
         bidirectional: bool = True,
     ) -> None:
         super().__init__(behavior)
         self.bidirectional = bidirectional
-        self.temperatures = _settings("temperatures", TEMPERATURES, temperatures)
-        self.weights = _settings("weights", WEIGHTS, weights)
-        if min(self.temperatures.values()) <= 0 or min(self.weights.values()) < 0 or not any(self.weights.values()):
-            raise ValueError("temperatures must be positive; weights must not be negative, nor all zero")
+        self.temperatures, self.weights = TEMPERATURES | (temperatures or {}), WEIGHTS | (weights or {})
+        if not any(self.weights.values()):
+            raise ValueError("the weights are all zero")
         self.freeze_prototypes_epochs, self.prototypes_frozen = freeze_prototypes_epochs, False
         self.image_head = ProjectionHead(pooled_dim, dim, hidden=hidden)
         self.text_head = ProjectionHead(text_dim, dim, hidden=hidden)
@@ -131,10 +133,6 @@ class MGCA(Objective):
             terms["cpa"] = self._prototype_term(v, r)
             total = total + self.weights["cpa"] * terms["cpa"]
         return ObjectiveOutput(total=total, terms=terms, attention=attention)
-
-    def similarity(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
-        """(B, N) cosine of image and report, in [-1, 1]."""
-        return cosine_matrix(*self.global_embeddings(images, texts))
 
     def attention(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
         """(N, W, h, w): a_ij of image n and text n, or of one image and N texts; rows that are no words are zero."""
@@ -239,13 +237,6 @@ class MGCA(Objective):
             full, pending = texts.token_mask[:, -1:], texts.token_words[:, -2:-1]
             mask &= ~full | (column < pending)
         return mask
-
-
-def _settings(name: str, defaults: Mapping[str, float], given: Mapping[str, float] | None) -> dict[str, float]:
-    unknown = sorted(set(given or {}) - set(defaults))
-    if unknown:
-        raise ValueError(f"{name} has no {unknown[0]!r}; it has: {', '.join(defaults)}")
-    return {**defaults, **(given or {})}
 
 
 def _unit(vectors: Tensor) -> Tensor:

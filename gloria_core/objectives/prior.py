@@ -25,8 +25,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from types import MappingProxyType
+from typing import Annotated
 
 import torch
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from gloria_core.models.decoders import ImageDecoder, SentenceDecoder
@@ -88,23 +90,19 @@ class PRIOR(Objective):
         region_dim: int,
         text_dim: int,
         behavior: Behavior = "corrected",
-        embed_dim: int = 0,
-        n_prototypes: int = 512,
-        n_queries: int = 16,
-        decoder_layers: int = 8,
-        temperature: float = 0.01,
-        bank_temperature: float = 0.9,
+        embed_dim: NonNegativeInt = 0,
+        n_prototypes: PositiveInt = 512,
+        n_queries: PositiveInt = 16,
+        decoder_layers: PositiveInt = 8,
+        temperature: PositiveFloat = 0.01,
+        bank_temperature: PositiveFloat = 0.9,
         temp_decay: Decay = "fixed",
-        stage_epochs: Sequence[int] = (),
-        stage_rates: Sequence[float] = (1.0, 1.0, 0.5),
+        stage_epochs: Sequence[NonNegativeInt] = (),
+        stage_rates: Annotated[Sequence[PositiveFloat], Field(min_length=3, max_length=3)] = (1.0, 1.0, 0.5),
     ) -> None:
         super().__init__(behavior)
-        if embed_dim < 0 or min(n_prototypes, n_queries, decoder_layers) < 1 or min(temperature, bank_temperature) <= 0:
-            raise ValueError("sizes and temperatures must be positive")
-        if stage_epochs and (len(stage_epochs) != 3 or min(stage_epochs) < 0 or stage_epochs[2] < 1):
+        if stage_epochs and (len(stage_epochs) != 3 or stage_epochs[2] < 1):
             raise ValueError(f"stage_epochs must be three numbers, the last at least 1, got {stage_epochs!r}")
-        if len(stage_rates) != 3 or min(stage_rates) <= 0:
-            raise ValueError(f"stage_rates must be three positive numbers, got {stage_rates!r}")
         dim, published = embed_dim or text_dim, behavior == "published"
         self.n_queries, self.bank_temperature, self.temp_decay = n_queries, bank_temperature, temp_decay
         self.stage_epochs, self._rates, self.stage = tuple(stage_epochs), tuple(stage_rates), 3

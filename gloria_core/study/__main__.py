@@ -26,7 +26,7 @@ sys.modules.setdefault("rfc3987_syntax", None)
 from gloria_core.study.driver import duration, end_with_study, run_study, to_do  # noqa: E402
 from gloria_core.study.parameters import ParameterError  # noqa: E402
 from gloria_core.study.paths import repository_root  # noqa: E402
-from gloria_core.study.plan import Plan, StudyError, load_study, parse, study_file  # noqa: E402
+from gloria_core.study.plan import Plan, StudyError, load_study, parse, read_plan, study_file  # noqa: E402
 from gloria_core.study.run import EXECUTED, FINISHED, run_one, status_of  # noqa: E402
 
 COMMANDS = ("run", "plan", "one")
@@ -39,12 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments.insert(0, "run")
     given = _parser().parse_args(arguments)
     try:
-        file = study_file(given.study)
-        overrides = dict(_assignment(text) for text in given.set)
-        if given.data:
-            overrides["data_root"] = _from_root(given.data, file)
-        data_root = given.data_root or _from_root(os.environ.get("GLORIA_DATA", ""), file)
-        plan = load_study(file, overrides=overrides, data_root=data_root)
+        plan = read_plan(given.study) if given.study.endswith(".json") else _plan(given)
         if given.command == "one":
             return _one(plan, given.run_id, given.threads)
         if given.command == "plan":
@@ -52,14 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"{status_of(plan, run):14} {run.run_id}  after {len(run.needs)}")
             plan.check_data(to_do(plan))
             return 0
-        return run_study(
-            plan,
-            overrides=overrides,
-            data_root=data_root,
-            cores=given.cores,
-            force=given.force,
-            snakemake=shlex.split(given.snakemake),
-        )
+        return run_study(plan, cores=given.cores, force=given.force, snakemake=shlex.split(given.snakemake))
     except (StudyError, ParameterError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -73,16 +61,23 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="[run] | plan | one")
     run, _, one = (commands.add_parser(name) for name in COMMANDS)
     for command in commands.choices.values():
-        command.add_argument("study", help="name of a file in notebooks/studies, or a path to one")
+        command.add_argument("study", help="name or path of a study file, or the plan.json of a study")
         command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="in every notebook")
         command.add_argument("--data", default="", help="folder of the real radiographs (default: $GLORIA_DATA)")
-        command.add_argument("--data-root", default="", help=argparse.SUPPRESS)  # $GLORIA_DATA, handed to a cluster job
     run.add_argument("--cores", type=int, default=2, help="processor cores to use at most")
     run.add_argument("--force", default="", help="'all', or how the run ids begin that are to be repeated")
     run.add_argument("--snakemake", default="", help="more arguments for Snakemake, in one string")
     one.add_argument("run_id")
     one.add_argument("--threads", type=int)
     return parser
+
+
+def _plan(given: argparse.Namespace) -> Plan:
+    file = study_file(given.study)
+    overrides = dict(_assignment(text) for text in given.set)
+    if given.data:
+        overrides["data_root"] = _from_root(given.data, file)
+    return load_study(file, overrides=overrides, data_root=_from_root(os.environ.get("GLORIA_DATA", ""), file))
 
 
 def _one(plan: Plan, run_id: str, threads: int | None) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import os
 import shutil
 import signal
@@ -12,12 +11,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import psutil
 
-from gloria_core.data.files import atomic_write
 from gloria_core.study.parameters import unknown
 from gloria_core.study.paths import PACKAGE_PARENT, read_json
 from gloria_core.study.plan import Plan, PlannedRun, StudyError
@@ -28,19 +25,11 @@ PARENT = "GLORIA_STUDY_PROCESS"
 """Environment variable with the host and process id of a running study; its runs end when that process has ended."""
 
 
-def run_study(
-    plan: Plan,
-    *,
-    overrides: Mapping[str, Any],
-    data_root: str = "",
-    cores: int = 2,
-    force: str = "",
-    snakemake: Sequence[str] = (),
-) -> int:
+def run_study(plan: Plan, *, cores: int = 2, force: str = "", snakemake: Sequence[str] = ()) -> int:
     """Do what is missing or stale; return 0 when every run is done and 1 when not. Prints as it goes.
 
-    `overrides` and `data_root` are those that the plan was loaded with. `force`: "all", or how the ids of the runs
-    begin that are to be repeated. `snakemake`: further arguments for it, e.g. ("--executor", "slurm", "--jobs", "40").
+    `force`: "all", or how the ids of the runs begin that are to be repeated. `snakemake`: further arguments for it,
+    e.g. ("--executor", "slurm", "--jobs", "40").
     Raises `StudyError` when the study is already being run, or when its data folder is not there.
     """
     with locked(plan.folder, f"study {plan.study}") as lock:
@@ -57,9 +46,6 @@ def run_study(
             (folder / "run.json").unlink(missing_ok=True)
             (folder / run.stamp).unlink(missing_ok=True)
         if missing:
-            # a file, because Snakemake reads what it is given on the command line as YAML
-            config = {"study": str(plan.file), "overrides": dict(overrides), "data_root": data_root}
-            atomic_write(plan.folder / "snakemake.json", json.dumps(config))
             with _costs_printed():
                 _snakemake(plan, ["--cores", str(cores), *snakemake], lock)
         return _report(plan)
@@ -80,23 +66,15 @@ def _forced(run: PlannedRun, force: str) -> bool:
     return bool(force) and (force in ("all", "1") or run.run_id.startswith(force))
 
 
-def one_command(plan: Plan, run: PlannedRun, *, overrides: Mapping[str, Any], data_root: str) -> list[str]:
-    """The command that runs one notebook, on this machine or as a job on another that shares the folder."""
-    command = [sys.executable, "-m", "gloria_core.study", "one", str(plan.file), run.run_id]
-    for name, value in overrides.items():
-        command += ["--set", f"{name}={json.dumps(value)}"]
-    return command + (["--data-root", data_root] if data_root else [])
-
-
 def _snakemake(plan: Plan, arguments: Sequence[str], lock: int) -> None:
     """Run Snakemake in a process group of its own, so that an interruption reaches all of it, and once.
 
     It inherits the lock, so the study counts as running until Snakemake has ended, too.
     """
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(PACKAGE_PARENT / "notebooks" / "Snakefile")]
-    command += ["--directory", str(plan.folder), "--configfile", str(plan.folder / "snakemake.json")]
     # --nolock: a killed Snakemake leaves its lock behind; ours goes with the process
-    command += ["--keep-going", "--nolock", "--rerun-incomplete", "--rerun-triggers", "input"]
+    command += ["--directory", str(plan.folder), "--nolock"]
+    command += ["--keep-going", "--rerun-incomplete", "--rerun-triggers", "input"]
     environment = {"PYTHONPATH": package_path(), PARENT: f"{os.uname().nodename}:{os.getpid()}"}
     # what Snakemake says of itself goes into a file; the runs speak for themselves on standard output
     with (plan.folder / "snakemake.log").open("w", encoding="utf-8") as log:

@@ -26,15 +26,14 @@ relative to the repository root.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
@@ -113,24 +112,20 @@ def read_study(path: Path) -> StudyFile:
     return study
 
 
-@dataclass(frozen=True)
-class PlannedRun:
+class PlannedRun(Resources):
     """One notebook with one set of parameters.
 
     `run_id` names the folder and is the same on every machine. `parameters` are all of the notebook's, paths relative
     to the repository root. `fingerprint` changes when a result would be stale: with the parameters, the code cells of
-    the notebook, the data it is given, or any run in `needs`. The others are its `Resources`.
+    the notebook, the data it is given, or any run in `needs`.
     """
 
+    model_config = ConfigDict(frozen=True)
     run_id: str
     notebook: str
     parameters: dict[str, Any]
     needs: tuple[str, ...]
     fingerprint: str
-    threads: int
-    minutes: int
-    memory_mb: int
-    gpus: int
 
     @property
     def stamp(self) -> str:
@@ -165,8 +160,7 @@ class Plan:
 
     def write(self) -> None:
         """Write plan.json: the runs that belong to the study now. Folders of older plans no longer count."""
-        content = {"study": self.study, "runs": [asdict(run) for run in self.runs]}
-        atomic_write(self.folder / "plan.json", json.dumps(content, indent=1) + "\n")
+        atomic_write(self.folder / "plan.json", TypeAdapter(Plan).dump_json(self, indent=1))
 
     def check_data(self, runs: Sequence[PlannedRun]) -> None:
         """Raise `StudyError` where one of `runs` reads a folder of radiographs that is not there."""
@@ -179,6 +173,14 @@ class Plan:
                 f"{run.notebook} reads the radiographs of {dataset}, but {what}: run it with "
                 f"`make study STUDY={self.study} DATA=/path`, with GLORIA_DATA=/path, or write data_root in {self.file}"
             )
+
+
+def read_plan(path: str | Path) -> Plan:
+    """What `Plan.write` wrote. Raises `StudyError` where that cannot be read."""
+    try:
+        return TypeAdapter(Plan).validate_json(Path(path).read_bytes())
+    except (OSError, ValidationError) as error:
+        raise StudyError(f"{path} is no plan of a study: {error}") from None
 
 
 def study_file(name: str, root: Path | None = None) -> Path:
@@ -289,8 +291,14 @@ def _planned(
     fingerprint = content_hash([run_id, code, data, sorted(run.fingerprint for run in needs)])
     files = {key: (RUNS / study / maker.run_id / SOURCES[key][1]).as_posix() for key, maker in makers.items()}
     filled = {"out": (RUNS / study / run_id).as_posix(), "study": study, "run_id": run_id}
-    parameters = {**values, **files} | {key: value for key, value in filled.items() if key in values}
-    return PlannedRun(run_id, notebook, parameters, tuple(upstream), fingerprint, **resources)
+    return PlannedRun(
+        run_id=run_id,
+        notebook=notebook,
+        parameters={**values, **files} | {key: value for key, value in filled.items() if key in values},
+        needs=tuple(upstream),
+        fingerprint=fingerprint,
+        **resources,
+    )
 
 
 def _maker(key: str, notebook: str, values: Mapping[str, Any], above: Sequence[PlannedRun]) -> PlannedRun:

@@ -100,7 +100,7 @@ def test_numbers_of_the_released_code(make_features):
     images, words = features_of(make_features, 2, 2)
     objective = build(behavior="published", pooled_dim=8)
     objective.logit_scale.data.fill_(math.log(1 / 0.07))
-    objective.image_projection, objective.text_projection = nn.Identity(), nn.Identity()
+    objective.image_head, objective.text_head = nn.Identity(), nn.Identity()
     images = replace(images, pooled=torch.stack(image, dim=1).flatten(0, 1))
     objective._pooled_text = lambda texts: torch.stack(text, dim=1).flatten(0, 1)
     batch = batch_of(4, 2, 2)
@@ -124,7 +124,7 @@ def test_defaults_are_the_papers():
     objective = objectives.build("cxr_clip", **WIDTHS)
     assert (objective.icl_weight, objective.tcl_weight, objective.label_smoothing) == (1.0, 0.5, 0.0)
     assert objective.logit_scale.exp().item() == pytest.approx(1 / 0.07)
-    assert objective.image_projection.out_features == objective.text_projection.out_features == 512
+    assert objective.image_head.out_features == objective.text_head.out_features == 512
     assert (objective.needs.views, objective.needs.texts) == (2, 2)
     assert objective.text_pooling == "eos"
 
@@ -199,8 +199,8 @@ def test_local_vectors_are_the_global_projections(make_features):
     assert words.shape == (2, 6, 512)
     assert mask.sum(dim=1).tolist() == [3, 1]
     assert not mask[:, 0].any()
-    torch.testing.assert_close(regions[1, 2, 3], objective.image_projection(images.regions[1, 2, 3]))
-    torch.testing.assert_close(words[0, 2], objective.text_projection(texts.words[0, 2]))
+    torch.testing.assert_close(regions[1, 2, 3], objective.image_head(images.regions[1, 2, 3]))
+    torch.testing.assert_close(words[0, 2], objective.text_head(texts.words[0, 2]))
     # a linear map of a mean is the mean of the maps, so the regions average to the image
     whole = objective.global_embeddings(replace(images, pooled=images.regions.mean(dim=(1, 2))), texts)[0]
     torch.testing.assert_close(regions.mean(dim=(1, 2)), whole)

@@ -508,10 +508,10 @@ def test_clear_errors():
         make(behavior="published")(*features([[111], [1]]))
     assert make()(*features([[111], [1]])).total.isfinite()
     for options, message in (
-        ({"temperatures": {"itc": 0.1}}, "temperatures has no 'itc'; it has: ita, cta, cpa"),
-        ({"temperatures": {"ita": 0.0}}, "must be positive"),
-        ({"weights": {"cta": -1.0}}, "must not be negative"),
-        ({"weights": {"ita": 0, "cta": 0, "cpa": 0}}, "nor all zero"),
+        ({"temperatures": {"itc": 0.1}}, r"temperatures\.itc.*\n.*'ita', 'cta' or 'cpa'"),
+        ({"temperatures": {"ita": 0.0}}, "temperatures.ita.*\n.*greater than 0"),
+        ({"weights": {"cta": -1.0}}, "weights.cta.*\n.*greater than or equal to 0"),
+        ({"weights": {"ita": 0, "cta": 0, "cpa": 0}}, "weights are all zero"),
         ({"behavior": "legacy"}, "behavior"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -285,7 +285,7 @@ def test_wrong_input_is_named(pairs):
     ],
 )
 def test_bad_options_are_refused(options):
-    with pytest.raises(ValueError, match=r"must be|got"):
+    with pytest.raises(ValueError, match=next(iter(options))):
         make(**options)
 
 

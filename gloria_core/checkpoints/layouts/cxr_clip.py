@@ -32,8 +32,8 @@ RULES = (
     (r"text_encoder\.text_encoder\.(embeddings\.position_ids|pooler\.)", None),
     (r"text_encoder\.text_encoder\.", "text_encoder.bert."),
     (r"image_encoder\.(resnet|image_encoder)\.", "image_encoder.trunk."),
-    (r"image_projection\.projection\.", "objective.image_projection."),
-    (r"text_projection\.projection\.", "objective.text_projection."),
+    (r"image_projection\.projection\.", "objective.image_head."),
+    (r"text_projection\.projection\.", "objective.text_head."),
     (r"(?=logit_scale$)", "objective."),
 )
 
@@ -78,7 +78,7 @@ def _config(named: Named, stored: Mapping[str, Any]) -> ModelConfig:
                 "icl_weight": lookup(stored, "loss.cxr_clip.i2i_weight", default=1.0),
                 "tcl_weight": lookup(stored, "loss.cxr_clip.t2t_weight", default=0.5),
                 "label_smoothing": lookup(stored, "loss.cxr_clip.label_smoothing", default=0.0),
-                "projection_dim": len(named["objective.image_projection.weight"][1]),
+                "projection_dim": len(named["objective.image_head.weight"][1]),
                 "text_pooling": {"bos": "cls"}.get(text_pooling, text_pooling),
             },
             "image_encoder": encoder,
