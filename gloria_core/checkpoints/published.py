@@ -25,7 +25,7 @@ from gloria_core.checkpoints.model import VisionLanguageModel
 from gloria_core.checkpoints.native import CheckpointError
 from gloria_core.checkpoints.untrusted import CONTAINER, lookup, read_state
 from gloria_core.models.image_encoder import ImageEncoder
-from gloria_core.models.key_maps import Named
+from gloria_core.models.key_maps import JOINED, Named
 from gloria_core.models.weights import compare
 
 # What a file may hold; the last is a U-Net of segmentation-models-pytorch.
@@ -103,7 +103,7 @@ def _fill(model: nn.Module, named: Named, ignored: list[str], *, path: Path, all
     unfit = {*unexpected, *(name.partition(" ")[0] for name in mismatched)}
     fitting = {name: value for name, value in tensors.items() if name not in unfit}
     report = LoadReport(
-        matched=tuple(theirs for name in fitting for theirs in named[name][0].split(", ")),
+        matched=tuple(theirs for name in fitting for theirs in named[name][0].split(JOINED)),
         ignored=tuple(ignored),
         missing=tuple(missing),
         unexpected=tuple(named[name][0] for name in unexpected),

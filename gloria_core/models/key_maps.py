@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gloria_core.models.weights import WeightsError
 
+JOINED = " + "  # between the names of tensors that are one of ours
 Shapes = Mapping[str, tuple[int, ...]]
 # Our name -> (name in the file, or the names of three joined tensors; tensor).
 Named = dict[str, tuple[str, Tensor]]
@@ -162,7 +163,7 @@ def timm_names(named: Mapping[str, tuple[str, Tensor]]) -> tuple[Named, list[str
         if all(part in renamed for part in parts):
             pairs = [renamed.pop(part) for part in parts]
             joined = torch.cat([value for _, value in pairs])
-            renamed[name.replace(".attn.q.", ".attn.qkv.")] = (", ".join(theirs for theirs, _ in pairs), joined)
+            renamed[name.replace(".attn.q.", ".attn.qkv.")] = (JOINED.join(theirs for theirs, _ in pairs), joined)
     for name in [name for name in renamed if name.endswith(".running_mean")]:
         counter = name.replace("running_mean", "num_batches_tracked")
         renamed.setdefault(counter, (f"(zero, for {counter})", torch.zeros((), dtype=torch.int64)))

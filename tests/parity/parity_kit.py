@@ -13,6 +13,7 @@ import torch
 
 from gloria_core.checkpoints.published import load_pretrained
 from gloria_core.data.tokenizer import text_batch_from_ids
+from gloria_core.models.key_maps import JOINED
 
 HERE = Path(__file__).parent
 RTOL_GRADIENT, RTOL_FIRST_CONVOLUTION = 1e-3, 5e-3  # the latter's gradient is float32 noise up to 0.3 %
@@ -101,7 +102,7 @@ def load(layout, path: Path, state: dict[str, torch.Tensor], stored: dict, **opt
     """The model of a published file, which is then deleted, and for each name in the file the place in the model."""
     places = {}
     for ours, (theirs, _) in layout.translate(state, stored).tensors.items():
-        names = theirs.split(", ")
+        names = theirs.split(JOINED)
         places |= {name: (ours, part, len(names)) for part, name in enumerate(names)}
     model = load_pretrained(path, **options)
     path.unlink()
