@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, PreTrainedTokenizerBase
 
 from gloria_core import objectives
+from gloria_core.data.dataset import Collate
 from gloria_core.data.files import did_you_mean
 from gloria_core.data.images import Norm
 from gloria_core.models.image_encoder import ImageEncoder, Pooling, RegionStage
@@ -168,6 +169,11 @@ class VisionLanguageModel(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
+
+    def collate(self) -> Collate:
+        """Items -> Batch, with the tokenizer and as many channels and word pieces as this model takes."""
+        config = self.config
+        return Collate(self.tokenizer, channels=config.channels, norm=config.norm, max_tokens=config.max_tokens)
 
     def encode_images(self, pixels: Tensor) -> ImageFeatures:
         """Features of B images; views are flattened, study by study.

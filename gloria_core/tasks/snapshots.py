@@ -1,6 +1,6 @@
 """Training snapshots: maps of a few fixed phrases after each epoch, to see how attention forms.
 
-    snapshots = MapSnapshots(folder, frame, cache, phrases)
+    snapshots = watch(data, folder, n=3, every=2)
     pretrain(..., after_epoch=snapshots)
     snapshots.load()
 
@@ -18,9 +18,11 @@ import pandas as pd
 from torch import nn
 
 from gloria_core.data.cache import ImageCache
+from gloria_core.data.dataset import PreparedDataset
 from gloria_core.data.files import atomic_file
+from gloria_core.data.manifest import finding_columns
 from gloria_core.tasks.maps import Kind, kinds_of, original_maps
-from gloria_core.tasks.phrases import Phrase
+from gloria_core.tasks.phrases import Phrase, phrases_from_masks
 
 
 def one_phrase_per_label(phrases: Sequence[Phrase], labels: Sequence[str], n: int) -> list[Phrase]:
@@ -69,3 +71,11 @@ class MapSnapshots:
             with np.load(path, allow_pickle=False) as stored:
                 snapshots[int(path.stem.removeprefix("epoch_"))] = list(stored.values())
         return snapshots
+
+
+def watch(data: PreparedDataset, folder: Path, *, n: int, every: int) -> MapSnapshots:
+    """Snapshots of at most `n` validation studies, each with a phrase whose region is known; perhaps of none."""
+    frame = data.frame[data.frame["split"] == "valid"].reset_index(drop=True)
+    labels = [*data.competition, *(name for name in finding_columns(frame) if name not in data.competition)]
+    phrases = one_phrase_per_label(phrases_from_masks(frame), labels, n)
+    return MapSnapshots(folder, frame, data.cache, phrases, every=every)

@@ -56,7 +56,6 @@ def pretrain(
     config: PretrainConfig,
     *,
     folder: str | Path,
-    collate: Collate | None = None,
     show: bool = True,
     device: torch.device | str | None = None,
     after_epoch: Callable[[int, VisionLanguageModel], None] | None = None,
@@ -66,12 +65,12 @@ def pretrain(
     Writes into `folder`: `last.pt` (end of every epoch, and between as the config says), `best.pt` (lowest validation
     total; `native.load` gives the model to use), `history.csv`, `tensorboard/`. If `last.pt` is there, the run goes on
     from it: on a CPU to the very numbers of an undisturbed run. A finished run returns its history at once. At the end
-    `model` holds the last epoch's weights.
+    `model` holds the last epoch's weights. `valid` may be empty: `best.pt` is then the last epoch.
 
     History columns: epoch (from 1), step (optimiser steps so far), learning_rate (of the last step), train_total and
     train_<term> (means over the epoch's steps, dropout on), valid_total and valid_<term> (means over studies, eval
-    mode, batches of `batch_size` in fixed order), gradient_norm (mean norm before clipping), images_per_second
-    (training only), seconds (of the epoch, validation included).
+    mode, batches of `batch_size` in fixed order; absent without validation studies), gradient_norm (mean norm before
+    clipping), images_per_second (training only), seconds (of the epoch, validation included).
 
     `after_epoch(epoch, model)` is called at the end of every epoch (from 1), before its checkpoint is written, by the
     first process alone; it may look at the model and must leave it, and the random states, as they were.
@@ -79,11 +78,6 @@ def pretrain(
     a loss that is not finite (with epoch, step and studies), for too few studies, and for a `last.pt` of another run,
     naming what differs.
     """
-    if collate is None:
-        settings = model.config
-        collate = Collate(
-            model.tokenizer, channels=settings.channels, norm=settings.norm, max_tokens=settings.max_tokens
-        )
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     precision = choose_precision(device, config.precision)
@@ -98,7 +92,7 @@ def pretrain(
     try:
         with torch.random.fork_rng(devices=cuda):  # the caller's random state stays as it was
             torch.manual_seed(config.seed + accelerator.process_index)
-            run = Pretraining(model, train, valid, config, Path(folder), collate, accelerator, precision)
+            run = Pretraining(model, train, valid, config, Path(folder), accelerator, precision)
             return run.to_the_end(after_epoch, show=show)
     finally:
         # accelerate keeps one state for the process; the next run may want another precision or device
@@ -115,19 +109,16 @@ class Pretraining:
         valid: StudyDataset,
         config: PretrainConfig,
         folder: Path,
-        collate: Collate,
         accelerator: Accelerator,
         precision: str,
     ) -> None:
         self.model, self.train, self.valid, self.config, self.folder = model, train, valid, config, folder
-        self.collate, self.accelerator, self.precision = collate, accelerator, precision
+        self.collate, self.accelerator, self.precision = model.collate(), accelerator, precision
         self.device, self.main = accelerator.device, accelerator.is_main_process
         self.rank, self.processes = accelerator.process_index, accelerator.num_processes
         size = config.batch_size
         if len(train) < size:
             raise TrainingError(f"{len(train)} training studies do not fill one batch of {size}: lower batch_size")
-        if len(valid) == 0:
-            raise TrainingError("there is no validation study: give the manifest rows with split valid")
         if size % self.processes:
             raise TrainingError(f"{self.processes} processes cannot share a batch_size of {size}: choose a multiple")
         self.steps_per_epoch = len(train) // size
@@ -166,10 +157,10 @@ class Pretraining:
             for tracker in self.accelerator.trackers:
                 tracker.finish()
         ending = "finished" if state.epoch == config.epochs else "stopped early"
-        progress.finish(
-            f"{ending} after epoch {state.epoch} of {config.epochs}; "
-            f"lowest validation loss {state.best:.4g} in epoch {state.best_epoch}"
-        )
+        kept = "without validation studies, best.pt is the last epoch"
+        if len(self.valid):
+            kept = f"lowest validation loss {state.best:.4g} in epoch {state.best_epoch}"
+        progress.finish(f"{ending} after epoch {state.epoch} of {config.epochs}; {kept}")
         return pd.DataFrame(state.history)
 
     def _finished(self) -> bool:
@@ -264,7 +255,12 @@ class Pretraining:
 
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:
-        """Mean loss terms over the validation studies. Ranks share the batches, whose composition stays the same."""
+        """Mean loss terms over the validation studies; {} where there are none.
+
+        Ranks share the batches, whose composition stays the same.
+        """
+        if not len(self.valid):
+            return {}
         loader = validation_loader(self.valid, self.collate, self.config, rank=self.rank, world_size=self.processes)
         self.parallel.eval()
         sums = dict.fromkeys((name for name in self.state.sums if name != "gradient_norm"), 0.0)
@@ -297,8 +293,8 @@ class Pretraining:
         }
         state.history.append(row)
         self.accelerator.log({f"valid/{name}": value for name, value in valid.items()}, step=state.step)
-        if valid["total"] < state.best:
-            state.best, state.best_epoch = valid["total"], state.epoch
+        if not valid or valid["total"] < state.best:
+            state.best, state.best_epoch = valid.get("total", math.inf), state.epoch
             if self.main:
                 extra = {"epoch": state.epoch, **{f"valid_{name}": value for name, value in valid.items()}}
                 native.save(self.folder / "best.pt", self.model, extra=extra)
@@ -346,6 +342,19 @@ class Pretraining:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
         self._write_history()
         set_random_state(saved["random"][self.rank], self.device)
+
+
+def best_losses(history: pd.DataFrame, *, since: int = 0) -> pd.DataFrame:
+    """Metrics rows (split, target, metric, value) of the loss terms of the epoch that `best.pt` holds.
+
+    Of the validation, or without validation studies of the training in the last epoch. `since`: how many epochs went
+    before the last stage, whose loss was another.
+    """
+    last = history[history["epoch"] > since]
+    split = "valid" if "valid_total" in last else "train"
+    best = last.loc[last["valid_total"].idxmin()] if split == "valid" else last.iloc[-1]
+    terms = best.filter(like=f"{split}_").dropna().rename(lambda name: name.removeprefix(f"{split}_"))
+    return pd.DataFrame({"split": split, "target": terms.index, "metric": "loss", "value": terms.to_numpy(float)})
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:

@@ -7,9 +7,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gloria_core.checkpoints import native
+from gloria_core.data.dataset import StudyDataset
 from gloria_core.training import pretrain as loop
 from gloria_core.training.config import PretrainConfig
-from gloria_core.training.pretrain import TrainingError, numbers, on_device, pretrain, validation_loader
+from gloria_core.training.pretrain import TrainingError, best_losses, numbers, on_device, pretrain, validation_loader
 from gloria_core.training.schedule import learning_rate
 
 TERMS = ["local_image_to_text", "local_text_to_image", "global_image_to_text", "global_text_to_image"]
@@ -222,6 +223,24 @@ def test_images_go_to_the_encoder_with_channels_innermost():
     assert placed.pixels.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
     values = numbers({"a": torch.tensor(1.5, dtype=torch.bfloat16), "b": torch.tensor([2.0])})
     assert values == {"a": 1.5, "b": 2.0}
+
+
+def test_without_validation_studies_the_last_epoch_is_kept(tmp_path):
+    train, valid = tiny_study.datasets()
+    empty = StudyDataset(valid.frame.head(0), valid.cache, crop=valid.crop, labels=["Edema"])
+    history = run(tmp_path, data=(train, empty), epochs=2, patience=1)
+    assert history["epoch"].tolist() == [1, 2] and not [name for name in history if name.startswith("valid")]
+    best, last = (native.load(tmp_path / name).state_dict() for name in ("best.pt", "last.pt"))
+    assert all(torch.equal(value, last[name]) for name, value in best.items())
+    rows = best_losses(history).set_index("target")
+    assert set(rows["split"]) == {"train"} and rows.loc["total", "value"] == history["train_total"].iloc[1]
+
+
+def test_losses_of_the_best_epoch(finished):
+    history = finished[2].assign(valid_total=[0.1, 3.0, 2.0, 4.0])
+    rows = best_losses(history, since=1)  # the first epoch was of another stage
+    assert rows["target"].tolist() == ["total", *TERMS] and set(rows["split"]) == {"valid"}
+    assert rows["value"].tolist() == [2.0, *history.loc[2, [f"valid_{name}" for name in TERMS]]]
 
 
 def test_too_little_data_is_said_plainly(tmp_path):
