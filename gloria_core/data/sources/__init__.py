@@ -1,20 +1,29 @@
 """One small file per public dataset; each offers `prepare(root, *, ...) -> manifest frame`.
 
 `prepare("nih", root, options)` calls `gloria_core.data.sources.nih.prepare(root, **options)`. A new dataset is one new
-module here and one card in `data_manifests/`; nothing else is edited.
+module here and one card in `data_manifests/`; nothing else is edited. Long lists of an owner's words are in
+`vocabularies.json`.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import pkgutil
 from collections.abc import Mapping
+from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from gloria_core.data.files import did_you_mean
+
+
+def vocabulary(dataset: str, name: str) -> Any:
+    """A list or table of the owner's own words from `vocabularies.json`, such as the findings of each label."""
+    return json.loads((resources.files(__name__) / "vocabularies.json").read_text(encoding="utf-8"))[dataset][name]
 
 
 def available() -> list[str]:

@@ -25,23 +25,10 @@ from gloria_core.data import raw_folder as raw
 from gloria_core.data.files import did_you_mean
 from gloria_core.data.manifest import ManifestError, OnError, path_problem
 from gloria_core.data.prompts import KINDS, NO_FINDING, PromptError, PromptSet, available_prompts, load_prompts
+from gloria_core.data.sources import vocabulary
 from gloria_core.data.splits import assign_label_ranks
 
-CGMH_LABELS = (
-    "Endotracheal tube in place",
-    "Endotracheal tube malposition",
-    "Pigtail in place",
-    "Pigtail malposition",
-    "Chest tube in place",
-    "Chest tube malposition",
-    "NG tube in place",
-    "NG tube malposition",
-    "Central venous catheter in place",
-    "Pneumothorax",
-    "Subcutaneous emphysema",
-    "Pneumomediastinum",
-    "Foreign body",
-)
+CGMH_LABELS = tuple(vocabulary("cgmh", "labels"))
 OTHER_SPELLINGS = {"Pigtail malpositon": "Pigtail malposition"}
 """The fork's label list, prompts and tables have the former; both are read, and the manifest has the latter."""
 
@@ -131,7 +118,7 @@ def _known(names: list[str], tasks: Sequence[str]) -> list[str]:
 
 @validate_call
 def prepare(
-    root: Path | str,
+    root: Path,
     *,
     train: str = "train.csv",
     valid: str = "",
@@ -158,7 +145,7 @@ def prepare(
     The tables do not name projections, so every view is "FRONTAL".
     Raises ManifestError naming file, row, column and remedy; PromptError naming study or file.
     """
-    root, tasks = Path(root), [OTHER_SPELLINGS.get(name, name) for name in tasks]
+    tasks = [OTHER_SPELLINGS.get(name, name) for name in tasks]
     if len(set(tasks)) != len(tasks):
         raise ValueError(f"tasks must name each label once, they are {tasks}")
     named = {split: name for split, name in (("train", train), ("valid", valid), ("test", test)) if name}

@@ -151,7 +151,7 @@ PUBLISHED_VALID = 5000
 
 @validate_call
 def prepare(
-    root: Path | str,
+    root: Path,
     *,
     split_rule: Literal["patient", "published"] = "patient",
     paper: Paper = "gloria",
@@ -179,7 +179,6 @@ def prepare(
     check_images: False skips the look at the image files (when only the tables are there).
     Raises ManifestError naming file, row, column and remedy; ValueError for an unknown option value.
     """
-    root = Path(root)
     needs = {
         TRAIN: f"the labels of the 223,414 training images, {WHERE}",
         VALID: f"the labels of the 234 validation images, {WHERE}",

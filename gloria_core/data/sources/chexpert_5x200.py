@@ -31,7 +31,7 @@ from gloria_core.data.sources.chexpert import (
 
 @validate_call
 def prepare(
-    root: Path | str,
+    root: Path,
     *,
     given: str | Path = "",
     rule: Literal["seed", "gloria", "mgca"] = "seed",
@@ -53,7 +53,6 @@ def prepare(
     on_error: "exclude" leaves out images that are not there (or lack a report in `reports`), and lists them.
     Raises ManifestError naming file, row, column and remedy.
     """
-    root = Path(root)
     if given and raw.optional_file(root, TRAIN, "CheXpert") is None:
         path, folder, table = Path(given), root, _from_list(Path(given))
     else:

@@ -41,7 +41,7 @@ HOMES = ("", "PNG/", "PNG/PNG/", "CheXpert-v1.0/", "CheXpert-v1.0-small/", "imag
 
 @validate_call
 def prepare(
-    root: Path | str,
+    root: Path,
     *,
     split_rule: Literal["patient", "published"] = "patient",
     labels: Literal["report", "impression", "findings", "none"] = "impression",
@@ -64,7 +64,6 @@ def prepare(
     De-identification marks stay as the owner wrote them; wrapped lines are joined.
     Raises ManifestError naming file, row, column and remedy; ValueError for an unknown option value.
     """
-    root = Path(root)
     path = raw.require(root, {TABLE: f"reports and metadata of 223,462 images, {WHERE}"}, "CheXpert Plus")[TABLE]
     table = named_images(path, "path_to_image", raw.read_table(path, COLUMNS, optional=OPTIONAL))
     for name in ("findings", "impression"):

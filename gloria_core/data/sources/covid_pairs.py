@@ -18,29 +18,14 @@ from pydantic import validate_call
 
 from gloria_core.data import raw_folder as raw
 from gloria_core.data.manifest import ManifestError, OnError
+from gloria_core.data.sources import vocabulary
 from gloria_core.data.splits import assign_splits
 
-LABELS = {
-    "No Finding": r"^No Finding$",
-    "Pneumonia": r"^Pneumonia",
-    "COVID-19": r"COVID-19",
-    "Bacterial Pneumonia": r"/Bacterial",
-    "Fungal Pneumonia": r"/Fungal",
-    "Tuberculosis": r"^Tuberculosis",
-}
+LABELS = vocabulary("covid_pairs", "labels")
 """Label columns, and how they are read from the column `finding` ("Pneumonia/Viral/COVID-19")."""
 UNKNOWN = ("Unknown", "todo", "")
 VIEWS = {"PA": "PA", "AP": "AP", "AP Supine": "AP", "AP Erect": "AP", "L": "LATERAL"}
-WORDS = {
-    "ground_glass_opacities": (
-        "Ground Glass Opacity",
-        r"ground[- ]glass(?:[- ](?:opacit\w+|opacifications?|densit\w+))?",
-    ),
-    "consolidation": ("Consolidation", r"consolidations?|consolidative"),
-    "pleural_effusion": ("Pleural Effusion", r"pleural effusions?"),
-    "pneumothorax": ("Pneumothorax", r"pneumothora(?:x|ces)"),
-    "endotracheal_tube": ("Endotracheal Tube", r"endotracheal tube"),
-}
+WORDS = vocabulary("covid_pairs", "lesions")
 """Lesion masks that a sentence may name: their label, and the words that name them."""
 COLUMNS = {
     "id": raw.Column("study_id", filled=True, unique=True, remedy="give every image one id"),
@@ -63,7 +48,7 @@ COLUMNS = {
 
 @validate_call
 def prepare(
-    root: Path | str,
+    root: Path,
     *,
     texts_only: bool = True,
     deduplicate: bool = False,
@@ -85,7 +70,6 @@ def prepare(
     What is left out is listed in `attrs["excluded"]` with its row and the reason; on_error="exclude" leaves out, too,
     images that are not there. Raises ManifestError naming file, row, column and remedy.
     """
-    root = Path(root)
     path = raw.require(root, {"index.csv": "the table, beside images/"}, "covid_pairs")["index.csv"]
     table = raw.read_table(path, COLUMNS)
     table["impression"] = table["impression"].str.strip()

@@ -16,15 +16,10 @@ from pydantic import validate_call
 
 from gloria_core.data import raw_folder as raw
 from gloria_core.data.manifest import ManifestError, OnError
+from gloria_core.data.sources import vocabulary
 from gloria_core.data.splits import random_split
 
-CLASSES = {
-    "normal": {"Normal": 1.0, "Pneumonia": 0.0, "COVID-19": 0.0},
-    "pneumonia": {"Normal": 0.0, "Pneumonia": 1.0, "COVID-19": 0.0},
-    "COVID-19": {"Normal": 0.0, "Pneumonia": 0.0, "COVID-19": 1.0},
-    "negative": {"COVID-19": 0.0},
-    "positive": {"COVID-19": 1.0},
-}
+CLASSES = vocabulary("covidx", "classes")
 """Class of the list -> its labels."""
 HOW = "github.com/lindawangg/COVID-Net, docs/COVIDx.md, or Kaggle, andyczhao/covidx-cxr2"
 LISTS = {"train": "train", "test": "test", "valid": "val"}
@@ -34,7 +29,7 @@ _LINE = re.compile(rf"(\S+)\s+(.+?)\s+({'|'.join(CLASSES)})(?:\s+(\S+))?")
 
 @validate_call
 def prepare(
-    root: Path | str,
+    root: Path,
     *,
     version: str = "",
     split_rule: Literal["patient", "published"] = "patient",
@@ -52,7 +47,6 @@ def prepare(
     on_error="exclude" leaves out images that are not there. What is left out is in `attrs["excluded"]`.
     Raises ManifestError naming file, line and remedy.
     """
-    root = Path(root)
     table = pd.concat([_read(path, split) for split, path in _lists(root, version).items()])
     twice = table["study_id"].duplicated().to_numpy()
     if twice.any():

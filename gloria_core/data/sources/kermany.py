@@ -43,7 +43,7 @@ NAMES = (
 
 @validate_call
 def prepare(
-    root: Path | str,
+    root: Path,
     *,
     split_rule: Literal["patient", "published"] = "patient",
     seed: int = 0,
@@ -57,7 +57,6 @@ def prepare(
     on_error="exclude" leaves out images or masks of the index that are not there and lists them in `attrs["excluded"]`.
     Raises ManifestError naming file, row, column and remedy.
     """
-    root = Path(root)
     path = raw.optional_file(root, "index.csv", "kermany")
     table = raw.read_table(path, COLUMNS, optional=OPTIONAL) if path else _read_folders(root)
     rows = raw.Rows(table, source=path or root, cell=("image", "images"))

@@ -27,6 +27,7 @@ from pydantic import validate_call
 from gloria_core.data import raw_folder as raw
 from gloria_core.data.manifest import CHEXPERT_LABELS, ManifestError, OnError
 from gloria_core.data.reports import published_sentences, sentences
+from gloria_core.data.sources import vocabulary
 from gloria_core.data.sources.ms_cxr import patients_of
 
 _HEADING = re.compile(r"(?:^|\n)[ \t]*([A-Z][A-Z ()/,-]*):(?=\s|$)")
@@ -34,18 +35,7 @@ _PARAGRAPH = re.compile(r"\n[ \t]*\n")
 _WRAPPED = re.compile(r"[ \t]*\n[ \t]*(?![ \t]*(?:\n|[-*•][ \t]))")
 _INDENT = re.compile(r"[ \t]*\n[ \t]*")
 
-_SECTIONS = {
-    "impression": "conclusion, conclusions, opinion, summary, assessment, interpretation",
-    "findings": "finding, observations, report",
-    "history": "indication, indications, clinical information, reason, reason for exam, reason for examination, "
-    "reason for the exam",
-    "technique": "technique, procedure",
-    "examination": "examination, exam, study, type of examination",
-    "wet read": "wet read",
-    "recommendation": "recommendation, recommendations",
-    "notification": "notification, notifications",
-}
-_EXACT = {heading: section for section, headings in _SECTIONS.items() for heading in headings.split(", ")}
+_EXACT = {heading: section for section, headings in vocabulary("mimic_cxr", "headings").items() for heading in headings}
 _WITHIN = ("impression", "findings", "history", "comparison", "addendum")
 _VIEWS = re.compile(
     r"\b(?:views?|pa|ap|lateral|portable|upright|supine|semi-?upright|frontal|radiographs?|films?|chest|single|two)\b"
@@ -165,7 +155,7 @@ PRIOR_SENTENCES = 4
 
 @validate_call
 def prepare(
-    root: Path | str,
+    root: Path,
     *,
     split_rule: Literal["patient", "published"] = "patient",
     paper: Literal["mgca", "prior", "cxr_clip"] = "mgca",
@@ -195,7 +185,6 @@ def prepare(
     check_images: False skips the look at the image files.
     Raises ManifestError naming file, row, column and remedy; ValueError for an unknown option value.
     """
-    root = Path(root)
     what = {"metadata": "a row an image", "split": "the official split", labels: "labels by study"}
     needs = {TABLE.format(name): f"{text}, {WHERE}" for name, text in what.items()}
     metadata, official, labeler = raw.require(root, needs, "MIMIC-CXR-JPG").values()

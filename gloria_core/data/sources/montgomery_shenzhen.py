@@ -36,7 +36,7 @@ MASKS = {
 
 @validate_call
 def prepare(
-    root: Path | str,
+    root: Path,
     *,
     sets: Annotated[Sequence[Literal["montgomery", "shenzhen"]], Field(min_length=1)] = ("montgomery", "shenzhen"),
     masked_only: bool = False,
@@ -53,7 +53,6 @@ def prepare(
     on_error="exclude" leaves out images of Montgomery that lack a side's mask. What is left out is in
     `attrs["excluded"]`. Raises ManifestError naming folder, file and remedy.
     """
-    root = Path(root)
     table = pd.concat([_images(root, name) for name in sets], ignore_index=True)
     masks = {
         side: raw.locate(root, table["study_id"] + end, folders, [".png"]) for side, (end, folders) in MASKS.items()

@@ -17,20 +17,12 @@ from pydantic import validate_call
 from gloria_core.data import raw_folder as raw
 from gloria_core.data.annotations import write_mask
 from gloria_core.data.manifest import ManifestError, OnError
+from gloria_core.data.sources import vocabulary
 
 TABLE = "MS_CXR_Local_Alignment_v1.*.csv"
 TABLES = f"{TABLE}|ms-cxr*/{TABLE}|*/{TABLE}"
 WHERE = "from https://physionet.org/content/ms-cxr/ (credentialed access)"
-LABELS = (
-    "Atelectasis",
-    "Cardiomegaly",
-    "Consolidation",
-    "Edema",
-    "Lung Opacity",
-    "Pleural Effusion",
-    "Pneumonia",
-    "Pneumothorax",
-)
+LABELS = tuple(vocabulary("ms_cxr", "labels"))
 MASKS = "ms_cxr_masks"
 SPLITS = {"train": "train", "val": "valid", "valid": "valid", "validate": "valid", "test": "test"}
 COLUMNS = {
@@ -44,7 +36,7 @@ NUMBERS = {name: name for name in ("x", "y", "w", "h", "image_width", "image_hei
 
 @validate_call
 def prepare(
-    root: Path | str,
+    root: Path,
     *,
     table: str | Path = "",
     split_rule: Literal["patient", "published"] = "patient",
@@ -63,7 +55,6 @@ def prepare(
     Boxes are scaled to the size of the image file that is there. Labels: 1 for a finding that has a phrase, else blank,
     for nobody looked for it. Raises ManifestError naming file, row, column and remedy.
     """
-    root = Path(root)
     path = Path(table) if table else raw.require(root, {TABLES: f"phrases and boxes, {WHERE}"}, "MS-CXR")[TABLES]
     source = f"{path} (images of MIMIC-CXR-JPG under {root})"
     rows = raw.Rows(_read(path), source=source, cell=("path", "images"))

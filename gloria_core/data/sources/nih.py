@@ -17,24 +17,10 @@ from pydantic import validate_call
 from gloria_core.data import raw_folder as raw
 from gloria_core.data.manifest import ManifestError, OnError, raise_failures
 from gloria_core.data.prompts import PromptSet, load_prompts, zero_shot_prompts
+from gloria_core.data.sources import vocabulary
 from gloria_core.data.splits import assign_splits
 
-NIH_LABELS = (
-    "Atelectasis",
-    "Cardiomegaly",
-    "Effusion",
-    "Infiltration",
-    "Mass",
-    "Nodule",
-    "Pneumonia",
-    "Pneumothorax",
-    "Consolidation",
-    "Edema",
-    "Emphysema",
-    "Fibrosis",
-    "Pleural_Thickening",
-    "Hernia",
-)
+NIH_LABELS = tuple(vocabulary("nih", "labels"))
 NO_FINDING = "No Finding"
 LABELS = (*NIH_LABELS, NO_FINDING)
 TABLE = "Data_Entry_2017*.csv"
@@ -90,7 +76,7 @@ def read_extra(root: Path, name: str, value: str, images: pd.Series) -> pd.Serie
 
 @validate_call
 def prepare(
-    root: Path | str,
+    root: Path,
     *,
     split_rule: Literal["patient", "published"] = "patient",
     seed: int = 0,
@@ -113,7 +99,6 @@ def prepare(
         and height / 1024. Without a box table there are no boxes.
     Raises ManifestError naming file, row, column and remedy.
     """
-    root = Path(root)
     path = raw.require(root, {TABLE: "the labels, from https://nihcc.app.box.com/v/ChestXray-NIHCC"}, "nih")[TABLE]
     rows = raw.Rows(read_entries(path), source=path, cell=("Image Index", "image"))
     folders = sorted(folder.name for folder in root.glob("images*") if folder.is_dir())

@@ -30,7 +30,7 @@ Shape = tuple[int, list[float]]
 
 @validate_call
 def prepare(
-    root: Path | str,
+    root: Path,
     *,
     split_rule: Literal["patient", "published"] = "patient",
     masks: bool = False,
@@ -48,7 +48,6 @@ def prepare(
     on_error="exclude" leaves out images that are not there and lists them in `attrs["excluded"]`.
     Raises ManifestError naming file, row, column and remedy.
     """
-    root = Path(root)
     paths = raw.require(
         root, {name: f"the shapes of the {split} images; {HOW}" for name, split in TABLES.items()}, "object_cxr"
     )

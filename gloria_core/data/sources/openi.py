@@ -21,27 +21,11 @@ from pydantic import validate_call
 from gloria_core.data import raw_folder as raw
 from gloria_core.data.download import DownloadError, fetch
 from gloria_core.data.manifest import ManifestError, OnError
+from gloria_core.data.sources import vocabulary
 from gloria_core.data.splits import assign_splits
 
 REPORTS = "NLMCXR_reports.tgz"
-LABELS = {
-    "No Finding": {"normal"},
-    "Atelectasis": {"Pulmonary Atelectasis", "Atelectasis"},
-    "Cardiomegaly": {"Cardiomegaly"},
-    "Consolidation": {"Consolidation"},
-    "Edema": {"Pulmonary Edema"},
-    "Emphysema": {"Emphysema", "Pulmonary Emphysema"},
-    "Fibrosis": {"Pulmonary Fibrosis"},
-    "Fracture": {"Fractures, Bone"},
-    "Granuloma": {"Calcified Granuloma", "Granuloma", "Granulomatous Disease"},
-    "Hernia": {"Hernia, Hiatal"},
-    "Lung Lesion": {"Nodule", "Mass"},
-    "Lung Opacity": {"Opacity", "Airspace Disease", "Infiltrate"},
-    "Pleural Effusion": {"Pleural Effusion"},
-    "Pneumonia": {"Pneumonia"},
-    "Pneumothorax": {"Pneumothorax"},
-    "Support Devices": {"Catheters, Indwelling", "Implanted Medical Device", "Medical Device", "Tube, Inserted"},
-}
+LABELS = vocabulary("openi", "labels")
 """Label columns, and the main headings (MeSH and more) that the owner's indexers gave to such reports."""
 UNINDEXED = "No Indexing"
 _VIEWS = {"PA": "PA", "AP": "AP", "LL": "LATERAL", "RL": "LATERAL", "LATERAL": "LATERAL", "LARGE LATERAL": "LATERAL"}
@@ -183,7 +167,7 @@ FOLDERS = ("NLMCXR_png", "images", "images/images_normalized", "")
 
 @validate_call
 def prepare(
-    root: Path | str,
+    root: Path,
     *,
     split_rule: Literal["patient", "published"] = "patient",
     views: raw.ViewRule = "frontal",
@@ -204,7 +188,6 @@ def prepare(
     Labels: 1 where the owner's indexers gave such a main heading, 0 otherwise, blank for reports never indexed.
     Raises ManifestError naming file and remedy; ValueError for an unknown option value.
     """
-    root = Path(root)
     if not root.is_dir():
         raise ManifestError(f"Open-I: the root {root} is not a folder; give the folder that holds NLMCXR_png/")
     files = _image_files(root) if check_images else None
@@ -229,7 +212,9 @@ def prepare(
     table = raw.group_studies(rows.table)
     indexed = ~table["terms"].map(lambda terms: UNINDEXED in terms or not terms).to_numpy(bool)
     for name, terms in LABELS.items():
-        table[name] = np.where(indexed, table["terms"].map(lambda found, terms=terms: bool(found & terms)), np.nan)
+        table[name] = np.where(
+            indexed, table["terms"].map(lambda found, terms=terms: not found.isdisjoint(terms)), np.nan
+        )
     frame = raw.manifest_frame(table.assign(is_ap_view=raw.ap_view(table["view"])), ["is_ap_view", *LABELS])
     frame = assign_splits(frame, seed=seed) if split_rule == "patient" else frame.assign(split="test")
     leaks = raw.patient_leaks(frame["patient_id"], frame["split"])
@@ -237,7 +222,7 @@ def prepare(
 
 
 def download(
-    root: Path | str,
+    root: Path,
     *,
     site: str = SITE,
     images: bool = True,

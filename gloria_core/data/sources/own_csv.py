@@ -51,7 +51,7 @@ COLUMNS = {
 
 @validate_call
 def prepare(
-    root: Path | str,
+    root: Path,
     *,
     table: str = "studies.csv",
     columns: Mapping[Name, str] | None = None,
@@ -77,7 +77,7 @@ def prepare(
     on_error="exclude" leaves out rows whose image is not there and lists them in `attrs["excluded"]`.
     Raises ManifestError naming file, row, column and remedy.
     """
-    root, named = Path(root), {"image": "image", **(columns or {})}
+    named = {"image": "image", **(columns or {})}
     path = raw.require(root, {table: "your table of images; option table=... names another"}, "own_csv")[table]
     label_of = dict(labels) if isinstance(labels, Mapping) else {name: name for name in labels}
     studies = _read(path, named, label_of, separator)

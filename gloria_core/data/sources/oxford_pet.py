@@ -28,7 +28,7 @@ SPECIES = raw.Column("species", values={"1": "Cat", "2": "Dog"}, remedy="1 is a 
 
 @validate_call
 def prepare(
-    root: Path | str,
+    root: Path,
     *,
     border: bool = True,
     limit: Annotated[int, Field(ge=0)] = 0,
@@ -43,7 +43,6 @@ def prepare(
     on_error="exclude" leaves out photographs that are not there, or without a readable trimap, and lists them in
     `attrs["excluded"]`. Raises ManifestError naming file, row and remedy.
     """
-    root = Path(root)
     needs = {**LISTS, "images/": "the photographs", "annotations/trimaps/": "the outlines"}
     paths = raw.require(root, {name: f"{what}; {HOW}" for name, what in needs.items()}, "oxford_pet")
     tables = []

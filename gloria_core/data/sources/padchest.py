@@ -15,36 +15,12 @@ from pydantic import validate_call
 
 from gloria_core.data import raw_folder as raw
 from gloria_core.data.manifest import ManifestError, OnError
+from gloria_core.data.sources import vocabulary
 from gloria_core.data.splits import assign_splits
 
 NAME = "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv"
 WHERE = "from https://bimcv.cipf.es/bimcv-projects/padchest/ (request form)"
-LABELS = {
-    "No Finding": "normal",
-    "Atelectasis": "atelectasis, laminar atelectasis, lobar atelectasis, round atelectasis, "
-    "segmental atelectasis, total atelectasis",
-    "Cardiomegaly": "cardiomegaly",
-    "Consolidation": "consolidation",
-    "Edema": "pulmonary edema",
-    "Emphysema": "emphysema",
-    "Fibrosis": "pulmonary fibrosis",
-    "Fracture": "rib fracture, callus rib fracture, clavicle fracture, humeral fracture, vertebral fracture",
-    "Hernia": "hiatal hernia",
-    "Infiltration": "infiltrates, interstitial pattern, alveolar pattern, ground glass pattern",
-    "Mass": "mass, pulmonary mass, soft tissue mass, mediastinal mass",
-    "Nodule": "nodule, multiple nodules",
-    "Pleural Effusion": "pleural effusion, loculated pleural effusion, loculated fissural effusion",
-    "Pleural_Thickening": "pleural thickening, apical pleural thickening, calcified pleural thickening",
-    "Pneumonia": "pneumonia, atypical pneumonia",
-    "Pneumothorax": "pneumothorax, hydropneumothorax",
-    "Support Devices": "NSG tube, central venous catheter, central venous catheter via jugular vein, "
-    "central venous catheter via subclavian vein, central venous catheter via umbilical vein, "
-    "reservoir central venous catheter, "
-    "endotracheal tube, tracheostomy tube, chest drain tube, gastrostomy tube, "
-    "ventriculoperitoneal drain tube, catheter, pacemaker, dual chamber device, "
-    "single chamber device, electrical device, dai",
-    "Tuberculosis": "tuberculosis",
-}
+LABELS = vocabulary("padchest", "labels")
 """Label columns, and the owner's findings (blanks around them are ignored) that count for each."""
 VIEWS = {"PA": "PA", "AP": "AP", "AP_horizontal": "AP", "L": "LATERAL"}
 FILLED = {"filled": True, "remedy": "give every image its study and patient"}
@@ -64,7 +40,7 @@ OPTIONAL = {"StudyDate_DICOM": "meta_date", "PatientBirth": "meta_birth", "Pedia
 
 @validate_call
 def prepare(
-    root: Path | str,
+    root: Path,
     *,
     labelled_by: Literal["all", "physician"] = "all",
     views: raw.ViewRule = "frontal",
@@ -79,7 +55,6 @@ def prepare(
     Labels are 1 or 0; 103 images without labels are listed as excluded. `impression` is the owner's stemmed Spanish.
     `meta_labels` has the owner's findings. Raises ManifestError naming file, row, column and remedy.
     """
-    root = Path(root)
     path = raw.require(root, {NAME: f"labels of 160,861 images, {WHERE}"}, "PadChest")[NAME]
     rows = raw.Rows(raw.read_table(path, COLUMNS, optional=OPTIONAL), source=path, cell=("ImageID", "name"))
     rows.exclude(rows.table["labels"] == "nan", "the owner gives no labels")
@@ -123,7 +98,6 @@ def _with_labels(table: pd.DataFrame, path: Path) -> pd.DataFrame:
             ) from error
     labels = {}
     for label, findings in LABELS.items():
-        terms = set(findings.split(", "))
-        labels[label] = column.map({text: float(bool(found & terms)) for text, found in names.items()})
+        labels[label] = column.map({text: float(not found.isdisjoint(findings)) for text, found in names.items()})
     joined = {text: "|".join(sorted(found)) for text, found in names.items()}
     return table.assign(**labels, meta_labels=column.map(joined))

@@ -59,7 +59,7 @@ def nih_patient(image: str) -> str:
 
 @validate_call
 def prepare(
-    root: Path | str,
+    root: Path,
     *,
     split_rule: Literal["patient", "published", "published_detection"] = "patient",
     headers: bool = False,
@@ -77,7 +77,6 @@ def prepare(
     on_error="exclude" leaves out images that are not there and lists them in `attrs["excluded"]`.
     Raises ManifestError naming file, row, column and remedy.
     """
-    root = Path(root)
     paths = raw.require(root, {LABELS: f"the boxes; {HOW}", IMAGES: f"the DICOM images; {HOW}"}, "rsna_pneumonia")
     table, boxes = read_labels(paths[LABELS])
     table = table.sort_values("study_id")

@@ -26,7 +26,7 @@ MATCHES = "rsna_to_nih.csv"
 
 
 @validate_call
-def prepare(root: Path | str, *, seed: int = 0, on_error: OnError = "raise") -> pd.DataFrame:
+def prepare(root: Path, *, seed: int = 0, on_error: OnError = "raise") -> pd.DataFrame:
     """The checked manifest: label "Pneumonia" (RSNA's Target), boxes in pixels of the image files, one study an image.
 
     Splits of 70/10/20 % and label ranks follow `seed`, patient-disjoint and stratified by the label. Where NIH's table
@@ -37,7 +37,6 @@ def prepare(root: Path | str, *, seed: int = 0, on_error: OnError = "raise") -> 
     judge within a source.
     Raises ManifestError naming file, row, column and remedy.
     """
-    root = Path(root)
     needs = {LABELS: "RSNA's labels; Kaggle", MATCHES: "the match of RSNA's ids to NIH's images"}
     path, matches = raw.require(root, needs, "rsna_sample").values()
     images, boxes = read_labels(path)

@@ -41,7 +41,7 @@ PICTURE = {
 
 @validate_call
 def prepare(
-    root: Path | str,
+    root: Path,
     *,
     table: str = "",
     split_rule: Literal["patient", "published"] = "patient",
@@ -63,7 +63,7 @@ def prepare(
     on_error="exclude" leaves out images that are not there and lists them in `attrs["excluded"]`.
     Raises ManifestError naming file, row, column and remedy, also for broken runs.
     """
-    root, pattern = Path(root), table or TABLES
+    pattern = table or TABLES
     needs = {pattern: f"the runs or labels; {HOW}; option table=... names another"}
     path = raw.require(root, needs, "siim_pneumothorax")[pattern]
     pictures = "new_filename" in raw.header_of(path)

@@ -19,6 +19,7 @@ from torchvision.ops import box_iou
 
 from gloria_core.data import raw_folder as raw
 from gloria_core.data.manifest import ManifestError, OnError
+from gloria_core.data.sources import vocabulary
 from gloria_core.data.splits import assign_splits, random_split
 
 Readers = Literal["union", "majority"]
@@ -29,32 +30,13 @@ NAMES = {"No finding": NO_FINDING, "Other diseases": "Other disease"}
 CORNERS = ["x_min", "y_min", "x_max", "y_max"]
 HOW = "PhysioNet, vindr-cxr (credentialed), or Kaggle, vinbigdata-chest-xray-abnormalities-detection"
 IMAGE = raw.Column("study_id", path=True, filled=True)
-CXR_CLIP_LABELS = (
-    "Aortic enlargement",
-    "Atelectasis",
-    "Calcification",
-    "Cardiomegaly",
-    "Consolidation",
-    "ILD",
-    "Infiltration",
-    "Lung Opacity",
-    "Mediastinal shift",
-    "Nodule/Mass",
-    "Pleural effusion",
-    "Pleural thickening",
-    "Pneumothorax",
-    "Pulmonary fibrosis",
-    "Rib fracture",
-    "Lung tumor",
-    "Pneumonia",
-    "Tuberculosis",
-)
+CXR_CLIP_LABELS = vocabulary("vindr_cxr", "cxr_clip_labels")
 """The 18 targets of CXR-CLIP (You et al. 2023): those with more than ten positive test images."""
 
 
 @validate_call
 def prepare(
-    root: Path | str,
+    root: Path,
     *,
     readers: Readers = "union",
     overlap: Annotated[float, Field(gt=0, le=1)] = 0.5,
@@ -76,7 +58,6 @@ def prepare(
     on_error="exclude" leaves out images that are not there and lists them in `attrs["excluded"]`.
     Raises ManifestError naming file, row, column and remedy.
     """
-    root = Path(root)
     parts, tables = [], _tables(root)
     for split, boxes_path, labels_path in tables:
         boxes = read_boxes(boxes_path)
