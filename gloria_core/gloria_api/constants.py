@@ -20,13 +20,7 @@ CHEXPERT_REPORT_COL = "Report Impression"
 # the original's order: Lung Lesion before Lung Opacity
 CHEXPERT_TASKS = [*CHEXPERT_LABELS[:3], "Lung Lesion", "Lung Opacity", *CHEXPERT_LABELS[5:]]
 CHEXPERT_COMPETITION_TASKS = list(COMPETITION_LABELS)
-CHEXPERT_UNCERTAIN_MAPPINGS = {
-    "Atelectasis": 1,
-    "Cardiomegaly": 0,
-    "Consolidation": 0,
-    "Edema": 1,
-    "Pleural Effusion": 1,
-}
+CHEXPERT_UNCERTAIN_MAPPINGS = dict(zip(COMPETITION_LABELS, (1, 0, 0, 1, 1), strict=True))
 PNEUMOTHORAX_IMG_SIZE = 1024
 PNEUMOTHORAX_TRAIN_PCT = PNEUMONIA_TRAIN_PCT = 0.7
 

@@ -21,13 +21,7 @@ from gloria_core.data.geometry import Geometry, center_crop
 from gloria_core.data.images import read_gray, to_tensor
 from gloria_core.data.prompts import gloria_class_prompts
 from gloria_core.data.reports import ReportError, clean_report, legacy_cap_len
-from gloria_core.data.tokenizer import (
-    TokenizerError,
-    load_tokenizer,
-    text_batch_from_ids,
-    tokenize,
-    vocabulary_list,
-)
+from gloria_core.data.tokenizer import TokenizerError, load_tokenizer, text_batch_from_ids, tokenize, vocabulary_list
 from gloria_core.models.heads import cosine_matrix
 from gloria_core.models.word_region import attend, word_region_similarity
 from gloria_core.objectives.gloria import PUBLISHED_INFERENCE
@@ -102,12 +96,10 @@ class GLoRIAModel(nn.Module):
         if not published and not all(cleaned):
             raise ReportError(f"{texts[cleaned.index('')][:40]!r} has no word to compare with")
         batch = tokenize(self.tokenizer, cleaned, max_tokens=width, allow_empty=True)
-        columns = zip(IDS, (batch.input_ids, batch.attention_mask, batch.token_type_ids), strict=True)
-        fill = {"caption_ids": self.tokenizer.pad_token_id}
-        processed = {
-            name: F.pad(ids, (0, width - ids.shape[1]), value=fill.get(name, 0)).to(self._device(device))
-            for name, ids in columns
-        }
+        missing, fill = (0, width - batch.input_ids.shape[1]), self.tokenizer.pad_token_id
+        ids = F.pad(batch.input_ids, missing, value=fill)
+        masks = (F.pad(mask, missing) for mask in (batch.attention_mask, batch.token_type_ids))
+        processed = {name: column.to(self._device(device)) for name, column in zip(IDS, (ids, *masks), strict=True)}
         lengths = [legacy_cap_len(one) for one in texts] if published else (batch.word_ids.amax(dim=1) - 1).tolist()
         return processed | {"cap_lens": lengths}
 
@@ -152,13 +144,8 @@ class GLoRIAModel(nn.Module):
         self, caption_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor
     ) -> tuple[Tensor, Tensor, list[list[str]]]:
         """Words (N, D, L), sentence vectors (N, D), and the words as text, padded with "[PAD]" to L."""
-        tokenizer, width = self.tokenizer, caption_ids.shape[1]
-        batch = text_batch_from_ids(
-            caption_ids,
-            attention_mask,
-            token_type_ids,
-            vocabulary=vocabulary_list(tokenizer),
-        )
+        vocabulary, width = vocabulary_list(self.tokenizer), caption_ids.shape[1]
+        batch = text_batch_from_ids(caption_ids, attention_mask, token_type_ids, vocabulary=vocabulary)
         features = self.model.encode_texts(batch)
         words = F.pad(features.words, (0, 0, 0, width - features.words.shape[1])).transpose(1, 2)
         return words, features.sentence, [[*row, *["[PAD]"] * (width - len(row))] for row in batch.words]
@@ -290,10 +277,11 @@ def zero_shot_classification(
     joined: dict[str, Any] = {name: torch.cat([texts[name] for texts in cls_txt_mapping.values()]) for name in IDS}
     joined["cap_lens"] = [length for texts in cls_txt_mapping.values() for length in texts["cap_lens"]]
     similarity = get_similarities(gloria_model, imgs, joined, "both", batch_size=batch_size, progress=progress)
-    keys = [f"{name}/{i}" for name, texts in cls_txt_mapping.items() for i in range(len(texts["caption_ids"]))]
-    prompts = {name: [key for key in keys if key.rpartition("/")[0] == name] for name in cls_txt_mapping}
+    names, counts = list(cls_txt_mapping), [len(texts["caption_ids"]) for texts in cls_txt_mapping.values()]
+    best = [part.max(axis=1) for part in np.split(similarity, np.cumsum(counts)[:-1], axis=1)]
     scaled: Normalise = normalise if len(imgs) > 1 else "none"
-    return pd.DataFrame(combine(similarity, keys, prompts, scoring="max", normalise=scaled), columns=list(prompts))
+    scores = combine(np.stack(best, axis=1), names, {name: [name] for name in names}, normalise=scaled)
+    return pd.DataFrame(scores, columns=names)
 
 
 def generate_chexpert_class_prompts(n: int = 5, *, seed: int | None = 6) -> dict[str, list[str]]:

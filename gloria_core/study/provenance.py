@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
-from hashlib import sha256
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -46,10 +45,8 @@ def path_fingerprint(root: Path, path: str) -> str:
 
 def package_hash() -> str:
     """16 hex digits that change with any module of gloria_core."""
-    digest = sha256()
-    for file in sorted((PACKAGE_PARENT / "gloria_core").rglob("*.py")):
-        digest.update(file.relative_to(PACKAGE_PARENT).as_posix().encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()[:16]
+    files = sorted((PACKAGE_PARENT / "gloria_core").rglob("*.py"))
+    return content_hash([(file.relative_to(PACKAGE_PARENT).as_posix(), file.read_text("utf-8")) for file in files])
 
 
 def provenance(root: Path) -> dict[str, Any]:
@@ -69,7 +66,8 @@ def provenance(root: Path) -> dict[str, Any]:
 
 def _git(root: Path, *arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
+        return subprocess.check_output(
+            ["git", "-C", str(root), *arguments], stderr=subprocess.DEVNULL, text=True, timeout=60
+        ).strip()
+    except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
