@@ -9,7 +9,8 @@ Run-length codes (RLE) read an image column by column, top to bottom, as numbers
 | "coco" | lengths of background and foreground in turn | one number | COCO's uncompressed `counts` |
 
 The released SIIM table has a space before the column name and before "-1" (`" EncodedPixels"`, `" -1"`). Spaces are
-ignored here; code that compares with "-1" exactly takes every image for a positive one.
+ignored here; code that compares with "-1" exactly takes every image for a positive one. An image with several lesions
+has several rows: unite their masks, and split a dataset by image, never by row.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ SIIM_SIDE = 1024
 
 
 class RleError(ValueError):
-    """Runs that are no mask of this image; the message says what is wrong, and in a table the row."""
+    """Runs that are no mask of this image; the message says what is wrong."""
 
 
 def decode_rle(text: str | Iterable[int] | float, height: int, width: int, *, format: Format) -> NDArray[np.bool_]:
@@ -87,45 +88,11 @@ def encode_rle(mask: NDArray, *, format: Format) -> str:
     return " ".join(map(str, counts))
 
 
-def masks_of_table(
-    table: pd.DataFrame,
-    *,
-    format: Format,
-    shapes: tuple[int, int] | Mapping[str, tuple[int, int]],
-    image: str = "ImageId",
-    pixels: str = "EncodedPixels",
-    source: str = "the table",
-) -> dict[str, NDArray[np.bool_]]:
-    """One mask an image, the union of its rows: an image with several lesions has several rows.
-
-    `shapes`: (height, width) of all images, or by image name. Spaces around column names and cells are ignored. An
-    image whose rows are all empty has an empty mask. So split a dataset by image, never by row.
-    Raises: RleError naming source, row (as in the CSV, the header is row 1) and image; KeyError for a missing column.
-    """
-    columns = {str(name).strip(): name for name in table.columns}
-    for name in (image, pixels):
-        if name not in columns:
-            raise KeyError(f"{source} has no column {name!r}; it has {', '.join(columns)}")
-    masks: dict[str, NDArray[np.bool_]] = {}
-    cells = zip(table[columns[image]], table[columns[pixels]], strict=True)
-    for row, (name, cell) in enumerate(cells, start=2):
-        name = str(name).strip()
-        shape = shapes.get(name) if isinstance(shapes, Mapping) else shapes
-        if shape is None:
-            raise RleError(f"{source}, row {row}: no height and width given for image {name!r}")
-        try:
-            mask = decode_rle(cell, *shape, format=format)
-        except RleError as error:
-            raise RleError(f"{source}, row {row}, image {name!r}: {error}") from None
-        masks[name] = mask | masks.get(name, False)
-    return masks
-
-
-def table_of_masks(
-    masks: Mapping[str, NDArray], *, format: Format, image: str = "ImageId", pixels: str = "EncodedPixels"
-) -> pd.DataFrame:
-    """One row an image, in the order given: what a contest takes as a submission."""
-    return pd.DataFrame({image: list(masks), pixels: [encode_rle(mask, format=format) for mask in masks.values()]})
+def table_of_masks(masks: Mapping[str, NDArray], *, format: Format) -> pd.DataFrame:
+    """One row an image, in the order given, with columns ImageId and EncodedPixels: what a contest takes."""
+    return pd.DataFrame(
+        {"ImageId": list(masks), "EncodedPixels": [encode_rle(mask, format=format) for mask in masks.values()]}
+    )
 
 
 def _check_format(format: str) -> None:

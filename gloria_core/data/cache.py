@@ -151,12 +151,8 @@ class ImageCache:
             lines = [f"  study {item['study_id']}, row {item['row']}: {item['reason']}" for item in excluded[:_LISTED]]
             if len(excluded) > _LISTED:
                 lines.append(f"  ... and {len(excluded) - _LISTED} more studies")
-            raise ImageError(
-                f"{len(bad)} of {len(paths)} images under {root} cannot be used:\n"
-                + "\n".join(lines)
-                + "\nRepair them "
-                "and build again (what is done is kept), or leave the studies out with on_error='exclude'."
-            )
+            lines.append("Repair them and build again (what is done is kept), or use on_error='exclude'.")
+            raise ImageError("\n".join([f"{len(bad)} of {len(paths)} images under {root} cannot be used:", *lines]))
         content = json.dumps({"format": FORMAT, "size": size, "behavior": behavior, "paths": paths, "bad": bad})
         if not index.exists() or index.read_text() != content:
             atomic_write(index, content)
@@ -247,10 +243,8 @@ def fill(
             print(f"{len(mine) - len(todo):,} of {len(mine):,} images are in the cache already", flush=True)
         blocks = [todo[start : start + _BLOCK] for start in range(0, len(todo), _BLOCK)]
         random.shuffle(blocks)  # builds that run side by side meet rarely
-        bar = tqdm(
-            total=len(todo), desc="decode images", unit=" images", mininterval=5, disable=not (progress and todo)
-        )
-        with bar:
+        hidden = not (progress and todo)
+        with tqdm(total=len(todo), desc="decode images", unit=" images", mininterval=5, disable=hidden) as bar:
             for block in blocks:
                 missing = [row for row in block if not rows["record"]["done"][row]]
                 jobs = [pool.submit(_decode, root, paths[row], dtype, behavior) for row in missing]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -76,13 +75,9 @@ def _named(frame: pd.DataFrame, listed: pd.DataFrame) -> set[str]:
 
 def _by_path(frame: pd.DataFrame, names: list[str]) -> dict[str, list[str]]:
     """For each path of the list its studies, whichever of list and manifest has more leading folders."""
-    exact: dict[str, set[str]] = defaultdict(set)
-    shortened: dict[str, set[str]] = defaultdict(set)
-    for study, cell in zip(frame["study_id"], frame["images"], strict=True):
-        for path in cell.split(";"):
-            exact[path].add(study)
-            for ending in _endings(path):
-                shortened[ending].add(study)
+    table = frame[["study_id", "images"]].assign(path=frame["images"].str.split(";")).explode("path")
+    table = table.assign(ending=table["path"].map(_endings)).explode("ending")
+    exact, shortened = (table.groupby(column)["study_id"].agg(set).to_dict() for column in ("path", "ending"))
     return {
         name: sorted(next((exact[end] for end in _endings(name) if end in exact), shortened.get(name, ())))
         for name in names
