@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
 import io
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from PIL import Image
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
-from pydicom.uid import ComputedRadiographyImageStorage, ExplicitVRLittleEndian, JPEGBaseline8Bit, generate_uid
+from pydicom.uid import ComputedRadiographyImageStorage, JPEGBaseline8Bit, generate_uid
 
 from gloria_core.phantom.disease import course
-from gloria_core.phantom.study import PhantomStudy, study
+from gloria_core.phantom.study import PhantomStudy, Region, study
+
+NAMES = json.loads(Path(__file__).with_name("names.json").read_text(encoding="utf-8"))
+"""By dataset, the owner's name of each label."""
 
 
 def simulate(
-    n_studies: int, *, size: int, seed: int, lateral: bool = False, half_with: Sequence[str] = ()
+    n_studies: int, *, size: int, seed: int, lateral: bool = False, half_with: Collection[str] = ()
 ) -> list[PhantomStudy]:
     """The first `n_studies` studies of a seed, images of (size, size).
 
@@ -37,7 +40,7 @@ def simulate(
     return sorted([*drawn[True], *drawn[False]], key=lambda one: (one.patient.patient, one.number))
 
 
-def regions_of(one: PhantomStudy, labels: Sequence[str]) -> list:
+def regions_of(one: PhantomStudy, labels: Collection[str]) -> list[Region]:
     """The frontal regions of a study with one of the labels."""
     return [region for region in one.regions if region.label in labels and region.view == "frontal"]
 
@@ -62,46 +65,51 @@ def write_dicom(path: Path, pixels: np.ndarray, *, bits: int = 8, white_is_zero:
     path.parent.mkdir(parents=True, exist_ok=True)
     data = Dataset()
     data.file_meta = FileMetaDataset()
-    data.file_meta.TransferSyntaxUID = JPEGBaseline8Bit if bits == 8 else ExplicitVRLittleEndian
     data.SOPClassUID = data.file_meta.MediaStorageSOPClassUID = ComputedRadiographyImageStorage
     data.SOPInstanceUID = data.file_meta.MediaStorageSOPInstanceUID = generate_uid(entropy_srcs=[path.name])
     data.Modality, data.PatientID, data.BodyPartExamined = "CR", path.stem, "CHEST"
     for name, value in tags.items():
         setattr(data, name, value)
-    data.Rows, data.Columns = pixels.shape
-    data.SamplesPerPixel, data.PixelRepresentation = 1, 0
-    data.PhotometricInterpretation = "MONOCHROME1" if white_is_zero else "MONOCHROME2"
-    data.BitsAllocated, data.BitsStored, data.HighBit = (8 if bits == 8 else 16), bits, bits - 1
     values = pixels.astype(np.uint16) * (2**bits - 1) // 255
     values = 2**bits - 1 - values if white_is_zero else values
+    values, kind = (
+        values.astype(np.uint8 if bits == 8 else np.uint16),
+        "MONOCHROME1" if white_is_zero else "MONOCHROME2",
+    )
+    data.set_pixel_data(values, kind, bits, generate_instance_uid=False)
     if bits == 8:
         jpeg = io.BytesIO()
-        Image.fromarray(values.astype(np.uint8)).save(jpeg, "JPEG", quality=95)
+        Image.fromarray(values).save(jpeg, "JPEG", quality=95)
+        data.file_meta.TransferSyntaxUID = JPEGBaseline8Bit
         data.PixelData = encapsulate([jpeg.getvalue()])
-        data["PixelData"].VR = "OB"
-    else:
-        data.PixelData = values.astype("<u2").tobytes()
-        data["PixelData"].VR = "OW"
     data.save_as(path, enforce_file_format=True)
 
 
-def write_table(path: Path, rows: Iterable[Mapping[str, object]], *, header: Sequence[str] = ()) -> None:
+def write_table(path: Path, rows: Iterable[Mapping], *, header: Sequence[str] | bool = True) -> None:
     """A CSV, packed where the name ends in .gz. header: written in place of the keys of the rows."""
-    rows = list(rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header or rows[0])
-    writer.writerows(row.values() for row in rows)
-    content = text.getvalue().encode()
-    path.write_bytes(gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
+    packed = {"method": "gzip", "mtime": 1} if path.suffix == ".gz" else None
+    pd.DataFrame(list(rows), dtype=object).to_csv(path, index=False, header=header, compression=packed)
 
 
-def cell(value: float) -> str:
-    """A label as CheXpert and MIMIC-CXR write it: 1.0, 0.0, -1.0, or blank."""
-    return "" if value != value else f"{value:.1f}"
+def write_lists(root: Path, lists: Mapping[str, list[str]]) -> None:
+    """Text files, by name: a line each entry."""
+    for name, lines in lists.items():
+        (root / name).write_text("\n".join(lines) + "\n")
 
 
-def xywh(region, size: int, original: int = 0) -> list[float]:
-    """The box of a region in pixels of the file, or of an original of `original` pixels a side."""
-    return [value * (original / size if original else 1) for value in region.box]
+def rough_lungs(size: int) -> np.ndarray:
+    """A mask of the lung field on the image's left, drawn roughly. Shape: (size, size) bool."""
+    mask = np.zeros((size, size), bool)
+    mask[size // 5 : 4 * size // 5, size // 6 : 2 * size // 5] = True
+    return mask
+
+
+def label_cells(one: PhantomStudy) -> dict[str, str]:
+    """The labels as CheXpert and MIMIC-CXR write them: 1.0, 0.0, -1.0, or blank."""
+    return {name: "" if np.isnan(value) else f"{value:.1f}" for name, value in one.labels.items()}
+
+
+def original_box(region: Region) -> list[float]:
+    """x, y, width and height in pixels of an original with sides of 1024, as NIH and RSNA count them."""
+    return [value * (1024 / len(region.mask)) for value in region.box]

@@ -7,60 +7,49 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from gloria_core.phantom.raw_folders.files import regions_of, simulate, write_dicom, write_picture, write_table
+from gloria_core.phantom.raw_folders import files
 
 SIIM_PIXELS = 1024
 
 
 def _relative_runs(mask: np.ndarray) -> str:
     """SIIM's run lengths: down the columns, each start counted from the end of the run before."""
-    flat = np.concatenate([[False], mask.T.ravel(), [False]])
-    edges = np.flatnonzero(flat[1:] != flat[:-1])
-    starts, ends = edges[::2], edges[1::2]
-    offsets = np.diff(np.concatenate([[0], starts])) - np.concatenate([[0], (ends - starts)[:-1]])
-    return " ".join(f"{offset} {length}" for offset, length in zip(offsets, ends - starts, strict=True))
+    edges = np.flatnonzero(np.diff(mask.T.ravel(), prepend=False, append=False))
+    return " ".join(map(str, np.diff(edges, prepend=0)))
 
 
 def siim_pneumothorax(root: Path, *, n_studies: int, size: int, seed: int) -> None:
     """Stage 1: DICOM in folders of study and series, runs in train-rle.csv. Oddities: a blank before the name
     EncodedPixels and before every -1; several rows of an image."""
     rows = []
-    for i, one in enumerate(simulate(n_studies, size=size, seed=seed, half_with=("Pneumothorax",))):
+    for i, one in enumerate(files.simulate(n_studies, size=size, seed=seed, half_with=("Pneumothorax",))):
         name = f"1.2.276.0.7230010.3.1.4.8323329.{1000 + i}.1517875{i:06d}.{100 + seed}"
         folder = f"dicom-images-train/1.2.276.0.7230010.3.1.2.{i}/1.2.276.0.7230010.3.1.3.{i}"
         large = np.asarray(Image.fromarray(one.images["frontal"]).resize((SIIM_PIXELS, SIIM_PIXELS)))
-        write_dicom(root / folder / f"{name}.dcm", large, ViewPosition=one.projection, PatientSex=one.patient.sex)
-        masks = [region.mask for region in regions_of(one, ("Pneumothorax",))]
-        for mask in masks:
-            full = np.asarray(Image.fromarray(mask).resize((SIIM_PIXELS, SIIM_PIXELS), Image.Resampling.NEAREST))
-            rows.append({"ImageId": name, " EncodedPixels": f" {_relative_runs(full)}"})
-        if not masks:
-            rows.append({"ImageId": name, " EncodedPixels": " -1"})
-    write_table(root / "train-rle.csv", rows)
-
-
-def _lungs(size: int) -> np.ndarray:
-    """A mask of the image's left lung field, drawn roughly."""
-    mask = np.zeros((size, size), bool)
-    mask[size // 5 : 4 * size // 5, size // 6 : 2 * size // 5] = True
-    return mask
+        files.write_dicom(root / folder / f"{name}.dcm", large, ViewPosition=one.projection, PatientSex=one.patient.sex)
+        runs = []
+        for region in files.regions_of(one, ("Pneumothorax",)):
+            full = Image.fromarray(region.mask).resize((SIIM_PIXELS, SIIM_PIXELS), Image.Resampling.NEAREST)
+            runs.append(_relative_runs(np.asarray(full)))
+        rows += [{"ImageId": name, " EncodedPixels": f" {text}"} for text in runs or ["-1"]]
+    files.write_table(root / "train-rle.csv", rows)
 
 
 def montgomery_shenzhen(root: Path, *, n_studies: int, size: int, seed: int) -> None:
     """Both sets with readings; a mask a side in Montgomery, one of both in Shenzhen. Oddity: images without a mask."""
-    for i, one in enumerate(simulate(n_studies, size=size, seed=seed)):
+    for i, one in enumerate(files.simulate(n_studies, size=size, seed=seed)):
         sick = int(one.labels["No Finding"] != 1)
         folder, stem = (("MontgomerySet", "MCUCXR"), ("ChinaSet_AllFiles", "CHNCXR"))[i % 2]
-        name, left = f"{stem}_{i + 1:04d}_{sick}", _lungs(size)
-        write_picture(root / f"{folder}/CXR_png/{name}.png", one.images["frontal"])
+        name, left = f"{stem}_{i + 1:04d}_{sick}", files.rough_lungs(size)
+        files.write_picture(root / f"{folder}/CXR_png/{name}.png", one.images["frontal"])
         age, sex = one.patient.age, one.patient.sex
         if i % 2 == 0:
             for side, mask in (("left", left[:, ::-1]), ("right", left)):
-                write_picture(root / f"MontgomerySet/ManualMask/{side}Mask/{name}.png", mask)
+                files.write_picture(root / f"MontgomerySet/ManualMask/{side}Mask/{name}.png", mask)
             text = f"Patient's Sex: {sex}\nPatient's Age: {age:03d}Y\n{one.impression}\n"
         else:
             if i % 8 != 1:
-                write_picture(root / f"mask/{name}_mask.png", left | left[:, ::-1])
+                files.write_picture(root / f"mask/{name}_mask.png", left | left[:, ::-1])
             text = f"{ {'M': 'male', 'F': 'female'}[sex] } {age}yrs\n{one.impression}\n"
         readings = root / folder / "ClinicalReadings"
         readings.mkdir(exist_ok=True)
@@ -70,7 +59,7 @@ def montgomery_shenzhen(root: Path, *, n_studies: int, size: int, seed: int) -> 
 def oxford_pet(root: Path, *, n_studies: int, size: int, seed: int) -> None:
     """Photographs with trimaps (1 pet, 2 background, 3 border); a bright disc or square is the pet here."""
     rng = np.random.default_rng(seed)
-    lines: dict[str, list[str]] = {"trainval": [], "test": []}
+    lines: dict[str, list[str]] = {"trainval.txt": [], "test.txt": []}
     across, down = np.meshgrid(np.arange(size), np.arange(size))
     for i in range(n_studies):
         cat, radius = i % 2 == 0, size * rng.uniform(0.15, 0.3)
@@ -78,12 +67,8 @@ def oxford_pet(root: Path, *, n_studies: int, size: int, seed: int) -> None:
         distance = np.hypot(across - x, down - y) if cat else np.maximum(abs(across - x), abs(down - y))
         pixels = np.where(distance < radius, 200, 60) + rng.integers(-20, 20, (size, size))
         name = f"{'Abyssinian' if cat else 'beagle'}_{i + 1}"
-        write_picture(root / f"images/{name}.jpg", np.stack([pixels.astype(np.uint8)] * 3, axis=-1))
+        files.write_picture(root / f"images/{name}.jpg", np.stack([pixels.astype(np.uint8)] * 3, axis=-1))
         trimap = np.where(distance < radius - 2, 1, np.where(distance < radius + 2, 3, 2)).astype(np.uint8)
-        write_picture(root / f"annotations/trimaps/{name}.png", trimap)
-        lines["trainval" if i % 4 else "test"].append(f"{name} {1 if cat else 5} {1 if cat else 2} 1")
-    for name, rows in lines.items():
-        (root / f"annotations/{name}.txt").write_text("\n".join(rows) + "\n")
-
-
-WRITERS = {"siim_pneumothorax": siim_pneumothorax, "montgomery_shenzhen": montgomery_shenzhen, "oxford_pet": oxford_pet}
+        files.write_picture(root / f"annotations/trimaps/{name}.png", trimap)
+        lines["trainval.txt" if i % 4 else "test.txt"].append(f"{name} {1 if cat else 5} {1 if cat else 2} 1")
+    files.write_lists(root / "annotations", lines)
