@@ -29,7 +29,7 @@ def acquire(density: Array, exposure: Exposure, rng: np.random.Generator) -> Arr
     image = density + exposure.veil * (_scatter(density, size) - 0.35 * density)
     image = blur(image, exposure.blur * size / 128)
     image = (image - 0.48) * exposure.contrast + 0.48 + exposure.brightness
-    # the film's S-curve: shoulders at both ends, nearly straight between
+    # the S-curve of a radiograph: shoulders at both ends, nearly straight between
     image = 0.5 + 0.5 * np.tanh(1.45 * (image - 0.50)) / np.float32(np.tanh(1.45 * 0.58))
     image = clip01(image) ** np.float32(exposure.gamma)
     # fewer photons behind dense parts, hence more noise there; finer pixels catch fewer still

@@ -119,9 +119,8 @@ class Canvas:
             return layer
         wide, high = x1 - x0 + 2 * margin, y1 - y0 + 2 * margin
         at = at - (x0 - margin, y0 - margin)
-        weight = np.broadcast_to(weight * (self.unit * np.sqrt(2 * np.pi) * sigma_px), len(at))
         near = ((at >= 0) & (at < (wide - 1, high - 1))).all(axis=1)
-        at, weight = at[near], weight[near]
+        at, weight = at[near], weight[near] * (self.unit * np.sqrt(2 * np.pi) * sigma_px)
         low = at.astype(np.intp)
         right, down = (at - low).T
         base = low[:, 1] * wide + low[:, 0]

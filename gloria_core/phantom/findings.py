@@ -120,8 +120,7 @@ def edema(scene: Scene, finding: Finding) -> Array:
             ends = [[sign * (wall - 0.012), y], [sign * (wall - 0.012 - rng.uniform(0.045, 0.085)), y + 0.004]]
             kerley += scene.line(ends, 0.0042, 0.16 * finding.strength)
     scene.extra += kerley * scene.air
-    lungs = np.maximum(scene.lung["left"], scene.lung["right"])
-    return (wings > 0.36) & (lungs > 0.5)
+    return (wings > 0.36) & (scene.lungs("bilateral") > 0.5)
 
 
 def plate_atelectasis(scene: Scene, finding: Finding) -> Array:
@@ -171,10 +170,9 @@ def nodule_or_mass(scene: Scene, finding: Finding) -> Array:
     small, large = (0.038, 0.062) if finding.kind == "nodule" else (0.085, 0.140)
     radius = small + (large - small) * finding.severity
     shape = scene.disc(x, y, radius, radius * rng.uniform(0.85, 1.1), rng.uniform(0, 3))
-    for _ in range(3):
-        a = rng.uniform(0, 2 * np.pi)
-        dx, dy = 0.45 * radius * np.cos(a), 0.45 * radius * np.sin(a)
-        shape = np.maximum(shape, 0.9 * scene.disc(x + dx, y + dy, 0.72 * radius))
+    for a in rng.uniform(0, 2 * np.pi, 3):
+        lobe = scene.disc(x + 0.45 * radius * np.cos(a), y + 0.45 * radius * np.sin(a), 0.72 * radius)
+        shape = np.maximum(shape, 0.9 * lobe)
     shape = clip01(shape) ** 0.45 * (scene.lungs(side) > 0.02)
     amount = (0.23 + 0.13 * finding.severity + (0.05 if finding.kind == "mass" else 0.0)) * doubt(finding)
     scene.extra += shape * np.float32(amount)
@@ -235,15 +233,14 @@ def pneumothorax(scene: Scene, finding: Finding) -> Array:
 
 def pleural_thickening(scene: Scene, finding: Finding) -> Array:
     """Pleural thickening: a dense rind along the lateral wall of one zone, or a cap over the apex."""
-    side = finding.side
-    y, depth = scene.y, 0.035 + 0.035 * finding.severity
+    depth = 0.035 + 0.035 * finding.severity
     if finding.kind == "cap":
         roof = scene.profile((-1.2, 1.2), (-1.2, 1.2)) - scene.patient.apex
         rind = scene.edge(depth * 2.6 - roof - 0.6 * np.maximum(0, 0.05 - scene.wall), 0.02)
     else:
-        middle = scene.zone_height(finding.zone)
-        rind = scene.edge(depth * np.exp(-(((y - middle) / 0.17) ** 4)) - scene.wall, 0.010)
-    rind = rind * scene.lung[side]
+        height = scene.y - scene.zone_height(finding.zone)
+        rind = scene.edge(depth * np.exp(-((height / 0.17) ** 4)) - scene.wall, 0.010)
+    rind = rind * scene.lung[finding.side]
     scene.fill(rind * np.float32((0.45 + 0.4 * finding.severity) * doubt(finding)))
     return rind > 0.5
 
@@ -301,19 +298,16 @@ def gastric_tube(scene: Scene, finding: Finding) -> Array:
 def venous_catheter(scene: Scene, finding: Finding) -> Array:
     """Central venous catheter from the neck or under the clavicle to the superior vena cava."""
     sign, tip = SIGN[finding.side], 0.02 + 0.10 * ((finding.form >> 8) % 97) / 97
-    if finding.form % 2:
-        start = [[sign * 0.26, -1.2], [sign * 0.19, -0.85], [sign * 0.13, -0.62]]
-    else:
-        start = [[sign * 0.72, -0.50], [sign * 0.46, -0.60], [sign * 0.20, -0.57]]
+    jugular, subclavian = [[0.26, -1.2], [0.19, -0.85], [0.13, -0.62]], [[0.72, -0.50], [0.46, -0.60], [0.20, -0.57]]
+    start = [[sign * x, y] for x, y in (jugular if finding.form % 2 else subclavian)]
     cross = [[-0.02, -0.48]] if finding.side == "left" else []
     return wire(scene, [*start, *cross, [-0.105, -0.36], [-0.115, -0.15], [-0.112, tip]], 0.0085, 0.25)
 
 
 def chest_tube(scene: Scene, finding: Finding) -> Array:
     """Chest tube through the lateral wall towards the apex."""
-    sign = SIGN[finding.side]
-    knots = [[sign * 1.05, 0.34], [sign * 0.76, 0.22], [sign * 0.60, 0.05], [sign * 0.52, -0.25], [sign * 0.40, -0.52]]
-    return wire(scene, knots, 0.015, 0.24, hollow=0.45)
+    knots = [[1.05, 0.34], [0.76, 0.22], [0.60, 0.05], [0.52, -0.25], [0.40, -0.52]]
+    return wire(scene, [[SIGN[finding.side] * x, y] for x, y in knots], 0.015, 0.24, hollow=0.45)
 
 
 def pacemaker(scene: Scene, finding: Finding) -> Array:
@@ -327,8 +321,7 @@ def pacemaker(scene: Scene, finding: Finding) -> Array:
     top = [[x - sign * 0.04, y - 0.11], [sign * 0.38, -0.62], [sign * 0.17, -0.57]]
     cross = [[-0.01, -0.50]] if finding.side == "left" else []
     vena = [*top, *cross, [-0.10, -0.36], [-0.115, -0.10]]
-    mask = box > 0.5
-    mask |= wire(scene, [*vena, [-0.13, 0.08], [-0.09, 0.17], [-0.05, 0.10]], 0.0065, 0.22)
+    mask = (box > 0.5) | wire(scene, [*vena, [-0.13, 0.08], [-0.09, 0.17], [-0.05, 0.10]], 0.0065, 0.22)
     return mask | wire(scene, [*vena, [-0.08, 0.20], [0.08, 0.33], [0.25, 0.36]], 0.0065, 0.22)
 
 
@@ -353,8 +346,7 @@ def ecg_leads(scene: Scene, finding: Finding) -> Array:
     ends = ends + rng.normal(0, 0.04, (5, 2))
     for k in np.flatnonzero(rng.random(5) < 0.85):
         x, y = ends[k]
-        disc = scene.edge(scene.disc(x, y, 0.028) * 0.014, 0.004)
-        scene.extra += 0.30 * disc
+        scene.extra += 0.30 * scene.edge(scene.disc(x, y, 0.028) * 0.014, 0.004)
         mask |= scene.disc(x, y, 0.045) > 0
         far = [x * 1.2 + rng.normal(0, 0.1), 1.2]
         knots = [[x, y], [x * 1.12, y + 0.16], [(x + far[0]) / 2 + rng.normal(0, 0.06), 0.75], far]

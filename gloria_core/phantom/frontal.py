@@ -19,11 +19,6 @@ def wall_curve(patient: Patient) -> Array:
     return 0.27 + (patient.width - 0.27) * np.sqrt(1 - (1 - t) ** 2.7) - 0.03 * clip01(y - 0.45)
 
 
-def _medial_curve(patient: Patient) -> Array:
-    t = np.clip((TABLE_ROWS - patient.apex) / 0.33, 0.0, 1.0)
-    return 0.27 - (0.27 - 0.085) * np.sqrt(1 - (1 - t) ** 2)
-
-
 def start(size: int, patient: Patient, exposure: Exposure, change: AnatomyChange) -> Scene:
     """Lungs, diaphragm and heart: everything that findings need to know before they are drawn."""
     scene = Scene(size, exposure.pose, patient, exposure, change)
@@ -31,7 +26,8 @@ def start(size: int, patient: Patient, exposure: Exposure, change: AnatomyChange
     x = scene.x - bend
     ax = np.abs(x)
     lateral = scene.curve(wall_curve(patient))
-    medial = scene.curve(_medial_curve(patient))
+    t = clip01((TABLE_ROWS - patient.apex) / 0.33)
+    medial = scene.curve(0.27 - (0.27 - 0.085) * np.sqrt(1 - (1 - t) ** 2))
     is_left = x > 0
     top = np.where(is_left, np.float32(scene.dome_height("left")), np.float32(scene.dome_height("right")))
     t = (ax - 0.34) * np.float32(1 / (patient.width - 0.34))

@@ -18,11 +18,6 @@ _FRONT = ((-1.2, -0.86, -0.66, -0.30, 0.10, 0.45, 0.9), (-0.12, -0.14, -0.30, -0
 _BACK = ((-1.2, -0.86, -0.62, -0.20, 0.20, 0.60, 1.0), (0.24, 0.28, 0.50, 0.68, 0.70, 0.63, 0.56))
 
 
-def spine_x(y: Array | float) -> Array | float:
-    """The middle of the vertebral bodies at height y (thoracic kyphosis)."""
-    return 0.44 - 0.26 * (np.asarray(y) - 0.02) ** 2
-
-
 def lung_dome(scene: Scene, side: str, x: Array) -> Array:
     """y of one hemidiaphragm at x: high in front, falling into the posterior sulcus."""
     top = scene.dome_height(side) - 0.02
@@ -86,7 +81,7 @@ def tissue(scene: Scene) -> Array:
 def bones(scene: Scene) -> Array:
     """Vertebrae with their discs, oblique ribs, sternum, shoulder blades."""
     x, y = scene.x, scene.y
-    off = x - spine_x(y).astype(np.float32)
+    off = x - (0.44 - 0.26 * (y - 0.02) ** 2)  # from the middle of the vertebral bodies: the spine is bent
     phase = (y + 0.12 * off) / 0.128 + 0.3 * y
     f = np.abs(phase - np.round(phase))
     body = scene.edge(0.068 + 0.012 * clip01(y) + 0.012 * f - np.abs(off), 0.012)
@@ -187,8 +182,8 @@ def plate_atelectasis(scene: Scene, finding: Finding) -> Array:
     mask = np.zeros(scene.air.shape, bool)
     for k in range(1 + int(2.4 * finding.severity)):
         yk = y + 0.07 * k
-        band = scene.line([[x - 0.17, yk + 0.03], [x, yk - 0.01], [x + 0.17, yk - 0.02]], 0.012, 1.0)
-        band = band * scene.lungs(finding.side)
+        knots = [[x - 0.17, yk + 0.03], [x, yk - 0.01], [x + 0.17, yk - 0.02]]
+        band = scene.line(knots, 0.012, 1.0) * scene.lungs(finding.side)
         scene.extra += band * scene.air * np.float32(0.12 + 0.16 * finding.strength)
         mask |= band > 0.3
     return mask
@@ -196,22 +191,20 @@ def plate_atelectasis(scene: Scene, finding: Finding) -> Array:
 
 def basal_atelectasis(scene: Scene, finding: Finding) -> Array:
     """Basal volume loss above the posterior diaphragm."""
-    side = finding.side if finding.side != "bilateral" else "right"
-    above = lung_dome(scene, side, scene.x) - scene.y
-    near = clip01(1.1 - above / (0.10 + 0.08 * finding.severity)) * scene.lungs(finding.side)
-    near = near * scene.edge(scene.x + 0.05, 0.2)
+    above = lung_dome(scene, finding.sides[0], scene.x) - scene.y
+    near = clip01(1.1 - above / (0.10 + 0.08 * finding.severity))
+    near = near * scene.lungs(finding.side) * scene.edge(scene.x + 0.05, 0.2)
     _fill(scene, finding, near * (0.3 + 0.5 * finding.strength))
     return near > 0.25
 
 
 def effusion(scene: Scene, finding: Finding) -> Array:
     """Pleural effusion: the posterior sulcus fills first, with a meniscus along the back wall."""
-    x, y = scene.x, scene.y
     level = 0.80 - scene.exposure.inspiration - 0.55 * finding.severity**1.1
     rise = (0.12 + 0.10 * finding.severity) * np.exp(-np.maximum(scene.wall, 0) / 0.10)
-    wet = scene.edge(y - level + rise, 0.03) * scene.lungs(finding.side)
+    wet = scene.edge(scene.y - level + rise, 0.03) * scene.lungs(finding.side)
     if finding.severity < 0.7:
-        wet = wet * scene.edge(x - 0.05, 0.15)
+        wet = wet * scene.edge(scene.x - 0.05, 0.15)
     _fill(scene, finding, wet * np.float32(0.6 + 0.4 * finding.strength))
     return wet > 0.5
 

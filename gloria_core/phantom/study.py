@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 
 from gloria_core.phantom import findings, frontal, lateral
@@ -37,9 +38,7 @@ class Region:
     @property
     def box(self) -> tuple[int, int, int, int]:
         """Smallest box around the mask: x, y, width, height in pixels."""
-        rows, columns = np.flatnonzero(self.mask.any(1)), np.flatnonzero(self.mask.any(0))
-        x, y = int(columns[0]), int(rows[0])
-        return x, y, int(columns[-1]) - x + 1, int(rows[-1]) - y + 1
+        return tuple(cv2.boundingRect(self.mask.astype(np.uint8)))
 
 
 @dataclass(frozen=True)
