@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import warnings
 import numpy as np
 import pandas as pd
 
@@ -48,7 +49,8 @@ class LabelEfficiency:
         """Call `fit(train, subset)` for every subset and score what it returns; `train`: row numbers of `frame`.
 
         Returns the metric rows with the columns label_fraction, seed, split and n_train, and what was fitted by
-        (fraction, subset). Raises ValueError for a fraction outside (0, 1], an empty subset or an empty test set.
+        (fraction, subset). A subset without a study is left out with a warning.
+        Raises ValueError for a fraction outside (0, 1], an empty test set, and where all subsets are empty.
         """
         frame = frame.reset_index(drop=True)
         test = (frame["split"] == "test").to_numpy()
@@ -64,12 +66,19 @@ class LabelEfficiency:
             for subset in range(self.subsets if fraction < 1 else 1)[: self.repeats]:
                 train = label_subset(frame, fraction, subset).index.to_numpy()
                 if not len(train):
-                    raise ValueError(f"no training study at fraction {fraction}, subset {subset}")
+                    empty = f"no training study at fraction {fraction:g}, subset {subset}: use a larger fraction"
+                    warnings.warn(f"{empty}; it is left out", stacklevel=2)
+                    continue
                 if progress is not None:
                     progress(f"{100 * fraction:g} % of the labels, subset {subset}: {len(train)} studies")
                 fits[float(fraction), subset], score = fit(train, subset)
-                about = {"label_fraction": fraction, "seed": subset + self.subsets * self.seed, "split": "test"}
                 for name, rows in sets.items():
-                    table = score(rows).assign(**about, n_train=len(train))
+                    table = score(rows).assign(**self.columns(fraction, subset), n_train=len(train))
                     tables.append(table.assign(dataset=name) if name else table)
+        if self.fractions and not fits:
+            raise ValueError(empty)
         return (pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()), fits
+
+    def columns(self, fraction: float, subset: int = 0) -> dict[str, object]:
+        """The columns label_fraction, seed and split of the rows of a subset."""
+        return {"label_fraction": fraction, "seed": subset + self.subsets * self.seed, "split": "test"}

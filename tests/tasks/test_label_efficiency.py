@@ -69,6 +69,8 @@ def test_errors(frame):
         run(LabelEfficiency((1.1,)), frame)
     with pytest.raises(ValueError, match=r"no training study at fraction 0\.01"):
         run(LabelEfficiency((0.01,)), frame.assign(label_rank=0.5))
+    with pytest.warns(UserWarning, match=r"fraction 0\.01, subset 0: use a larger fraction"):
+        assert list(run(LabelEfficiency((0.01, 1.0)), frame.assign(label_rank=0.5))[1]) == [(1.0, 0)]
     with pytest.raises(ValueError, match="no study to test on"):
         run(LabelEfficiency(), frame.assign(split="train"))
     with pytest.raises(ValueError, match="in 'none'"):

@@ -148,7 +148,8 @@ def _means(scores, known, **options):
     return bootstrap_rows(lambda w: statistic(w)[..., None], known, list("ab"), ["mean"], **options).set_index("target")
 
 
-def test_bootstrap_rows_of_a_mean_by_hand():
+def test_bootstrap_rows_of_a_mean_by_hand(monkeypatch):
+    monkeypatch.setattr("gloria_core.tasks.metrics.MIN_PATIENTS", 2)
     scores, known = (
         np.array([[1.0, 0.0], [0.0, 0.5], [0.5, 9.0]]),
         np.array([[True, True], [True, True], [True, False]]),
@@ -164,7 +165,31 @@ def test_bootstrap_rows_of_a_mean_by_hand():
     assert rows.loc["a", ["ci_low", "ci_high"]].tolist() == pytest.approx(expected.tolist())
 
 
-def test_a_resample_that_lacks_a_target_is_dropped_or_averaged_over_the_others():
+@pytest.mark.parametrize(("patients", "known"), [(2, False), (3, True)])
+def test_a_mean_over_few_patients_has_no_interval(patients, known):
+    counted = np.ones((8, 2), dtype=bool)
+    counted[patients:, 1] = False
+    rows = _means(np.random.default_rng(0).random((8, 2)), counted, macro=["a", "b"], n_bootstrap=50)
+    assert rows["value"].notna().all() and rows["n"].tolist() == [8, patients, 8]
+    for target in ("b", "macro"):
+        assert rows.loc[target, ["ci_low", "ci_high"]].notna().all() == known
+        assert ("no interval: 2 patients, it takes 3" in rows.loc[target, "note"]) != known
+    assert rows.loc["a", ["ci_low", "ci_high"]].notna().all()
+
+
+@pytest.mark.parametrize("positive", [1, 0])
+def test_fewer_than_five_patients_of_a_class_give_no_interval(positive):
+    y, score, groups = np.full(40, 1.0 - positive), np.arange(40.0), np.arange(40) // 2
+    y[:8] = positive  # eight studies of four patients
+    few = estimate(y, score, groups=groups, n_bootstrap=50)
+    assert np.isnan([few.ci_low, few.ci_high]).all() and few.note == "no interval: 4 patients of a class, it takes 5"
+    y[8] = positive
+    enough = estimate(y, score, groups=groups, n_bootstrap=50)
+    assert np.isfinite([enough.ci_low, enough.ci_high]).all() and enough.note == ""
+
+
+def test_a_resample_that_lacks_a_target_is_dropped_or_averaged_over_the_others(monkeypatch):
+    monkeypatch.setattr("gloria_core.tasks.metrics.MIN_PATIENTS", 1)
     scores, known = (
         np.array([[0.0, 0.0], [1.0, 1.0], [1.0, 0.0]]),
         np.array([[True, True], [True, False], [True, False]]),

@@ -252,7 +252,8 @@ def test_intervals_resample_whole_patients():
     assert patients["ci_high"] - patients["ci_low"] > 2 * (alone["ci_high"] - alone["ci_low"])
 
 
-def test_patients_are_those_of_the_merged_queries():
+def test_patients_are_those_of_the_merged_queries(monkeypatch):
+    monkeypatch.setattr("gloria_core.tasks.metrics.MIN_PATIENTS", 2)
     found = rank_partners(given(SCORES), TEXTS, direction="text_to_image", k=1)
     patients = np.array(["a", "b", "unused", "b"])
     rows = recall_rows(found, target="x", ks=(), patients=patients, n_bootstrap=200).set_index("metric")

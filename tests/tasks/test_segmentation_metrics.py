@@ -152,7 +152,7 @@ def test_a_label_without_foreground_in_the_test_split_is_nan_and_says_so():
         row = rows.loc[("b", metric)]
         assert np.isnan([row["value"], row["ci_low"], row["ci_high"]]).all() and row["note"]
         assert rows.loc[("macro", metric), "value"] == 1
-        assert rows.loc[("macro", metric), "note"] == "mean over 1 of 2 labels"
+        assert rows.loc[("macro", metric), "note"].startswith("mean over 1 of 2 labels")
     assert rows.loc[("b", "dice_all"), "value"] == rows.loc[("b", "dice_all_empty"), "value"] == 1
 
 

@@ -130,6 +130,7 @@ def decision_rows(
         macro=[label for label in macro if label in labels],
         notes=notes,
         columns={"prevalence": prevalence, "chance": chance},
+        classes=[targets[labels].to_numpy() == value for value in (1, 0)],
         groups=groups,
         n_bootstrap=n_bootstrap,
         seed=seed,

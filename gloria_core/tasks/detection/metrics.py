@@ -208,6 +208,7 @@ def evaluate(
         names,
         macro=macro,
         notes=notes,
+        classes=[np.array([[(boxes.labels == k).any() for k in range(len(labels))] for boxes in truths], dtype=bool)],
         groups=groups,
         n_bootstrap=n_bootstrap,
         seed=seed,
