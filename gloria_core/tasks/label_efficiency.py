@@ -6,11 +6,11 @@ the subset matters as much as the method; they are the same for every model.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-import warnings
 import numpy as np
 import pandas as pd
 
