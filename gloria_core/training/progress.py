@@ -6,7 +6,6 @@ import multiprocessing
 import sys
 from collections.abc import Mapping
 
-import pandas as pd
 from tqdm.auto import tqdm
 
 
@@ -18,14 +17,13 @@ def in_kernel() -> bool:
 
 
 class Progress:
-    """A bar of optimiser steps with the loss terms of the last one, and the history of the finished epochs.
+    """A bar of optimiser steps with the loss terms of the last one, and a line for each finished epoch.
 
-    In a notebook the history is a table that is updated; elsewhere one line is printed for each epoch. The bar is left
-    out where output goes to a file. `show=False` shows nothing.
+    The bar is left out where output goes to a file. `show=False` shows nothing.
     """
 
     def __init__(self, *, epochs: int, steps_per_epoch: int, step: int = 0, show: bool = True) -> None:
-        self.epochs, self.show, self.table = epochs, show, None
+        self.epochs, self.show = epochs, show
         hidden = not (show and (in_kernel() or sys.stderr.isatty()))
         total = epochs * steps_per_epoch
         self.bar = tqdm(total=total, initial=step, unit="step", disable=hidden)
@@ -40,20 +38,9 @@ class Progress:
     def epoch(self, history: list[dict[str, float]]) -> None:
         """An epoch is finished; the last row of `history` is its own."""
         row = history[-1]
-        if not in_kernel():
-            losses = ", ".join(f"{name} {row[name]:.4g}" for name in row if name.startswith(("train", "valid")))
-            cost = f"{row['images_per_second']:.0f} images/s, {row['seconds']:.0f} s"
-            self.say(f"epoch {row['epoch']}/{self.epochs}: {losses}, lr {row['learning_rate']:.1e}, {cost}")
-        elif self.show:
-            from IPython.display import display  # only a kernel needs it
-
-            frame = pd.DataFrame(history).set_index("epoch")
-            terms = [name for name in frame if name.startswith("train_") and name != "train_total"]
-            frame = frame.drop(columns=["step", *terms])
-            if self.table is None:
-                self.table = display(frame, display_id=True)
-            else:
-                self.table.update(frame)
+        losses = ", ".join(f"{name} {row[name]:.4g}" for name in row if name.startswith(("train", "valid")))
+        cost = f"{row['images_per_second']:.0f} images/s, {row['seconds']:.0f} s"
+        self.say(f"epoch {row['epoch']}/{self.epochs}: {losses}, lr {row['learning_rate']:.1e}, {cost}")
 
     def finish(self, message: str) -> None:
         """The run is over; `message` says how it ended."""

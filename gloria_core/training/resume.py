@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 import torch.distributed as dist
 
@@ -88,15 +87,11 @@ def run_identity(
     """Everything that must not change between the parts of one run, by a name that a message can show."""
     identity = {**asdict(config), "chosen precision": precision, "processes": processes}
     for name, data in (("training", train), ("validation", valid)):
-        identity[f"{name} studies"] = _fingerprint(data.frame)
+        content = data.frame[["study_id", "images", "findings", "impression"]].fillna("")
+        identity[f"{name} studies"] = content_hash(content.to_csv(index=False))
         for option in ("crop", "sentence", "augment", "views", "texts", "seed"):
             identity[f"{name} {option}"] = getattr(data, option)
     return identity | {f"model.{name}": value for name, value in asdict(model).items()}
-
-
-def _fingerprint(frame: pd.DataFrame) -> str:
-    """Sixteen hex digits that change with any study, its text or images, or its place in the order."""
-    return content_hash(frame[["study_id", "images", "findings", "impression"]].fillna("").to_csv(index=False))
 
 
 def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> None:
