@@ -254,15 +254,9 @@ def _as_shown(stored: NDArray, dataset: Dataset) -> NDArray[np.uint8]:
 
 def _drop_blank_elements(dataset: Dataset) -> None:
     """Remove blank display elements, empty tables and a rescaling by 1 and 0; keep the first usable window."""
-    for keyword in (
-        "PixelPaddingValue",
-        "PixelPaddingRangeLimit",
-        "VOILUTFunction",
-        "RescaleSlope",
-        "RescaleIntercept",
-    ):
-        if keyword in dataset and dataset.get(keyword) in (None, ""):
-            delattr(dataset, keyword)
+    for name in ("PixelPaddingValue", "PixelPaddingRangeLimit", "VOILUTFunction", "RescaleSlope", "RescaleIntercept"):
+        if name in dataset and dataset.get(name) in (None, ""):
+            delattr(dataset, name)
     for keyword in ("ModalityLUTSequence", "VOILUTSequence"):
         tables = [item for item in dataset.get(keyword) or () if item.get("LUTDescriptor") and item.get("LUTData")]
         setattr(dataset, keyword, Sequence(tables))

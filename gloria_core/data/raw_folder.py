@@ -90,9 +90,8 @@ def optional_file(root: Path, pattern: str, dataset: str) -> Path | None:
     path = _match(root, pattern, dataset)
     if path is None:
         stem = re.split(r"[*.|]", pattern)[0]
-        tables = [
-            name for p in root.glob("*.*") if re.search(r"\.(csv|tsv|txt|xlsx?)(\.\w+)?$", (name := p.name).lower())
-        ]
+        names = [path.name for path in root.glob("*.*")]
+        tables = [name for name in names if re.search(r"\.(csv|tsv|txt|xlsx?)(\.\w+)?$", name.lower())]
         near = [name for name in tables if did_you_mean(stem.lower(), [name.split(".")[0].lower()], cutoff=0.7)]
         if near:
             warnings.warn(f"{root / near[0]} is not read: {dataset} looks for {pattern}; rename the file", stacklevel=3)
@@ -103,9 +102,7 @@ def _match(root: Path, patterns: str, dataset: str) -> Path | None:
     """The one path that fits the first of the alternatives that has any."""
     for pattern in patterns.split("|"):
         forms = [pattern, *(pattern + end for end in (".gz", ".zip") if pattern.endswith(".csv"))]
-        forms += [
-            re.sub("[a-zA-Z]", lambda letter: f"[{letter[0].lower()}{letter[0].upper()}]", form) for form in forms
-        ]
+        forms += [re.sub("[a-zA-Z]", lambda m: f"[{m[0].lower()}{m[0].upper()}]", form) for form in forms]
         for form in forms:
             wanted = Path.is_dir if pattern.endswith("/") else Path.is_file
             matches = sorted(path for path in root.glob(form.rstrip("/")) if wanted(path))
@@ -325,9 +322,8 @@ def _unpacked(path: Path) -> Iterator[IO[bytes]]:
                 if "xl/workbook.xml" in members:
                     raise ValueError("it is an Excel workbook; save it as CSV, UTF-8")
                 if len(members) != 1:
-                    raise ValueError(
-                        f"the archive holds {len(members)} files ({', '.join(members[:5])}), not one table"
-                    )
+                    shown = ", ".join(members[:5])
+                    raise ValueError(f"the archive holds {len(members)} files ({shown}), not one table")
                 with archive.open(members[0]) as content:
                     yield content
         else:
@@ -456,9 +452,7 @@ def male(sex: pd.Series) -> pd.Series:
 
 def cell(entries: Sequence[Mapping[str, object]]) -> str:
     """The JSON cell of boxes or masks of image 0, "" for none. An entry has label, xywh or path, and more."""
-    full = [
-        {"label": entry["label"], "image": 0, **{k: v for k, v in entry.items() if k != "label"}} for entry in entries
-    ]
+    full = [{"label": entry["label"], "image": 0, **entry} for entry in entries]
     return json.dumps(full) if full else ""
 
 
