@@ -104,47 +104,25 @@ class ModelConfig:
             raise ConfigError("; ".join(told)) from error
 
 
-def paper_config(
-    objective: str,
-    *,
-    options: Mapping[str, Any],
-    behavior: Behavior,
-    image_encoder: str,
-    region_stage: str,
-    image_weights: str,
-    text_encoder: str,
-    frozen_text_layers: int,
-    section: str,
-    crop: int,
-    image_size: int,
-    seed: int,
-) -> ModelConfig:
-    """The settings of a paper (`Objective.encoders`) on the encoders of a study; for the arguments see `ModelConfig`.
+def paper_config(objective: str, settings: Mapping[str, Any]) -> ModelConfig:
+    """The settings of a paper (`Objective.encoders`) with those of a study, which are fields of `ModelConfig` by name.
 
-    `objective`: also one of `BASELINES`, whose `options` are left out. An empty `region_stage` or `section` and
-    `frozen_text_layers=0` take the paper's. The small preset text encoder is trained without dropout, because short
-    runs of it underfit.
+    `objective`: also one of `BASELINES`, for which `objective_options` are left out. What is empty or 0 in `settings`
+    takes the paper's value, else the default. The small preset text encoder is trained without dropout, because short
+    runs of it underfit. Raises ConfigError.
     """
     method = "gloria" if objective in BASELINES else objective
-    chosen = {"region_stage": region_stage, "text_section": section, "frozen_text_layers": frozen_text_layers}
-    settings = dict(objectives.objective_class(method).encoders)
-    settings |= {name: value for name, value in chosen.items() if value}
+    values = {
+        **objectives.objective_class(method).encoders,
+        **{name: value for name, value in settings.items() if value},
+    }
+    if objective in BASELINES:
+        values["objective_options"] = {}
     if objective == "random":
-        settings |= {"text_weights": "random"}
-        image_weights = "random"
-    return ModelConfig(
-        **settings,
-        objective=method,
-        objective_options={} if objective in BASELINES else dict(options),
-        behavior=behavior,
-        image_encoder=image_encoder,
-        image_weights=image_weights,
-        text_encoder=text_encoder,
-        text_dropout=0.0 if text_encoder in PRESETS else 0.1,
-        crop=crop,
-        image_size=image_size,
-        seed=seed,
-    )
+        values |= {"image_weights": "random", "text_weights": "random"}
+    if values.get("text_encoder") in PRESETS:
+        values["text_dropout"] = 0.0
+    return ModelConfig.from_dict({"objective": method, **values})
 
 
 class VisionLanguageModel(nn.Module):

@@ -15,15 +15,11 @@ import gloria_core
 from gloria_core.checkpoints.model import ConfigError, ModelConfig, VisionLanguageModel, assemble
 from gloria_core.data.files import atomic_file
 from gloria_core.data.tokenizer import tokenizer_from_json, tokenizer_to_json
-from gloria_core.models.weights import WeightsError, check_is_binary, fill, first_line
+from gloria_core.models.weights import WeightsError, checked_file, fill, first_line
 
 FORMAT = "gloria_core checkpoint"
 NOT_ARCHITECTURE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures")
 VERSION = 2  # 2: the Swin's tensors have timm's names, CXR-CLIP's projections are heads
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be read, or does not hold what it should; the message names file and remedy."""
 
 
 def save(
@@ -62,7 +58,7 @@ def save(
 def load(path: str | Path, *, map_location: str | torch.device = "cpu") -> VisionLanguageModel:
     """The model of a file written by `save`, in evaluation mode; nothing is fetched from anywhere.
 
-    Raises CheckpointError for a missing, truncated or foreign file, and for tensors that do not fit.
+    Raises WeightsError for a missing, truncated or foreign file, and for tensors that do not fit.
     """
     content = read(path)
     tokenizer = tokenizer_from_json(content["tokenizer"]) if content["tokenizer"] else None
@@ -72,7 +68,7 @@ def load(path: str | Path, *, map_location: str | torch.device = "cpu") -> Visio
         model = assemble(config, architecture, tokenizer)
         fill(model, content["model"], source=str(path))
     except (ConfigError, WeightsError) as error:
-        raise CheckpointError(f"{path} (package version {content['package_version']}): {error}") from error
+        raise WeightsError(f"{path} (package version {content['package_version']}): {error}") from error
     return model.to(map_location).eval()
 
 
@@ -82,28 +78,21 @@ def load_training_state(path: str | Path) -> dict[str, Any] | None:
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """The content of a checkpoint file as plain values and CPU tensors. Raises CheckpointError."""
+    """The content of a checkpoint file as plain values and CPU tensors. Raises WeightsError."""
     if not str(path):
-        raise CheckpointError("`checkpoint` is blank: run notebook 02 first and give the best.pt that it writes")
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"checkpoint {path} does not exist")
+        raise WeightsError("`checkpoint` is blank: run notebook 02 first and give the best.pt that it writes")
+    path = checked_file(path)
     try:
-        check_is_binary(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except WeightsError as error:
-        raise CheckpointError(str(error)) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise CheckpointError(
+        raise WeightsError(
             f"checkpoint {path} cannot be read, it is truncated or no checkpoint of gloria_core: "
             f"{first_line(error)}. Published weights are read by load_pretrained"
         ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise CheckpointError(f"{path} was not written by gloria_core: read published weights with load_pretrained")
+        raise WeightsError(f"{path} was not written by gloria_core: read published weights with load_pretrained")
     if content["version"] > VERSION:
-        raise CheckpointError(
-            f"{path} has format version {content['version']}, this package reads {VERSION}: update it"
-        )
+        raise WeightsError(f"{path} has format version {content['version']}, this package reads {VERSION}: update it")
     return content
 
 

@@ -22,11 +22,10 @@ from transformers import PreTrainedTokenizerBase
 from gloria_core.checkpoints import layouts, native
 from gloria_core.checkpoints.image_models import ImageClassifier
 from gloria_core.checkpoints.model import VisionLanguageModel
-from gloria_core.checkpoints.native import CheckpointError
 from gloria_core.checkpoints.untrusted import CONTAINER, lookup, read_state
 from gloria_core.models.image_encoder import ImageEncoder
 from gloria_core.models.key_maps import JOINED, Named
-from gloria_core.models.weights import compare
+from gloria_core.models.weights import WeightsError, compare
 
 # What a file may hold; the last is a U-Net of segmentation-models-pytorch.
 PublishedModel = VisionLanguageModel | ImageEncoder | ImageClassifier | nn.Module
@@ -73,7 +72,7 @@ def load_pretrained(
 
     `tokenizer`: the one that a text encoder was trained with (`load_tokenizer`); without it the model takes token ids
     only. A checkpoint of our own has one already.
-    Raises CheckpointError for a file that is truncated, holds code, is of no known layout, or does not fit exactly;
+    Raises WeightsError for a file that is truncated, holds code, is of no known layout, or does not fit exactly;
     `allow_partial` turns the last into a warning, and what is missing keeps random values.
     """
     path = Path(path)
@@ -86,9 +85,9 @@ def load_pretrained(
         with torch.random.fork_rng(devices=[]):  # random values that are overwritten leave no trace
             model = translation.build(tokenizer)
     except KeyError as error:
-        raise CheckpointError(f"{path} looks like {layout.NAME}, but has no tensor {error}") from error
+        raise WeightsError(f"{path} looks like {layout.NAME}, but has no tensor {error}") from error
     except ValueError as error:  # an architecture that is not supported
-        raise CheckpointError(f"{path}: {error}") from error
+        raise WeightsError(f"{path}: {error}") from error
     report = _fill(model, translation.tensors, translation.ignored, path=path, allow_partial=allow_partial)
     if not report.complete:
         warnings.warn(f"{path} was loaded in part: {report}", stacklevel=2)
@@ -97,7 +96,7 @@ def load_pretrained(
 
 
 def _fill(model: nn.Module, named: Named, ignored: list[str], *, path: Path, allow_partial: bool) -> LoadReport:
-    """Load the tensors. Raises CheckpointError where they do not fit the model exactly, unless `allow_partial`."""
+    """Load the tensors. Raises WeightsError where they do not fit the model exactly, unless `allow_partial`."""
     tensors = {ours: value.float() if value.is_floating_point() else value for ours, (_, value) in named.items()}
     missing, unexpected, mismatched = compare(model, tensors)
     unfit = {*unexpected, *(name.partition(" ")[0] for name in mismatched)}
@@ -110,7 +109,7 @@ def _fill(model: nn.Module, named: Named, ignored: list[str], *, path: Path, all
         mismatched=tuple(mismatched),
     )
     if not report.complete and not allow_partial:
-        raise CheckpointError(f"{path} does not fit the model: {report}. allow_partial=True loads what fits")
+        raise WeightsError(f"{path} does not fit the model: {report}. allow_partial=True loads what fits")
     model.load_state_dict(fitting, strict=False)
     return report
 
@@ -119,7 +118,7 @@ def _own(path: Path, tokenizer: PreTrainedTokenizerBase | None, tensors: Mapping
     model = native.load(path)
     if tokenizer is not None:
         if model.tokenizer is not None:
-            raise CheckpointError(f"{path} is a checkpoint of gloria_core and has its tokenizer; give none")
+            raise WeightsError(f"{path} is a checkpoint of gloria_core and has its tokenizer; give none")
         model.tokenizer = tokenizer
     model.load_report, model.origin = LoadReport(matched=tuple(tensors)), native.FORMAT
     model.behavior = model.config.behavior
@@ -127,7 +126,7 @@ def _own(path: Path, tokenizer: PreTrainedTokenizerBase | None, tensors: Mapping
 
 
 def _layout(path: Path, tensors: Mapping[str, Tensor], stored: Mapping[str, Any]) -> ModuleType:
-    """The one layout that recognises the file. Raises CheckpointError for none or several."""
+    """The one layout that recognises the file. Raises WeightsError for none or several."""
     shapes = {name: tuple(value.shape) for name, value in tensors.items()}
     modules = [
         importlib.import_module(f"{layouts.__name__}.{info.name}") for info in pkgutil.iter_modules(layouts.__path__)
@@ -136,7 +135,7 @@ def _layout(path: Path, tensors: Mapping[str, Tensor], stored: Mapping[str, Any]
     fitting = [layout for layout in known if layout.recognise(shapes, stored)]
     if len(fitting) != 1:
         names = ", ".join(layout.NAME for layout in fitting or known)
-        raise CheckpointError(
+        raise WeightsError(
             f"{path}: {'more than one layout fits: ' if fitting else 'no known layout fits; known: '}{names}. "
             f"Its first tensors: {', '.join(list(tensors)[:5])}"
         )

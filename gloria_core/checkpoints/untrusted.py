@@ -23,8 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gloria_core.checkpoints.native import CheckpointError
-from gloria_core.models.weights import WeightsError, check_is_binary, plain_names, read_safetensors
+from gloria_core.models.weights import WeightsError, checked_file, plain_names, read_safetensors
 
 # Containers and numbers of Python, as themselves or as what PyTorch's unpickler can fill: building runs no code.
 KNOWN: dict[str, Callable] = {
@@ -32,23 +31,10 @@ KNOWN: dict[str, Callable] = {
 } | {"collections.defaultdict": lambda *_: OrderedDict(), "collections.deque": lambda *_: []}
 # Left to PyTorch's own list of what tensors need; it refuses every other name that begins like this.
 DECIDED_BY_TORCH = ("torch.", "collections.OrderedDict", "collections.Counter", "_codecs.encode", "builtins.bytearray")
-STUBBED_LIBRARIES = frozenset(
-    [
-        "omegaconf",
-        "antlr4",
-        "pytorch_lightning",
-        "lightning",
-        "lightning_fabric",
-        "lightning_utilities",
-        "torchmetrics",
-        "typing",
-        "enum",
-        "pathlib",
-        "datetime",
-    ]
-)
 STUBBED_NAMES = re.compile(
-    r"numpy(\._?core(\.multiarray|\.numeric|\._internal)?|\.dtypes|\.random\.(_pickle|_pcg64|_mt19937|bit_generator))?"
+    r"(omegaconf|antlr4|pytorch_lightning|lightning|lightning_fabric|lightning_utilities|torchmetrics)\..*"
+    r"|(typing|enum|pathlib|datetime)\..*"
+    r"|numpy(\._?core(\.multiarray|\.numeric|\._internal)?|\.dtypes|\.random\.(_pickle|_pcg64|_mt19937|bit_generator))?"
     r"\.(_reconstruct|scalar|_frombuffer|dtype|ndarray|bool_?|(u?int|float|complex)\d+|str_|bytes_|\w+DType"
     r"|__(bit_)?generator_ctor|__randomstate_ctor|__pyx_unpickle_SeedSequence|SeedSequence|PCG64|MT19937)"
     r"|argparse\.Namespace|types\.SimpleNamespace"
@@ -94,7 +80,7 @@ def stub(name: str) -> Callable | None:
         return KNOWN[name]
     if DICTIONARIES.fullmatch(name):
         return OrderedDict
-    if name.partition(".")[0] in STUBBED_LIBRARIES or STUBBED_NAMES.fullmatch(name):
+    if STUBBED_NAMES.fullmatch(name):
         return type(name.rpartition(".")[2], (Stub,), {"name": name})
     if name.startswith(DECIDED_BY_TORCH):
         return None
@@ -108,36 +94,31 @@ def read_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     "config", bare state dicts, all of them also in PyTorch's format before 1.6, and safetensors whatever their ending.
     Names are those of `plain_names`: without wrappers. The configuration also has `CONTAINER`: the other entries of
     the file's top level, with their value where it is a plain one.
-    Raises CheckpointError for a missing or truncated file, and for one that holds anything but data.
+    Raises WeightsError for a missing or truncated file, and for one that holds anything but data.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"checkpoint {path} does not exist")
+    path = checked_file(path)
     try:
-        check_is_binary(path)
         content = read_safetensors(path)
         content = _unpickled(path) if content is None else content
         if not isinstance(content, Mapping):
-            raise CheckpointError(f"{path} holds a {type(content).__name__}, not a checkpoint")
+            raise WeightsError(f"{path} holds a {type(content).__name__}, not a checkpoint")
         key = next((key for key in STATE_KEYS if isinstance(content.get(key), Mapping)), None)
         values = content if key is None else content[key]
         tensors = plain_names({str(name): value for name, value in values.items() if isinstance(value, Tensor)})
         stored = _configuration(content, key)
-    except CheckpointError:
+    except WeightsError:
         raise
-    except WeightsError as error:
-        raise CheckpointError(str(error)) from error
     except UnknownNameError as error:
         raise _refused(path, str(error)) from error
     except Exception as error:  # whatever a damaged file can make an unpickler do
         raise _unreadable(path, error) from error
     if not tensors:
-        raise CheckpointError(f"{path} holds no tensors under {', '.join(STATE_KEYS)} or at its top level")
+        raise WeightsError(f"{path} holds no tensors under {', '.join(STATE_KEYS)} or at its top level")
     for name, tensor in tensors.items():
         # a few bytes could ask for any memory by repeating one number
         stored_bytes = tensor.untyped_storage().nbytes() if tensor.layout == torch.strided else float("inf")
         if tensor.numel() * tensor.element_size() > stored_bytes:
-            raise CheckpointError(f"{path}: tensor {name} {tuple(tensor.shape)} is larger than what the file stores")
+            raise WeightsError(f"{path}: tensor {name} {tuple(tensor.shape)} is larger than what the file stores")
     return tensors, stored
 
 
@@ -158,22 +139,20 @@ def _unpickled(path: Path) -> object:
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _refused(path: Path, name: str) -> CheckpointError:
-    return CheckpointError(
+def _refused(path: Path, name: str) -> WeightsError:
+    return WeightsError(
         f"{path} asks for '{name}', which is neither a tensor nor known data: loading could run code, so it is "
         "refused. If you trust where it came from, save its state dict alone with its own program and load that"
     )
 
 
-def _unreadable(path: Path, error: Exception) -> CheckpointError:
+def _unreadable(path: Path, error: Exception) -> WeightsError:
     """What PyTorch says of a file, without its advice to load the file unsafely."""
     text = str(error)
     if name := re.search(r"GLOBAL (\S+)", text):
         return _refused(path, name[1])
     text = text.rpartition("WeightsUnpickler error: ")[2].strip() or type(error).__name__
-    return CheckpointError(
-        f"checkpoint {path} cannot be read, it is truncated or no checkpoint: {text.splitlines()[0]}"
-    )
+    return WeightsError(f"checkpoint {path} cannot be read, it is truncated or no checkpoint: {text.splitlines()[0]}")
 
 
 def _pickled_names(path: Path) -> Iterator[str]:
@@ -204,13 +183,13 @@ def _zipped_pickle(path: Path) -> bytes:
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         if any(entry.filename.endswith("/constants.pkl") for entry in entries):
-            raise CheckpointError(f"{path} is a TorchScript archive: it holds a program. Save its state dict instead")
+            raise WeightsError(f"{path} is a TorchScript archive: it holds a program. Save its state dict instead")
         unpacked, size = sum(entry.file_size for entry in entries), path.stat().st_size
         if unpacked > EXPANSION * size + 2**20:
-            raise CheckpointError(f"{path} has {size} bytes and would unpack to {unpacked}: refused")
+            raise WeightsError(f"{path} has {size} bytes and would unpack to {unpacked}: refused")
         main = [entry for entry in entries if entry.filename.endswith("/data.pkl") or entry.filename == "data.pkl"]
         if len(main) != 1:
-            raise CheckpointError(f"{path} is a zip file with {len(main)} entries named data.pkl, not a checkpoint")
+            raise WeightsError(f"{path} is a zip file with {len(main)} entries named data.pkl, not a checkpoint")
         return archive.read(main[0])
 
 

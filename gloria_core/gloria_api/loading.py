@@ -57,7 +57,7 @@ def load_gloria(
     `behavior`: see `gloria_core.gloria_api`.
     `batch_statistics`: leave the image encoder in training mode, as the released loader does: what it gives for an
     image then depends on the batch, and its stored statistics move with every call.
-    Raises ModelNotFoundError (a RuntimeError), CheckpointError, TokenizerError.
+    Raises ModelNotFoundError (a RuntimeError), WeightsError, TokenizerError.
     """
     if isinstance(tokenizer, str | Path):
         tokenizer = load_tokenizer(tokenizer)

@@ -21,7 +21,7 @@ SHOWN = 5
 
 
 class WeightsError(ValueError):
-    """Pretrained weights could not be found, read or fitted; the message names the remedy."""
+    """A file of weights or a checkpoint could not be found, read or fitted; the message names file and remedy."""
 
 
 def package_file(package: str, pattern: str) -> Path:
@@ -41,10 +41,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     A file that has its tensors one level down under "state_dict" or "model" is unwrapped; names are those of
     `plain_names`. Raises WeightsError for a missing or truncated file, and for one that holds anything else.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise WeightsError(f"weights file {path} does not exist")
-    check_is_binary(path)
+    path = checked_file(path)
     try:
         content = read_safetensors(path)
         if content is None:
@@ -64,8 +61,14 @@ def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def check_is_binary(path: Path) -> None:
-    """Raise WeightsError for what downloads often leave instead of weights: a Git LFS pointer, or a web page."""
+def checked_file(path: str | Path) -> Path:
+    """The path of a file that exists and is not what failed downloads leave: a Git LFS pointer, or a web page.
+
+    Raises WeightsError for all others.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsError(f"file {path} does not exist")
     with path.open("rb") as file:
         start = file.read(512).lstrip().lower()
     if start.startswith(b"version https://git-lfs"):
@@ -77,6 +80,7 @@ def check_is_binary(path: Path) -> None:
         raise WeightsError(
             f"{path} is a web page (HTML) and not the weights, perhaps a sign-in or quota page: download the file again"
         )
+    return path
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor] | None:

@@ -9,9 +9,9 @@ from torch import nn
 from transformers import ResNetConfig, ResNetModel, SwinConfig, SwinModel, ViTConfig, ViTModel
 
 from gloria_core.checkpoints.layouts import image_only
-from gloria_core.checkpoints.native import CheckpointError
 from gloria_core.checkpoints.published import load_pretrained
 from gloria_core.models.image_encoder import ImageEncoder
+from gloria_core.models.weights import WeightsError
 
 
 def seeded(module: nn.Module) -> nn.Module:
@@ -159,7 +159,7 @@ def test_safetensors_and_the_old_format_of_pytorch(tiny, tmp_path):
         assert torch.equal(load_pretrained(tmp_path / name).trunk.bn1.bias, tiny["bn1.bias"])
     whole = (tmp_path / "a.safetensors").read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(CheckpointError, match=r"cut\.safetensors cannot be read"):
+    with pytest.raises(WeightsError, match=r"cut\.safetensors cannot be read"):
         load_pretrained(tmp_path / "cut.safetensors")
 
 
@@ -176,16 +176,16 @@ def test_faults_of_encoder_files(tiny, tmp_path):
         torch.save(state, tmp_path / "a.pth")
         return tmp_path / "a.pth"
 
-    with pytest.raises(CheckpointError, match=r"1 missing: trunk\.layer4\.0\.bn2\.bias"):
+    with pytest.raises(WeightsError, match=r"1 missing: trunk\.layer4\.0\.bn2\.bias"):
         load_pretrained(write({name: value for name, value in tiny.items() if name != "layer4.0.bn2.bias"}))
-    with pytest.raises(CheckpointError, match=r"1 unexpected: extra\.weight"):
+    with pytest.raises(WeightsError, match=r"1 unexpected: extra\.weight"):
         load_pretrained(write({**tiny, "extra.weight": torch.zeros(1)}))
-    with pytest.raises(CheckpointError, match="in_channels must be 1 or 3, got 2"):
+    with pytest.raises(WeightsError, match="in_channels must be 1 or 3, got 2"):
         load_pretrained(write({**tiny, "conv1.weight": torch.zeros(64, 2, 7, 7)}))
-    with pytest.raises(CheckpointError, match=r"ViT of the sizes \(64, 16, 1\); known: .*vit_tiny_patch16"):
+    with pytest.raises(WeightsError, match=r"ViT of the sizes \(64, 16, 1\); known: .*vit_tiny_patch16"):
         state = timm.create_model("vit_tiny_patch16_224", embed_dim=64, depth=1, num_heads=1).state_dict()
         load_pretrained(write(state))
-    with pytest.raises(CheckpointError, match="tokenizer is of no use"):
+    with pytest.raises(WeightsError, match="tokenizer is of no use"):
         load_pretrained(write(tiny), object())
     with pytest.warns(UserWarning, match="in part"):
         model = load_pretrained(write({**tiny, "extra.weight": torch.zeros(1)}), allow_partial=True)

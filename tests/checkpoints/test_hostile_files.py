@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from gloria_core.checkpoints.native import CheckpointError
 from gloria_core.checkpoints.untrusted import CONTAINER, plain, read_state
+from gloria_core.models.weights import WeightsError
 
 
 class Calls:
@@ -110,7 +110,7 @@ def test_code_is_refused_and_not_run(attack, form, tmp_path):
     trace = tmp_path / "trace"
     content = {"state_dict": {"a": 1}, "hyper_parameters": attacks(trace)[attack]}
     path = put(tmp_path / "evil.ckpt", content, form=form)
-    with pytest.raises(CheckpointError, match=r"evil\.ckpt asks for '[\w.]+', .* could run code, so it is refused"):
+    with pytest.raises(WeightsError, match=r"evil\.ckpt asks for '[\w.]+', .* could run code, so it is refused"):
         read_state(path)
     assert not trace.exists()
 
@@ -131,7 +131,7 @@ def test_a_name_made_while_unpickling_is_refused(tmp_path):
     path = tmp_path / "four.ckpt"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a/data.pkl", pickle.dumps(Calls(os.system, f"touch {tmp_path / 'trace'}"), protocol=4))
-    with pytest.raises(CheckpointError, match="made by the instruction STACK_GLOBAL"):
+    with pytest.raises(WeightsError, match="made by the instruction STACK_GLOBAL"):
         read_state(path)
     assert not (tmp_path / "trace").exists()
 
@@ -155,7 +155,7 @@ def test_known_libraries_become_stubs_that_do_nothing(form, tmp_path, monkeypatc
     }
     path = tmp_path / "f.ckpt"
     put(path, content, form=form)
-    with pytest.raises(CheckpointError, match="holds no tensors"):  # so it was read to its end
+    with pytest.raises(WeightsError, match="holds no tensors"):  # so it was read to its end
         read_state(path)
     assert not trace.exists()
     assert "omegaconf" not in sys.modules
@@ -208,7 +208,7 @@ def test_settings_beside_model_are_stored(tmp_path):
 
 def test_torchscript_is_named(tmp_path):
     torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)).save(tmp_path / "script.pt")
-    with pytest.raises(CheckpointError, match="TorchScript archive"):
+    with pytest.raises(WeightsError, match="TorchScript archive"):
         read_state(tmp_path / "script.pt")
 
 
@@ -218,13 +218,13 @@ def test_archives_that_unpack_to_far_more_are_refused(tmp_path):
         archive.writestr("a/data.pkl", pickle.dumps({}, protocol=2))
         archive.writestr("a/data/0", bytes(2**25))
     assert path.stat().st_size < 2**17
-    with pytest.raises(CheckpointError, match=r"would unpack to 335544\d\d: refused"):
+    with pytest.raises(WeightsError, match=r"would unpack to 335544\d\d: refused"):
         read_state(path)
 
 
 def test_tensors_larger_than_their_storage_are_refused(tmp_path):
     torch.save({"state_dict": {"a.weight": torch.zeros(1).expand(10**12)}}, tmp_path / "wide.ckpt")
-    with pytest.raises(CheckpointError, match=r"a\.weight \(1000000000000,\) is larger than what the file stores"):
+    with pytest.raises(WeightsError, match=r"a\.weight \(1000000000000,\) is larger than what the file stores"):
         read_state(tmp_path / "wide.ckpt")
     shared = torch.arange(6.0)
     torch.save({"whole": shared, "part": shared[2:4]}, tmp_path / "shared.ckpt")
@@ -240,7 +240,7 @@ def test_values_that_unfold_without_end(tmp_path):
     loop: dict = {}
     loop["self"] = loop
     torch.save({"state_dict": {"a": torch.zeros(1)}, "hyper_parameters": loop}, tmp_path / "loop.ckpt")
-    with pytest.raises(CheckpointError, match="holds itself"):
+    with pytest.raises(WeightsError, match="holds itself"):
         read_state(tmp_path / "loop.ckpt")
     deep: list = []
     for _ in range(3000):
@@ -254,14 +254,14 @@ def test_values_that_unfold_without_end(tmp_path):
 )
 def test_what_is_no_checkpoint(content, tmp_path):
     (tmp_path / "a.ckpt").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"a\.ckpt"):
+    with pytest.raises(WeightsError, match=r"a\.ckpt"):
         read_state(tmp_path / "a.ckpt")
 
 
 def test_zip_files_of_other_things(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("readme.txt", "hello")
-    with pytest.raises(CheckpointError, match=r"0 entries named data\.pkl"):
+    with pytest.raises(WeightsError, match=r"0 entries named data\.pkl"):
         read_state(tmp_path / "a.zip")
 
 
@@ -270,5 +270,5 @@ def test_truncated_files_of_the_old_format(kept, tmp_path):
     path = tmp_path / "old.pth"
     torch.save({"a": torch.arange(1000.0)}, path, _use_new_zipfile_serialization=False)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * kept)])
-    with pytest.raises(CheckpointError, match=r"old\.pth"):
+    with pytest.raises(WeightsError, match=r"old\.pth"):
         read_state(path)

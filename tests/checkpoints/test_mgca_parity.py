@@ -11,9 +11,9 @@ from transformers import BertConfig
 
 from gloria_core.checkpoints.layouts import mgca
 from gloria_core.checkpoints.model import ModelConfig, assemble
-from gloria_core.checkpoints.native import CheckpointError
 from gloria_core.checkpoints.published import load_pretrained
 from gloria_core.models.alignment import sinkhorn
+from gloria_core.models.weights import WeightsError
 
 CASES = ("batch", "batch_full")
 PUBLISHED_NAMES = {
@@ -275,5 +275,5 @@ def test_the_convirt_baseline_of_the_same_code(tmp_path):
 
 def test_a_file_that_lacks_a_tensor_is_refused(tmp_path):
     path = write(tmp_path / "a.ckpt", small_model(), {}, changes=[("text_encoder_q.local_embed.head.1.bias", "other")])
-    with pytest.raises(CheckpointError, match=r"1 missing: objective\.word_head\.1\.bias.*1 unexpected: other"):
+    with pytest.raises(WeightsError, match=r"1 missing: objective\.word_head\.1\.bias.*1 unexpected: other"):
         load_pretrained(path)

@@ -50,14 +50,14 @@ def test_bad_configurations_are_named(values, message):
 
 
 STUDY = {
-    "options": {"temperature": 0.2},
+    "objective_options": {"temperature": 0.2},
     "behavior": "corrected",
     "image_encoder": "resnet_tiny",
     "region_stage": "",
     "image_weights": "imagenet",
     "text_encoder": "bert_tiny",
     "frozen_text_layers": 0,
-    "section": "",
+    "text_section": "",
     "crop": 56,
     "image_size": 64,
     "seed": 3,
@@ -65,24 +65,24 @@ STUDY = {
 
 
 def test_a_paper_s_settings_on_a_study():
-    convirt = paper_config("convirt", **STUDY)
+    convirt = paper_config("convirt", STUDY)
     assert (convirt.objective, convirt.objective_options, convirt.seed) == ("convirt", {"temperature": 0.2}, 3)
     assert (convirt.image_weights, convirt.text_weights, convirt.text_dropout) == ("imagenet", "auto", 0.0)
-    prior = paper_config("prior", **{**STUDY, "options": {}, "text_encoder": "some/bert"})
+    prior = paper_config("prior", {**STUDY, "objective_options": {}, "text_encoder": "some/bert"})
     assert (prior.region_stage, prior.text_section, prior.max_tokens, prior.text_dropout) == (
         "layer4",
         "both",
         256,
         0.1,
     )
-    chosen = {"options": {}, "region_stage": "layer2", "section": "findings", "frozen_text_layers": -1}
-    prior = paper_config("prior", **STUDY | chosen)
+    chosen = {"region_stage": "layer2", "text_section": "findings", "frozen_text_layers": -1}
+    prior = paper_config("prior", STUDY | chosen)
     assert (prior.region_stage, prior.text_section, prior.frozen_text_layers) == ("layer2", "findings", -1)
 
 
 @pytest.mark.parametrize(("name", "image", "text"), [("random", "random", "random"), ("imagenet", "imagenet", "auto")])
 def test_baselines_are_gloria_untrained(name, image, text):
-    config = paper_config(name, **STUDY)
+    config = paper_config(name, STUDY)
     assert (config.objective, config.objective_options) == ("gloria", {})
     assert (config.image_weights, config.text_weights) == (image, text)
 

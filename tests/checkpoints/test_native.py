@@ -5,8 +5,8 @@ import torch
 
 from gloria_core.checkpoints import native
 from gloria_core.checkpoints.model import ModelConfig, build_model
-from gloria_core.checkpoints.native import CheckpointError
 from gloria_core.data.tokenizer import tokenize, train_wordpiece
+from gloria_core.models.weights import WeightsError
 
 TEXTS = ["small left effusion .", "no edema or consolidation"]
 
@@ -69,19 +69,19 @@ def test_a_failed_save_leaves_the_old_file(model, tmp_path, monkeypatch):
 def test_truncated_file(model, tmp_path, kept):
     path = native.save(tmp_path / "a.pt", model)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * kept)])
-    with pytest.raises(CheckpointError, match=r"a\.pt cannot be read, it is truncated"):
+    with pytest.raises(WeightsError, match=r"a\.pt cannot be read, it is truncated"):
         native.load(path)
 
 
 def test_missing_foreign_and_newer_files(model, tmp_path):
-    with pytest.raises(CheckpointError, match=r"nothing\.pt does not exist"):
+    with pytest.raises(WeightsError, match=r"nothing\.pt does not exist"):
         native.load(tmp_path / "nothing.pt")
     torch.save({"state_dict": {}}, tmp_path / "other.pt")
-    with pytest.raises(CheckpointError, match="not written by gloria_core"):
+    with pytest.raises(WeightsError, match="not written by gloria_core"):
         native.load(tmp_path / "other.pt")
     content = native.read(native.save(tmp_path / "a.pt", model))
     torch.save({**content, "version": 99}, tmp_path / "newer.pt")
-    with pytest.raises(CheckpointError, match="format version 99"):
+    with pytest.raises(WeightsError, match="format version 99"):
         native.load(tmp_path / "newer.pt")
 
 
@@ -89,11 +89,11 @@ def test_file_that_does_not_fit_its_configuration(model, tmp_path):
     content = native.read(native.save(tmp_path / "a.pt", model))
     del content["model"]["objective.global_embedder.bias"]
     torch.save(content, tmp_path / "hole.pt")
-    with pytest.raises(CheckpointError, match=r"1 missing \(objective.global_embedder.bias\)"):
+    with pytest.raises(WeightsError, match=r"1 missing \(objective.global_embedder.bias\)"):
         native.load(tmp_path / "hole.pt")
     content["config"]["imge_size"] = 3
     torch.save(content, tmp_path / "field.pt")
-    with pytest.raises(CheckpointError, match=r"'imge_size'\. Did you mean 'image_size'"):
+    with pytest.raises(WeightsError, match=r"'imge_size'\. Did you mean 'image_size'"):
         native.load(tmp_path / "field.pt")
 
 

@@ -15,9 +15,9 @@ from transformers import BertConfig
 from gloria_core.checkpoints import native
 from gloria_core.checkpoints.layouts import prior
 from gloria_core.checkpoints.model import ModelConfig, assemble
-from gloria_core.checkpoints.native import CheckpointError
 from gloria_core.checkpoints.published import load_pretrained
 from gloria_core.models.sentences import gather_sentences, gumbel
+from gloria_core.models.weights import WeightsError
 from gloria_core.types import Batch
 
 check = Tolerance(rtol=1e-4, atol=5e-5)  # README of the golden numbers
@@ -299,13 +299,13 @@ def test_a_lacking_or_foreign_tensor_is_named(small, tmp_path):
     path, tensors = tmp_path / "total_prior.ckpt", dict(small[1])
     lacking = tensors.pop("local_cross_attention.key1.weight")
     torch.save(tensors, path)
-    with pytest.raises(CheckpointError, match=r"missing: objective\.cross_attention\.key1\.weight"):
+    with pytest.raises(WeightsError, match=r"missing: objective\.cross_attention\.key1\.weight"):
         load_pretrained(path)
     torch.save({**tensors, "local_cross_attention.key1.weight": lacking, "extra.weight": lacking}, path)
-    with pytest.raises(CheckpointError, match=r"unexpected: extra\.weight"):
+    with pytest.raises(WeightsError, match=r"unexpected: extra\.weight"):
         load_pretrained(path)
     torch.save({name: value for name, value in tensors.items() if name != "prototype_queries"}, path)
-    with pytest.raises(CheckpointError, match=r"looks like PRIOR, but has no tensor .*queries"):
+    with pytest.raises(WeightsError, match=r"looks like PRIOR, but has no tensor .*queries"):
         load_pretrained(path)
 
 

@@ -11,10 +11,10 @@ from torchvision.models import resnet18
 from gloria_core.checkpoints import native
 from gloria_core.checkpoints.image_models import ImageClassifier
 from gloria_core.checkpoints.model import ModelConfig, build_model
-from gloria_core.checkpoints.native import CheckpointError
 from gloria_core.checkpoints.published import load_pretrained
 from gloria_core.data.tokenizer import train_wordpiece
 from gloria_core.models.image_encoder import ImageEncoder
+from gloria_core.models.weights import WeightsError
 
 CONFIG = lightning_file.CONFIG
 
@@ -74,7 +74,7 @@ def test_partial_files_are_refused_unless_allowed(state, tmp_path):
     holes["gloria.img_encoder.global_embedder.weight"] = torch.zeros(64, 500)
     path = lightning_file.write(tmp_path / "holes.ckpt", holes, CONFIG)
     with pytest.raises(
-        CheckpointError, match=r"1 missing: image_encoder.trunk.layer4.1.bn2.bias; 1 unexpected: gloria.sur"
+        WeightsError, match=r"1 missing: image_encoder.trunk.layer4.1.bn2.bias; 1 unexpected: gloria.sur"
     ):
         load_pretrained(path)
     with pytest.warns(UserWarning, match="in part"):
@@ -86,25 +86,25 @@ def test_partial_files_are_refused_unless_allowed(state, tmp_path):
 
 def test_what_is_not_a_gloria_is_named(state, tmp_path):
     torch.save({"state_dict": {"backbone.weight": torch.zeros(1)}}, tmp_path / "other.ckpt")
-    with pytest.raises(CheckpointError, match="no known layout fits"):
+    with pytest.raises(WeightsError, match="no known layout fits"):
         load_pretrained(tmp_path / "other.ckpt")
     torch.save({"epoch": 1}, tmp_path / "empty.ckpt")
-    with pytest.raises(CheckpointError, match="holds no tensors"):
+    with pytest.raises(WeightsError, match="holds no tensors"):
         load_pretrained(tmp_path / "empty.ckpt")
     torch.save([1, 2], tmp_path / "list.ckpt")
-    with pytest.raises(CheckpointError, match="holds a list"):
+    with pytest.raises(WeightsError, match="holds a list"):
         load_pretrained(tmp_path / "list.ckpt")
     deeper = dict(state)
     for name, value in state.items():
         if "layer1.1." in name:
             deeper[name.replace("layer1.1.", "layer1.2.")] = value
-    with pytest.raises(CheckpointError, match=r"basic blocks of the sizes \(3, 2, 2, 2\)"):
+    with pytest.raises(WeightsError, match=r"basic blocks of the sizes \(3, 2, 2, 2\)"):
         load_pretrained(lightning_file.write(tmp_path / "deep.ckpt", deeper, CONFIG))
     layers = {"model": {"text": {"last_n_layers": 9}}}
-    with pytest.raises(CheckpointError, match="last_layers must be 1 to 4, got 9"):
+    with pytest.raises(WeightsError, match="last_layers must be 1 to 4, got 9"):
         load_pretrained(lightning_file.write(tmp_path / "layers.ckpt", state, layers))
     pieces = {"model": {"text": {"agg_tokens": False}}}
-    with pytest.raises(CheckpointError, match="agg_tokens: false"):
+    with pytest.raises(WeightsError, match="agg_tokens: false"):
         load_pretrained(lightning_file.write(tmp_path / "pieces.ckpt", state, pieces))
 
 
@@ -112,9 +112,9 @@ def test_what_is_not_a_gloria_is_named(state, tmp_path):
 def test_truncated_files(state, tmp_path, kept):
     path = lightning_file.write(tmp_path / "cut.ckpt", state, CONFIG)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * kept)])
-    with pytest.raises(CheckpointError, match=r"cut\.ckpt cannot be read"):
+    with pytest.raises(WeightsError, match=r"cut\.ckpt cannot be read"):
         load_pretrained(path)
-    with pytest.raises(CheckpointError, match="does not exist"):
+    with pytest.raises(WeightsError, match="does not exist"):
         load_pretrained(tmp_path / "none.ckpt")
 
 
@@ -183,7 +183,7 @@ def test_classifiers_of_gloria(state, tmp_path):
     assert model.img_encoder.resize_to is None
     deep = {**tensors, "model.classifier.0.weight": tensors["model.classifier.weight"]}
     del deep["model.classifier.weight"]
-    with pytest.raises(CheckpointError, match="its head is not linear"):
+    with pytest.raises(WeightsError, match="its head is not linear"):
         load_pretrained(lightning_file.write(tmp_path / "d.ckpt", deep, CONFIG))
 
 
@@ -231,5 +231,5 @@ def test_our_own_checkpoints(tmp_path):
     assert (again.origin, again.behavior, again.training) == ("gloria_core checkpoint", "corrected", False)
     assert len(again.load_report.matched) == len(model.state_dict())
     assert again.tokenizer is not None
-    with pytest.raises(CheckpointError, match="has its tokenizer"):
+    with pytest.raises(WeightsError, match="has its tokenizer"):
         load_pretrained(tmp_path / "best.pt", tokenizer)

@@ -6,7 +6,6 @@ from safetensors.torch import save
 from torch import nn
 
 from gloria_core.checkpoints import native
-from gloria_core.checkpoints.native import CheckpointError
 from gloria_core.checkpoints.published import load_pretrained
 from gloria_core.models.image_encoder import ImageEncoder
 from gloria_core.models.weights import WeightsError, fill, plain_names, read_tensors
@@ -27,8 +26,8 @@ def test_what_a_failed_download_leaves_is_said_in_words(kind, name, tmp_path):
     words = " ".join(kind.split()[:3]) if "LFS" in kind else "web page"
     for read, error in (
         (read_tensors, WeightsError),
-        (load_pretrained, CheckpointError),
-        (native.load, CheckpointError),
+        (load_pretrained, WeightsError),
+        (native.load, WeightsError),
     ):
         with pytest.raises(error, match=f"{name} is a {words}.*(git lfs pull|download the file again)"):
             read(tmp_path / name)
@@ -56,7 +55,7 @@ def test_wrappers_are_removed_wherever_they_stand():
 
 def test_our_reader_points_to_the_one_for_published_files(tmp_path):
     torch.save({"state_dict": {"a": torch.zeros(1)}}, tmp_path / "published.ckpt")
-    with pytest.raises(CheckpointError, match="load_pretrained"):
+    with pytest.raises(WeightsError, match="load_pretrained"):
         native.load(tmp_path / "published.ckpt")
 
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 from transformers import BertConfig, PreTrainedTokenizerBase
 
-from gloria_core.checkpoints.image_models import ImageClassifier, unet
 from gloria_core.checkpoints.model import ConfigError, ModelConfig, assemble
-from gloria_core.models.image_encoder import ImageEncoder
 from gloria_core.models.key_maps import Named, Shapes, count, network_name, timm_names
 
 # Of every published BERT; the number of heads cannot be read from shapes.
@@ -34,7 +31,7 @@ class Translation:
     config: ModelConfig
     text: BertConfig
     tensors: Named
-    ignored: list[str] = field(default_factory=list)
+    ignored: list[str]
 
     def build(self, tokenizer: PreTrainedTokenizerBase | None) -> nn.Module:
         """The model with random values."""
@@ -43,37 +40,21 @@ class Translation:
 
 @dataclass(frozen=True)
 class ImageTranslation:
-    """A published file without a text encoder: an `ImageEncoder`, one with a linear head, or a U-Net.
+    """A published file without a text encoder. `network` makes what it holds, with random values.
 
-    `encoder`, `resize_to`, `in_channels`, `pooling`: see `ImageEncoder`.
-    `kind`: "encoder", "classifier" (of `classes` logits) or "unet" (of `classes` masks).
     `origin`, `tensors`, `ignored`: as in `Translation`.
     """
 
     origin: str
-    encoder: str
+    network: Callable[[], nn.Module]
     tensors: Named
-    ignored: list[str] = field(default_factory=list)
-    kind: Literal["encoder", "classifier", "unet"] = "encoder"
-    classes: int = 0
-    resize_to: int | None = None
-    in_channels: int = 3
-    pooling: str = "default"
+    ignored: list[str]
 
     def build(self, tokenizer: PreTrainedTokenizerBase | None) -> nn.Module:
         """The model with random values. Raises ConfigError for a tokenizer, which nothing here could use."""
         if tokenizer is not None:
             raise ConfigError("it has no text encoder, so a tokenizer is of no use to it")
-        if self.kind == "unet":
-            return unet(self.encoder, in_channels=self.in_channels, classes=self.classes)
-        encoder = ImageEncoder(
-            self.encoder,
-            resize_to=self.resize_to,
-            in_channels=self.in_channels,
-            pooling=self.pooling,
-            channels_last=False,  # published numbers before speed
-        )
-        return ImageClassifier(encoder, self.classes) if self.kind == "classifier" else encoder
+        return self.network()
 
 
 def renamed(tensors: Mapping[str, Tensor], rules: Rules) -> tuple[Named, list[str]]:

@@ -18,12 +18,15 @@ U-Nets are segmentation-models-pytorch's, as GLoRIA (Lightning, `model.`) and gl
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
+from gloria_core.checkpoints.image_models import ImageClassifier, unet
 from gloria_core.checkpoints.layouts.base import TRUNK, ImageTranslation, image_encoder_name, renamed, shapes_of
 from gloria_core.checkpoints.model import ConfigError
+from gloria_core.models.image_encoder import ImageEncoder
 from gloria_core.models.key_maps import Named, Shapes, is_one_network, network_name, timm_names
 
 ENCODER = "image encoder alone (torchvision, timm, transformers)"
@@ -55,13 +58,9 @@ def translate(tensors: Mapping[str, Tensor], stored: Mapping[str, Any]) -> Image
     if _is_classifier(tensors):
         return _classifier(tensors)
     named, ignored = timm_names({name: (name, value) for name, value in tensors.items()})
-    return ImageTranslation(
-        ENCODER,
-        network_name(shapes_of(named)),
-        {f"trunk.{name}": pair for name, pair in named.items()},
-        ignored,
-        in_channels=_input_channels(named, ""),
-    )
+    # published numbers before speed: no channels-last memory order
+    network = partial(ImageEncoder, network_name(shapes_of(named)), channels_last=False, **_input_channels(named, ""))
+    return ImageTranslation(ENCODER, network, {f"trunk.{name}": pair for name, pair in named.items()}, ignored)
 
 
 def _is_classifier(names: Mapping[str, Any]) -> bool:
@@ -81,35 +80,28 @@ def _classifier(tensors: Mapping[str, Tensor]) -> ImageTranslation:
     head = named.get("classifier.weight")
     if head is None or head[1].ndim != 2:
         raise ConfigError(f"its head is not linear (it has {', '.join(n for n in tensors if 'classifier' in n)})")
-    encoder = image_encoder_name(named)
-    resizes = any(name.removeprefix("model.").startswith("img_encoder.model.") for name in tensors)
-    return ImageTranslation(
-        CLASSIFIER,
-        encoder,
-        {name.replace(TRUNK, "img_encoder.trunk.", 1): pair for name, pair in named.items()},
-        ignored,
-        kind="classifier",
-        classes=len(head[1]),
+    name, classes = image_encoder_name(named), len(head[1])
+    resizes = any(theirs.removeprefix("model.").startswith("img_encoder.model.") for theirs in tensors)
+    encoder = partial(
+        ImageEncoder,
+        name,
         resize_to=299 if resizes else None,
-        in_channels=_input_channels(named, TRUNK),
-        pooling="first_token" if encoder == "swin_tiny" else "default",
+        pooling="first_token" if name == "swin_tiny" else "default",
+        channels_last=False,
+        **_input_channels(named, TRUNK),
     )
+    ours = {name.replace(TRUNK, "img_encoder.trunk.", 1): pair for name, pair in named.items()}
+    return ImageTranslation(CLASSIFIER, lambda: ImageClassifier(encoder(), classes), ours, ignored)
 
 
 def _unet(tensors: Mapping[str, Tensor]) -> ImageTranslation:
     named, ignored = renamed(tensors, UNET_RULES)
-    return ImageTranslation(
-        UNET,
-        network_name(shapes_of(named, "encoder.")),
-        named,
-        ignored,
-        kind="unet",
-        classes=len(named["segmentation_head.0.weight"][1]),
-        in_channels=_input_channels(named, "encoder."),
-    )
+    name, classes = network_name(shapes_of(named, "encoder.")), len(named["segmentation_head.0.weight"][1])
+    network = partial(unet, name, classes=classes, **_input_channels(named, "encoder."))
+    return ImageTranslation(UNET, network, named, ignored)
 
 
-def _input_channels(named: Named, prefix: str) -> int:
-    """Channels of the images that the network reads."""
+def _input_channels(named: Named, prefix: str) -> dict[str, int]:
+    """Channels of the images that the network reads, as its argument."""
     firsts = ("conv1.weight", "features.conv0.weight", "conv_stem.weight", "patch_embed.proj.weight")
-    return next(named[prefix + first][1].shape[1] for first in firsts if prefix + first in named)
+    return {"in_channels": next(named[prefix + name][1].shape[1] for name in firsts if prefix + name in named)}
