@@ -49,8 +49,8 @@ class LabelEfficiency:
         """Call `fit(train, subset)` for every subset and score what it returns; `train`: row numbers of `frame`.
 
         Returns the metric rows with the columns label_fraction, seed, split and n_train, and what was fitted by
-        (fraction, subset). A subset without a study is left out with a warning.
-        Raises ValueError for a fraction outside (0, 1], an empty test set, and where all subsets are empty.
+        (fraction, subset). A subset without a study is left out with a warning; where none has one, both are empty.
+        Raises ValueError for a fraction outside (0, 1] or an empty test set.
         """
         frame = frame.reset_index(drop=True)
         test = (frame["split"] == "test").to_numpy()
@@ -66,8 +66,8 @@ class LabelEfficiency:
             for subset in range(self.subsets if fraction < 1 else 1)[: self.repeats]:
                 train = label_subset(frame, fraction, subset).index.to_numpy()
                 if not len(train):
-                    empty = f"no training study at fraction {fraction:g}, subset {subset}: use a larger fraction"
-                    warnings.warn(f"{empty}; it is left out", stacklevel=2)
+                    left_out = f"fraction {fraction:g}, subset {subset} is left out: it has no training study"
+                    warnings.warn(f"{left_out}; use a larger fraction", stacklevel=2)
                     continue
                 if progress is not None:
                     progress(f"{100 * fraction:g} % of the labels, subset {subset}: {len(train)} studies")
@@ -75,9 +75,17 @@ class LabelEfficiency:
                 for name, rows in sets.items():
                     table = score(rows).assign(**self.columns(fraction, subset), n_train=len(train))
                     tables.append(table.assign(dataset=name) if name else table)
-        if self.fractions and not fits:
-            raise ValueError(empty)
         return (pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()), fits
+
+    def sizes(self, frame: pd.DataFrame, targets: pd.DataFrame) -> pd.DataFrame:
+        """Studies, patients and positives of each label in the first subset of each fraction; `targets` as `frame`."""
+        subsets = {fraction: label_subset(frame, fraction) for fraction in self.fractions}
+        rows = {
+            f"{100 * fraction:g} %": {"studies": len(part), "patients": part["patient_id"].nunique()}
+            | (targets.loc[part.index] == 1).sum().to_dict()
+            for fraction, part in subsets.items()
+        }
+        return pd.DataFrame.from_dict(rows, orient="index")
 
     def columns(self, fraction: float, subset: int = 0) -> dict[str, object]:
         """The columns label_fraction, seed and split of the rows of a subset."""

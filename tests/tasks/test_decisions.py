@@ -36,7 +36,7 @@ def test_threshold_has_the_highest_f1():
 def test_one_class_has_no_threshold_and_no_decision():
     assert np.isnan(best_threshold([1, 1], [0.2, 0.4]))
     rows = decision_rows(pd.DataFrame({"a": [1, 0]}), pd.DataFrame({"a": [0.5, 0.5]}), {"a": np.nan}, n_bootstrap=5)
-    assert rows["value"].isna().all() and (rows["note"] == "no threshold: one class only in validation").all()
+    assert rows["value"].isna().all() and (rows["note"] == "no threshold: validation does not have both classes").all()
 
 
 def test_by_hand():

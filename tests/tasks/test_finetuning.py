@@ -89,6 +89,15 @@ def test_the_best_epoch_is_kept(small):
     assert float(loss) == pytest.approx(tuned.history["valid_loss"].min(), rel=0.05, abs=1e-6)
 
 
+def test_without_validation_the_last_epoch_is_kept(small):
+    train = studies(range(8))
+    config = FinetuneConfig(epochs=3, patience=1, **FAST)
+    nothing, unknown = studies([]), (studies([50, 51])[0], studies([50, 51])[1] * np.nan)
+    for valid in (nothing, unknown):
+        tuned = finetune(small, train, valid, Halves(), config)
+        assert tuned.best_epoch == 3 and tuned.history["valid_loss"].isna().all()
+
+
 def test_label_efficiency_is_finetuning_on_each_subset(small):
     frame, targets = studies(range(40))
     split = np.repeat(["train", "valid", "test"], [16, 8, 16])
@@ -156,7 +165,7 @@ def test_bad_settings_are_refused(small):
     for wrong in ({"head": "deep"}, {"loss": "mse"}, {"layer_decay": 0.0}, {"epochs": 0}, {"class_weights": "yes"}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             FinetuneConfig(**wrong)
-    with pytest.raises(ValueError, match="must not be empty"):
+    with pytest.raises(ValueError, match="`train` must not be empty"):
         finetune(small, studies([]), studies([1]), Halves(), FinetuneConfig())
     with pytest.raises(ValueError, match="2 studies, 1 rows"):
         finetune(small, (studies([1, 2])[0], studies([1])[1]), studies([1]), Halves(), FinetuneConfig())

@@ -56,6 +56,13 @@ def test_every_subset_is_fitted_once_and_numbered(frame):
     assert run(LabelEfficiency(()), frame)[0].empty
 
 
+def test_sizes_of_the_first_subsets(frame):
+    targets = pd.DataFrame({"A": (frame["label_rank"] < 0.05).astype(float)})
+    sizes, few = LabelEfficiency((0.1, 1.0)).sizes(frame, targets), label_subset(frame, 0.1)
+    assert list(sizes.index) == ["10 %", "100 %"] and sizes.loc["100 %", "studies"] == (frame["split"] == "train").sum()
+    assert sizes.loc["10 %"].tolist() == [len(few), len(few) / 2, targets.loc[few.index, "A"].sum()]
+
+
 def test_every_test_set_is_scored(frame):
     frame = frame.set_axis(np.arange(len(frame))[::-1] + 7)
     kept = frame[frame.index % 3 == 0]  # of all splits; only its test studies count
@@ -67,9 +74,7 @@ def test_every_test_set_is_scored(frame):
 def test_errors(frame):
     with pytest.raises(ValueError, match="fraction"):
         run(LabelEfficiency((1.1,)), frame)
-    with pytest.raises(ValueError, match=r"no training study at fraction 0\.01"):
-        run(LabelEfficiency((0.01,)), frame.assign(label_rank=0.5))
-    with pytest.warns(UserWarning, match=r"fraction 0\.01, subset 0: use a larger fraction"):
+    with pytest.warns(UserWarning, match=r"fraction 0\.01, subset 0 is left out: .* use a larger fraction"):
         assert list(run(LabelEfficiency((0.01, 1.0)), frame.assign(label_rank=0.5))[1]) == [(1.0, 0)]
     with pytest.raises(ValueError, match="no study to test on"):
         run(LabelEfficiency(), frame.assign(split="train"))

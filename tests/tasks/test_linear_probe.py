@@ -4,7 +4,13 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 from gloria_core.data.splits import label_subset
-from gloria_core.tasks.classification.linear_probe import fit_probe, linear_probe, mean_auroc
+from gloria_core.tasks.classification.linear_probe import (
+    FIXED_STRENGTH,
+    STRENGTHS,
+    fit_probe,
+    linear_probe,
+    mean_auroc,
+)
 from gloria_core.tasks.label_efficiency import LabelEfficiency
 
 
@@ -27,7 +33,7 @@ def _study(n=600, labels=2, seed=0, width=12):
 
 
 def probe(features, frame, labels, *, metrics=("auroc",), **protocol):
-    return linear_probe(features, frame, frame[labels], LabelEfficiency(**protocol), metrics=metrics)
+    return linear_probe(features, frame, frame[labels], LabelEfficiency(**protocol), metrics=metrics)[0]
 
 
 def test_probe_is_logistic_regression_on_standardised_features():
@@ -102,9 +108,21 @@ def test_probe_input_errors():
     features, frame = _study(n=100)
     with pytest.raises(ValueError, match="99 rows of features"):
         probe(features[:99], frame, ["L0"])
-    for split in ("test", "valid"):
-        with pytest.raises(ValueError, match=f"split '{split}' is empty"):
-            probe(features, frame.replace({"split": {split: "train"}}), ["L0"])
+    with pytest.raises(ValueError, match="split 'test' is empty"):
+        probe(features, frame.replace({"split": {"test": "train"}}), ["L0"])
+
+
+def test_without_a_choice_on_validation_the_strength_is_fixed():
+    features, frame = _study(n=200)
+    one_class = frame.assign(L0=frame["L0"].mask(frame["split"] == "valid", 1.0))
+    no_study = frame[frame["split"] != "valid"].reset_index(drop=True)
+    for part, values in ((one_class, features), (no_study, features[(frame["split"] != "valid").to_numpy()])):
+        rows = probe(values, part, ["L0"], fractions=(1.0,), n_bootstrap=0)
+        assert set(rows["strength"]) == {FIXED_STRENGTH} and rows["value"].notna().all()
+    rows, probes = linear_probe(features, frame, frame[["L0"]], LabelEfficiency((1.0,), n_bootstrap=0))
+    assert set(rows["strength"]) == {probes[1.0, 0].strength} and set(rows["strength"]) <= set(STRENGTHS)
+    scores = probes[1.0, 0].scores(features)
+    assert (probes[1.0, 0].probabilities(features)["L0"] > 0.5).equals(scores["L0"] > 0)
 
 
 def test_a_frame_whose_index_does_not_start_at_zero():

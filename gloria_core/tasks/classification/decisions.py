@@ -100,7 +100,7 @@ def decision_rows(
     for k, label in enumerate(labels):
         y, p = (part[label].to_numpy(dtype=float)[known[:, k]] for part in (targets, probabilities))
         threshold = thresholds.get(label, float("nan"))
-        note = "no threshold: one class only in validation" if np.isnan(threshold) else ""
+        note = "no threshold: validation does not have both classes" if np.isnan(threshold) else ""
         note = "not scored" if np.isnan(p).any() else note
         notes.append(note if len(y) else "no study with a known label")
         prevalence.append(y.mean() if len(y) else np.nan)

@@ -193,11 +193,12 @@ def finetune(
 
     `pretrained` is a `VisionLanguageModel`; its image encoder is copied. targets: (n, K) of 1, 0, NaN, see
     `label_policy.binary_targets`. The same seed gives the same weights on the same machine.
-    Raises ValueError for an empty split, and where the loss is not finite.
+    Without a known target in `valid` the weights of the last epoch are kept, and valid_loss is NaN.
+    Raises ValueError for an empty `train`, and where the loss is not finite.
     """
     for frame, targets in (train, valid):
-        if not len(frame) or len(frame) != len(targets):
-            raise ValueError(f"{len(frame)} studies, {len(targets)} rows of targets; a split must not be empty")
+        if len(frame) != len(targets) or not len(train[0]):
+            raise ValueError(f"{len(frame)} studies, {len(targets)} rows of targets; `train` must not be empty")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     pixels, labels, size = pretrained.config, tuple(train[1].columns), config.batch_size
     paths = [_paths(frame) for frame, _ in (train, valid)]
@@ -229,6 +230,8 @@ def finetune(
 
     @torch.no_grad()
     def validation_loss() -> float:
+        if not valid[1].notna().any(axis=None):
+            return float("nan")
         model.eval()
         rows = np.array_split(np.arange(len(valid[0])), range(size, len(valid[0]), size))
         total = sum(float(loss(1, batch)) * len(batch) for batch in rows)
@@ -285,6 +288,8 @@ def label_efficiency(
 ) -> tuple[pd.DataFrame, dict[tuple[float, int], Finetuned]]:
     """Fine-tune on every training subset of `protocol`: rows of `metric_rows` with the columns of `LabelEfficiency`.
 
+    The metrics are called finetuned_auroc and so on, to be recorded beside those of a probe.
+
     targets (n, K) belong to the studies of `frame`, all splits, in its order. Subset number k trains with the seed
     `config.seed` + k. Also returns the classifiers by (fraction, subset).
     """
@@ -300,7 +305,8 @@ def label_efficiency(
 
         def score(rows: np.ndarray) -> pd.DataFrame:
             options = {"metrics": metrics, "macro": protocol.macro, "n_bootstrap": protocol.n_bootstrap}
-            return metric_rows(targets.loc[rows], logits.loc[rows], groups=patients[rows], **options)
+            table = metric_rows(targets.loc[rows], logits.loc[rows], groups=patients[rows], **options)
+            return table.assign(metric="finetuned_" + table["metric"])
 
         return tuned, score
 

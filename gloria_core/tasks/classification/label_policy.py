@@ -27,12 +27,13 @@ def binary_targets(
     labels: Sequence[str],
     *,
     unmentioned: Unmentioned = "negative",
-    uncertain: Uncertain | Mapping[str, Uncertain] = "ignore",
+    uncertain: Uncertain | Literal["published"] | Mapping[str, Uncertain] = "ignore",
 ) -> pd.DataFrame:
     """Label columns (1, 0, -1, blank) as 1.0, 0.0 or NaN; NaN: the study is left out for this label.
 
     `unmentioned` is what a blank becomes. CheXpert's convention, and the default, is negative: a finding that the
-    report does not mention is taken as absent. `uncertain` is what -1 becomes, for all labels or by label.
+    report does not mention is taken as absent. `uncertain` is what -1 becomes, for all labels or by label;
+    "published" stands for `CHEXPERT_UNCERTAIN`.
     Raises KeyError for a label that is no column, ValueError for an unknown policy or another label value.
     """
     missing = [label for label in labels if label not in frame.columns]
@@ -40,7 +41,7 @@ def binary_targets(
         raise KeyError(f"no label column {missing[0]!r}; columns: {', '.join(map(str, frame.columns))}")
     if unmentioned not in ("negative", "ignore"):
         raise ValueError(f"unmentioned must be 'negative' or 'ignore', not {unmentioned!r}")
-    columns = {}
+    columns, uncertain = {}, CHEXPERT_UNCERTAIN if uncertain == "published" else uncertain
     for label in labels:
         policy = uncertain if isinstance(uncertain, str) else uncertain.get(label, "ignore")
         if policy not in _VALUES:

@@ -21,6 +21,8 @@ from gloria_core.tasks.metrics import Metric, metric_rows
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Grid of scikit-learn's C (inverse of the L2 penalty) for standardised features; a larger one fits closer."""
+FIXED_STRENGTH = 1e-2
+"""C where the validation split cannot choose: it has no study, or no label with both classes."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,10 @@ class Probe:
         """(n, Dg) features -> (n, K) log odds; NaN throughout for a label that could not be fitted."""
         values = ((features - self.mean) / self.scale) @ self.weights.T + self.bias
         return pd.DataFrame(values, columns=list(self.labels))
+
+    def probabilities(self, features: np.ndarray) -> pd.DataFrame:
+        """(n, Dg) features -> (n, K) in [0, 1]; NaN as in `scores`."""
+        return 1 / (1 + np.exp(-self.scores(features)))
 
 
 def fit_probe(
@@ -101,20 +107,21 @@ def linear_probe(
     targets: pd.DataFrame,
     protocol: LabelEfficiency,
     *,
-    strength: float | Sequence[float] = STRENGTHS,
+    strength: float | Sequence[float] | None = None,
     metrics: Sequence[Metric] = ("auroc",),
-) -> pd.DataFrame:
-    """Probe every training subset of `protocol`: rows of `metric_rows` with the columns of `LabelEfficiency`.
+) -> tuple[pd.DataFrame, dict[tuple[float, int], Probe]]:
+    """Probe every training subset of `protocol`: rows of `metric_rows` with the columns of `LabelEfficiency`, and
+    strength; and the probes by (fraction, subset).
 
     features (n, Dg) and targets (n, K) (`label_policy.binary_targets`) belong to the studies of `frame`, all splits, in
-    its order. Split `valid` chooses the strength, which is a further column. Raises ValueError where a split is empty.
+    its order. `strength`: by default split `valid` chooses among `STRENGTHS` where it can, else `FIXED_STRENGTH`.
     """
     if not len(features) == len(frame) == len(targets):
         raise ValueError(f"{len(features)} rows of features and {len(targets)} of targets for {len(frame)} studies")
     patients, targets = frame["patient_id"].astype(str).to_numpy(), targets.reset_index(drop=True)
     valid = np.flatnonzero(frame["split"] == "valid")
-    if not len(valid) and not isinstance(strength, int | float):
-        raise ValueError("split 'valid' is empty; it chooses between the strengths")
+    if strength is None:
+        strength = STRENGTHS if (targets.loc[valid].nunique() == 2).any() else FIXED_STRENGTH
 
     def fit(train: np.ndarray, subset: int) -> tuple[Probe, Score]:
         validation = features[valid], targets.loc[valid]
@@ -130,4 +137,4 @@ def linear_probe(
 
         return probe, score
 
-    return protocol.run(frame, fit)[0]
+    return protocol.run(frame, fit)
