@@ -128,7 +128,7 @@ def bootstrap_rows(
             among, least = ("", MIN_PATIENTS) if mask is None else (" of a class", MIN_PER_CLASS)
             n = len(np.unique(patients[counted[:, k, m] & (True if mask is None else mask[:, k])]))
             if n < least:
-                return f"no interval: {n} patients{among}, it takes {least}"
+                return f"no interval: {n} of {least} needed patients{among}"
         return ""
 
     averaged = [(target, [k], notes[k]) for k, target in enumerate(targets)]

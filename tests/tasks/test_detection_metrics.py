@@ -77,7 +77,7 @@ def test_perfect_and_empty_and_everywhere_wrong():
     perfect = evaluate(truths, [_boxes([TWO, ONE], scores=[0.9, 0.2]), _boxes(scores=[])], ["a"], n_bootstrap=20)
     assert (perfect["value"] == 1).all() and (perfect["n"] == 2).all() and (perfect["n_boxes"] == 2).all()
     nothing = evaluate(truths, [_boxes(scores=[])] * 2, ["a"], n_bootstrap=20)
-    assert (nothing["value"] == 0).all() and nothing["note"].str.contains("no interval: 2 patients, it takes 3").all()
+    assert (nothing["value"] == 0).all() and nothing["note"].str.contains("no interval: 2 of 3 needed patients").all()
     wrong = evaluate(truths, [_boxes([FAR], scores=[0.9]), _boxes([ONE], scores=[1.0])], ["a"], n_bootstrap=0)
     assert (wrong["value"] == 0).all()
 

@@ -173,7 +173,7 @@ def test_a_mean_over_few_patients_has_no_interval(patients, known):
     assert rows["value"].notna().all() and rows["n"].tolist() == [8, patients, 8]
     for target in ("b", "macro"):
         assert rows.loc[target, ["ci_low", "ci_high"]].notna().all() == known
-        assert ("no interval: 2 patients, it takes 3" in rows.loc[target, "note"]) != known
+        assert ("no interval: 2 of 3 needed patients" in rows.loc[target, "note"]) != known
     assert rows.loc["a", ["ci_low", "ci_high"]].notna().all()
 
 
@@ -182,7 +182,7 @@ def test_fewer_than_five_patients_of_a_class_give_no_interval(positive):
     y, score, groups = np.full(40, 1.0 - positive), np.arange(40.0), np.arange(40) // 2
     y[:8] = positive  # eight studies of four patients
     few = estimate(y, score, groups=groups, n_bootstrap=50)
-    assert np.isnan([few.ci_low, few.ci_high]).all() and few.note == "no interval: 4 patients of a class, it takes 5"
+    assert np.isnan([few.ci_low, few.ci_high]).all() and few.note == "no interval: 4 of 5 needed patients of a class"
     y[8] = positive
     enough = estimate(y, score, groups=groups, n_bootstrap=50)
     assert np.isfinite([enough.ci_low, enough.ci_high]).all() and enough.note == ""
