@@ -28,6 +28,7 @@ from gloria_core.data.images import Norm, to_tensor
 from gloria_core.data.manifest import COMPETITION_LABELS, ManifestError, label_columns, read_manifest, write_manifest
 from gloria_core.data.prompts import PromptSet
 from gloria_core.data.reports import Span, StudyTexts
+from gloria_core.data.splits import WITHOUT
 from gloria_core.data.tokenizer import tokenize
 from gloria_core.types import Batch
 
@@ -85,7 +86,7 @@ class PreparedDataset:
         """Rows of split `name` (train, valid or test); an empty split raises ManifestError."""
         rows = self.frame[self.frame["split"] == name]
         if rows.empty:
-            raise ManifestError(f"dataset {self.name!r} has no row in split {name!r}; prepare it with more patients")
+            raise ManifestError(f"dataset {self.name!r} has {WITHOUT[name]}")
         return rows
 
 

@@ -34,6 +34,13 @@ SURE_EDGE = 0.01  # the subset of this fraction holds every label at least once 
 
 GOLDEN_RATIO = 0.6180339887498949
 
+WITHOUT = {
+    "train": "no training study: nothing can be trained on it; score the checkpoint of another dataset",
+    "valid": "no validation study: pretraining keeps its last epoch; another split rule or more patients may give some",
+    "test": "no test study: nothing can be scored on it; score its checkpoints on the test split of another dataset",
+}
+"""What cannot be done without studies in a split, and what to do instead."""
+
 
 def assign_splits(
     frame: pd.DataFrame, *, fractions: Mapping[str, float] = DEFAULT_FRACTIONS, seed: int
@@ -92,6 +99,54 @@ def label_subset(frame: pd.DataFrame, fraction: float, seed: int = 0) -> pd.Data
         raise ValueError(f"the label fraction is {fraction}; it must be in (0, 1], 0.01 for one per cent")
     rank = (frame["label_rank"].to_numpy(dtype=float) + seed * GOLDEN_RATIO) % 1.0
     return frame[(frame["split"] == "train").to_numpy() & (rank < fraction)]
+
+
+def split_counts(frame: pd.DataFrame) -> pd.DataFrame:
+    """Metrics rows (split, target, metric, value, n) of how many studies and patients each split has.
+
+    Also the studies of each `meta_source`, and the patients or images that a published split has on both sides
+    (target "leak ...", from `attrs["leaks"]`).
+    """
+    rows = []
+    for split, part in frame.groupby("split"):
+        rows.append((split, "all", "studies", len(part), len(part)))
+        rows.append((split, "all", "patients", part["patient_id"].nunique(), len(part)))
+        sources = part["meta_source"].value_counts(sort=False) if "meta_source" in part else {}
+        rows += [(split, f"source {source}", "studies", n, n) for source, n in sources.items()]
+    leaks = frame.attrs.get("leaks") or {}
+    rows += [("all", f"leak {name}", "studies", n, len(frame)) for name, n in leaks.items()]
+    return pd.DataFrame(rows, columns=["split", "target", "metric", "value", "n"])
+
+
+def split_warnings(frame: pd.DataFrame, *, batch_size: int = 32) -> list[str]:
+    """Sentences on what the splits of this manifest cannot do, each with what to do instead.
+
+    Splits without studies, fewer training studies than a batch of notebook 02, very few validation studies, patients
+    that were moved to test, label subsets without studies, and labels of which a split shows only one class.
+    """
+    parts = {name: frame[frame["split"] == name] for name in SPLITS}
+    train, valid, test = (parts[name] for name in SPLITS)
+    missing = [name for name in SPLITS if parts[name].empty and not (name == "valid" and train.empty)]
+    warnings = [f"{WITHOUT[name].capitalize()}." for name in missing]
+    if 0 < len(train) < batch_size:
+        warnings.append(f"{len(train)} training studies fill no batch of {batch_size}: pretraining has smaller ones.")
+    if 0 < len(valid) < 4:
+        warnings.append(f"{len(valid)} validation studies: do not choose settings by a loss over so few.")
+    if moved := frame.attrs.get("moved_to_test"):
+        warnings.append(f"{moved} patients were moved to test, because they have boxes and boxes are for testing.")
+    findings = finding_columns(frame)
+    subsets = {f"the {p:.0%} label subset": label_subset(frame, p) for p in (0.01, 0.1)} if len(train) else {}
+    for name, part in (subsets | {"train": train, "test": test}).items():
+        if part.empty and name in subsets:
+            warnings.append(f"{name.capitalize()} has no study: take a larger label fraction.")
+        one_class = [label for label in findings if (part[label] == 1).sum() in (0, len(part))]
+        if len(part) and one_class:
+            some = ", ".join(one_class[:4]) + (", ..." if len(one_class) > 4 else "")
+            warnings.append(
+                f"In {name} (n = {len(part)}) {len(one_class)} of {len(findings)} labels are positive in no study or "
+                f"in every one, and cannot be {'scored' if name == 'test' else 'learned'} there: {some}."
+            )
+    return warnings
 
 
 def exclusive_test_set(

@@ -571,7 +571,7 @@ def test_what_save_dataset_writes_open_dataset_opens(tmp_path):
     assert (opened.name, opened.root, opened.size) == ("tiny", tmp_path.resolve(), SIZE)
     assert list(opened.frame["study_id"]) == list(written.frame["study_id"])
     assert opened.cache.image("img_0.png").shape == (SIZE, SIZE)
-    with pytest.raises(ManifestError, match="no row in split 'test'"):
+    with pytest.raises(ManifestError, match="has no test study: nothing can be scored on it"):
         opened.split("test")
     (tmp_path / "set" / "dataset.json").unlink()
     with pytest.raises(ManifestError, match="`manifest` is blank: run notebook 01 first"):

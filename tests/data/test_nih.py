@@ -89,6 +89,14 @@ def test_the_box_table_under_its_other_names(tmp_path, name):
         assert (prepare(tmp_path)["boxes"] == "").all()
 
 
+def test_patients_with_boxes_are_moved_to_test_and_counted(tmp_path):
+    make_tree(tmp_path)
+    counted = [prepare(tmp_path, seed=seed).attrs["moved_to_test"] for seed in range(4)]
+    (tmp_path / "BBox_List_2017.csv").unlink()
+    plain = [prepare(tmp_path, seed=seed).set_index("study_id").loc["00000001_000", "split"] for seed in range(4)]
+    assert counted == [int(split != "test") for split in plain] and 0 < sum(counted)
+
+
 def test_older_header_and_ages(tmp_path):
     """The first release ended every line with a comma and wrote ages as 058Y."""
     rows = [entry(1, 0, age="058Y"), entry(2, 0, age="018M"), entry(3, 0, age="020D"), entry(4, 0, age="7")]

@@ -9,7 +9,14 @@ import pandas as pd
 import pytest
 
 from gloria_core.data.manifest import COMPETITION_LABELS, validate
-from gloria_core.data.splits import assign_label_ranks, assign_splits, exclusive_test_set, label_subset
+from gloria_core.data.splits import (
+    assign_label_ranks,
+    assign_splits,
+    exclusive_test_set,
+    label_subset,
+    split_counts,
+    split_warnings,
+)
 
 PREVALENCE = {"No Finding": 0.4, "Edema": 0.2, "Atelectasis": 0.1, "Fracture": 0.02, "Hernia": 0.004, "is_male": 0.5}
 
@@ -227,3 +234,35 @@ def test_five_by_some_is_balanced_seeded_and_blind_to_order():
     assert set(again["study_id"]) == set(chosen["study_id"])
     other = exclusive_test_set(frame, per_class=200, seed=2)
     assert set(other["study_id"]) != set(chosen["study_id"])
+
+
+def test_counts_are_metrics_rows(split):
+    split = split.assign(meta_source=["A", "B"] * (len(split) // 2) + ["A"] * (len(split) % 2))
+    split.attrs["leaks"] = {"patients in train and test": 7}
+    rows = split_counts(split).set_index(["split", "target", "metric"])
+    train = split[split["split"] == "train"]
+    assert rows.loc[("train", "all", "patients")].tolist() == [train["patient_id"].nunique(), len(train)]
+    n = (train["meta_source"] == "B").sum()
+    assert rows.loc[("train", "source B", "studies")].tolist() == [n, n]
+    assert rows.loc[("all", "leak patients in train and test", "studies")].tolist() == [7, len(split)]
+
+
+def test_warnings_name_what_the_splits_cannot_do(split):
+    assert split_warnings(split[["split", "label_rank", "Edema"]]) == []
+    few = pd.DataFrame({"split": ["train"] * 5, "label_rank": 0.5, "Edema": [1, 0, 0, 0, 0], "Mass": 0})
+    few.attrs["moved_to_test"] = 3
+    said = split_warnings(few)
+    for start in (
+        "No validation study: pretraining keeps its last epoch",
+        "No test study: nothing can be scored on it",
+        "5 training studies fill no batch of 32",
+        "3 patients were moved to test",
+        "The 1% label subset has no study",
+        "The 10% label subset has no study",
+        "In train (n = 5) 1 of 2 labels are positive in no study or in every one, and cannot be learned there: Mass.",
+    ):
+        said.remove(next(line for line in said if line.startswith(start)))
+    assert said == []
+    only_test = split_warnings(few.assign(split="test"))
+    assert only_test[0].startswith("No training study") and "validation" not in " ".join(only_test)
+    assert "In test (n = 5) 1 of 2 labels" in only_test[-1] and "cannot be scored" in only_test[-1]

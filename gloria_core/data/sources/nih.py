@@ -119,7 +119,7 @@ def prepare(
     boxes = raw.optional_file(root, BOXES, "nih")
     if boxes is not None:
         table["boxes"] = _boxes(table, boxes, root, rows, missing, on_error)
-    images = table["image"].tolist()
+    images, moved = table["image"].tolist(), 0
     frame = raw.manifest_frame(table, [*LABELS, "is_ap_view", "is_male"])
     if split_rule == "published":
         frame = raw.draw_valid(frame.assign(split=_published_split(root, images)), seed=seed)
@@ -127,9 +127,12 @@ def prepare(
         frame = assign_splits(frame, seed=seed)
         # a box is truth for maps and detectors, and truth is for testing; the owner's list does the same
         boxed = frame["patient_id"].isin(frame.loc[frame["boxes"] != "", "patient_id"])
+        moved = frame.loc[boxed & (frame["split"] != "test"), "patient_id"].nunique()
         frame["split"] = frame["split"].mask(boxed, "test")
     frame = _add_texts(frame, prompts or load_prompts("nih"), seed=text_seed, n_negative=n_negative)
-    return raw.finish(frame, source=f"manifest of {root}", seed=seed, failures=rows.failures)
+    frame = raw.finish(frame, source=f"manifest of {root}", seed=seed, failures=rows.failures)
+    frame.attrs["moved_to_test"] = moved
+    return frame
 
 
 def _boxes(table: pd.DataFrame, path: Path, root: Path, rows: raw.Rows, missing: set[str], on_error: str) -> list[str]:
