@@ -182,8 +182,11 @@ TOY = """
         def similarity(self, images, texts):
             return cosine_matrix(*self.global_embeddings(images, texts))
 
-        def global_embeddings(self, images, texts):
-            return self.head(images.pooled), texts.sentence
+        def embed_images(self, images):
+            return self.head(images.pooled)
+
+        def embed_texts(self, texts):
+            return texts.sentence
 """
 
 

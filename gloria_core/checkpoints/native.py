@@ -55,9 +55,10 @@ def save(
     return path
 
 
-def load(path: str | Path, *, map_location: str | torch.device = "cpu") -> VisionLanguageModel:
+def load(path: str | Path, *, map_location: str | torch.device | None = None) -> VisionLanguageModel:
     """The model of a file written by `save`, in evaluation mode; nothing is fetched from anywhere.
 
+    `map_location`: the device of the model; None is the GPU if there is one, else the CPU.
     Raises WeightsError for a missing, truncated or foreign file, and for tensors that do not fit.
     """
     content = read(path)
@@ -69,6 +70,8 @@ def load(path: str | Path, *, map_location: str | torch.device = "cpu") -> Visio
         fill(model, content["model"], source=str(path))
     except (ConfigError, WeightsError) as error:
         raise WeightsError(f"{path} (package version {content['package_version']}): {error}") from error
+    if map_location is None:
+        map_location = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(map_location).eval()
 
 

@@ -115,7 +115,7 @@ def _fill(model: nn.Module, named: Named, ignored: list[str], *, path: Path, all
 
 
 def _own(path: Path, tokenizer: PreTrainedTokenizerBase | None, tensors: Mapping[str, Tensor]) -> VisionLanguageModel:
-    model = native.load(path)
+    model = native.load(path, map_location="cpu")
     if tokenizer is not None:
         if model.tokenizer is not None:
             raise WeightsError(f"{path} is a checkpoint of gloria_core and has its tokenizer; give none")

@@ -214,7 +214,8 @@ def published_sentences(text: str, *, word_limit: int | None = None) -> list[str
 def clean_report(text: str) -> str:
     """The string that GLoRIA's released inference code hands to the tokenizer (`gloria_model.py::process_text`).
 
-    May be empty: a one-word query such as "Edema" is.
+    May be empty: that of a one-word query such as "Edema" is. `tasks.features.text_features` then takes the text as it
+    is, and `gloria_api` the empty string, as the released code does.
     """
     return " ".join(published_sentences(text))
 

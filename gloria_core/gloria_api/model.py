@@ -280,8 +280,8 @@ def zero_shot_classification(
     names, counts = list(cls_txt_mapping), [len(texts["caption_ids"]) for texts in cls_txt_mapping.values()]
     best = [part.max(axis=1) for part in np.split(similarity, np.cumsum(counts)[:-1], axis=1)]
     scaled: Normalise = normalise if len(imgs) > 1 else "none"
-    scores = combine(np.stack(best, axis=1), names, {name: [name] for name in names}, normalise=scaled)
-    return pd.DataFrame(scores, columns=names)
+    best = pd.DataFrame(dict(zip(names, best, strict=True)))
+    return combine(best, {name: [name] for name in names}, normalise=scaled)
 
 
 def generate_chexpert_class_prompts(n: int = 5, *, seed: int | None = 6) -> dict[str, list[str]]:

@@ -28,6 +28,8 @@ class Objective(nn.Module, ABC):
     rows: ClassVar[AttentionRows | None] = None
     attention_formula: ClassVar[str] = ""
     """The rows of `attention` in LaTeX, for whoever shows them."""
+    has_local_embeddings: bool = False
+    """Whether `local_embeddings` is there for these encoders and options."""
     encoders: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     """Fields of `ModelConfig` that the paper sets otherwise than the study's defaults; notebook 02 begins with them."""
 
@@ -68,8 +70,16 @@ class Objective(nn.Module, ABC):
         return regions.expand(n_texts, *regions.shape[1:])
 
     @abstractmethod
+    def embed_images(self, images: ImageFeatures) -> Tensor:
+        """Projected, unnormalised global vectors (B, D)."""
+
+    @abstractmethod
+    def embed_texts(self, texts: TextFeatures) -> Tensor:
+        """Projected, unnormalised global vectors (N, D)."""
+
     def global_embeddings(self, images: ImageFeatures, texts: TextFeatures) -> tuple[Tensor, Tensor]:
-        """Projected, unnormalised image (B, D) and text (N, D) vectors."""
+        """`embed_images` and `embed_texts`."""
+        return self.embed_images(images), self.embed_texts(texts)
 
     @torch.no_grad()
     def on_epoch(self, epoch: int) -> None:

@@ -49,6 +49,7 @@ class ConVIRT(GlobalObjective):
     ) -> None:
         super().__init__(behavior)
         self.temperature, self.image_weight = temperature, image_weight
+        self.has_local_embeddings = region_dim == pooled_dim
         self.image_head = MLPHead(pooled_dim, projection_dim)
         self.text_head = MLPHead(text_dim, projection_dim)
 
@@ -58,7 +59,9 @@ class ConVIRT(GlobalObjective):
         total = self.image_weight * to_text + (1 - self.image_weight) * to_image
         return ObjectiveOutput(total=total, terms={"image_to_text": to_text, "text_to_image": to_image})
 
-    def global_embeddings(self, images: ImageFeatures, texts: TextFeatures) -> tuple[Tensor, Tensor]:
-        """Projected image (B, P) and text (N, P) vectors, unnormalised."""
+    def embed_images(self, images: ImageFeatures) -> Tensor:
+        return self.image_head(images.pooled)
+
+    def embed_texts(self, texts: TextFeatures) -> Tensor:
         tokens = texts.tokens.masked_fill(~texts.token_mask[..., None], torch.finfo(texts.tokens.dtype).min)
-        return self.image_head(images.pooled), self.text_head(tokens.amax(dim=1))
+        return self.text_head(tokens.amax(dim=1))

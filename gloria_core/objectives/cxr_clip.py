@@ -89,6 +89,7 @@ class CXRCLIP(GlobalObjective):
         super().__init__(behavior)
         self.text_pooling, self.label_smoothing = text_pooling, label_smoothing
         self.icl_weight, self.tcl_weight = icl_weight, tcl_weight
+        self.has_local_embeddings = region_dim == pooled_dim
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)))
         self.image_head = nn.Linear(pooled_dim, projection_dim)
         self.text_head = nn.Linear(text_dim, projection_dim)
@@ -119,9 +120,11 @@ class CXRCLIP(GlobalObjective):
                 total = total + weight * terms[name]
         return ObjectiveOutput(total=total, terms=terms)
 
-    def global_embeddings(self, images: ImageFeatures, texts: TextFeatures) -> tuple[Tensor, Tensor]:
-        """Projected image (B, D) and text (N, D) vectors, unnormalised."""
-        return self.image_head(images.pooled), self.text_head(self._pooled_text(texts))
+    def embed_images(self, images: ImageFeatures) -> Tensor:
+        return self.image_head(images.pooled)
+
+    def embed_texts(self, texts: TextFeatures) -> Tensor:
+        return self.text_head(self._pooled_text(texts))
 
     def _pooled_text(self, texts: TextFeatures) -> Tensor:
         """(N, L, Dt) -> (N, Dt) by `text_pooling`."""

@@ -53,6 +53,7 @@ class GLoRIA(Objective):
     """
 
     rows = AttentionRows(unit="word", normalisation="softmax")
+    has_local_embeddings = True
     attention_formula = r"a_{rt} = \mathrm{softmax}_r\,(4\,\mathrm{softmax}_t\, v_r \cdot w_t)"
 
     def __init__(
@@ -138,9 +139,11 @@ class GLoRIA(Objective):
             regions = regions / texts.words.shape[-1] ** 0.5
         return regions, texts.words, self._training_window(texts)
 
-    def global_embeddings(self, images: ImageFeatures, texts: TextFeatures) -> tuple[Tensor, Tensor]:
-        """Projected image (B, D) and sentence (N, D), unnormalised."""
-        return self.global_embedder(images.pooled), texts.sentence
+    def embed_images(self, images: ImageFeatures) -> Tensor:
+        return self.global_embedder(images.pooled)
+
+    def embed_texts(self, texts: TextFeatures) -> Tensor:
+        return texts.sentence
 
     def _training_window(self, texts: TextFeatures) -> Tensor:
         words = texts.word_mask & ~texts.special_mask

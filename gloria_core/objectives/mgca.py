@@ -106,6 +106,7 @@ class MGCA(Objective):
         self.image_head = ProjectionHead(pooled_dim, dim, hidden=hidden)
         self.text_head = ProjectionHead(text_dim, dim, hidden=hidden)
         self.word_attention = self.patch_attention = None
+        self.has_local_embeddings = self.weights["cta"] > 0
         if self.weights["cta"]:
             self.region_head = ProjectionHead(region_dim, dim, hidden=hidden)
             self.word_head = ProjectionHead(text_dim, dim, hidden=hidden)
@@ -144,14 +145,17 @@ class MGCA(Objective):
 
     def local_embeddings(self, images: ImageFeatures, texts: TextFeatures) -> tuple[Tensor, Tensor, Tensor]:
         """Unit vectors p (B, h, w, D) and t (N, W, D), and the mask (N, W) of the words; `[CLS]` has a zero row."""
-        if not self.weights["cta"]:
+        if not self.has_local_embeddings:
             return super().local_embeddings(images, texts)
         words, _ = self.word_rows(texts)
         return self._regions(images), F.pad(words, (0, 0, 1, 0))[:, : texts.words.shape[1]], self._word_mask(texts)
 
-    def global_embeddings(self, images: ImageFeatures, texts: TextFeatures) -> tuple[Tensor, Tensor]:
-        """Projected image (B, D) and `[CLS]` (N, D), unnormalised."""
-        return self.image_head(images.pooled), self.text_head(texts.words[:, 0])
+    def embed_images(self, images: ImageFeatures) -> Tensor:
+        return self.image_head(images.pooled)
+
+    def embed_texts(self, texts: TextFeatures) -> Tensor:
+        """Of `[CLS]`."""
+        return self.text_head(texts.words[:, 0])
 
     def word_rows(self, texts: TextFeatures) -> tuple[Tensor, Tensor]:
         """Unit vectors (N, M, D) of the columns from 1 on, and which are words (N, M); published: padded to M = 111."""

@@ -80,6 +80,7 @@ class PRIOR(Objective):
 
     needs = Needs(sentence_ids=True, sentence=False, pixels=True)
     rows = AttentionRows(unit="sentence", normalisation="sigmoid")
+    has_local_embeddings = True
     attention_formula = r"a_{sr} = \sigma\,( q_2(Q_s) \cdot k_1(Z_r) / \sqrt{D} )"
     encoders = MappingProxyType({"region_stage": "layer4", "last_layers": 1, "max_tokens": 256, "text_section": "both"})
 
@@ -242,10 +243,14 @@ class PRIOR(Objective):
         words, there = sentences.at(sentences.padded(packed), texts.word_sentence)
         return self.image_heads(images)[1].unflatten(1, images.regions.shape[1:3]), words, there
 
-    def global_embeddings(self, images: ImageFeatures, texts: TextFeatures) -> tuple[Tensor, Tensor]:
-        """G (B, D) and T (N, D), unnormalised."""
+    def embed_images(self, images: ImageFeatures) -> Tensor:
+        """G of the paper."""
+        return self.image_heads(images)[0]
+
+    def embed_texts(self, texts: TextFeatures) -> Tensor:
+        """T of the paper."""
         sentences, packed, _ = self._sentences(texts)
-        return self.image_heads(images)[0], self.text_pool.of_set(sentences.padded(packed), sentences.mask)
+        return self.text_pool.of_set(sentences.padded(packed), sentences.mask)
 
     def _pair_scores(self, images: ImageFeatures, texts: TextFeatures) -> tuple[Tensor, Tensor, Tensor]:
         sentences, packed, _ = self._sentences(texts)

@@ -54,19 +54,13 @@ class EncodedTexts:
         return len(self.texts)
 
 
-def frontal_image(row: Mapping[str, Any], *, or_first: bool = False) -> tuple[int, str]:
-    """Number and path of a study's first frontal image; its first image where no view is recorded.
-
-    A study with lateral images only raises ValueError; with `or_first` its first image is taken.
-    """
+def frontal_image(row: Mapping[str, Any]) -> tuple[int, str]:
+    """Number and path of a study's first image that is not lateral, as in training; its first image if all are."""
     paths = str(row["images"]).split(";")
     views = str(row["views"]).split(";") if isinstance(row.get("views"), str) and row["views"] else [""] * len(paths)
-    for number, (path, view) in enumerate(zip(paths, views, strict=True)):
-        if view.strip().upper() != "LATERAL":
-            return number, path.strip()
-    if or_first:
-        return 0, paths[0].strip()
-    raise ValueError(f"study {row['study_id']}: no frontal image among {row['images']!r}")
+    frontals = [i for i, (_, view) in enumerate(zip(paths, views, strict=True)) if view.strip().upper() != "LATERAL"]
+    number = frontals[0] if frontals else 0
+    return number, paths[number].strip()
 
 
 @contextmanager
@@ -89,16 +83,15 @@ def image_batches(
     frame: pd.DataFrame,
     cache,
     *,
-    or_first: bool = False,
     batch_size: int = 64,
     precision: Precision = "auto",
 ) -> Iterator[tuple[slice, ImageFeatures]]:
     """Encode the frontal image of each study; yields (rows of the frame, float32 features on the model's device).
 
-    `cache[path]` is the (S, S) uint8 image, of which the model sees the centre crop. `or_first`: see `frontal_image`.
+    `cache[path]` is the (S, S) uint8 image, of which the model sees the centre crop.
     Raises ValueError naming the study where a feature is not finite.
     """
-    config, paths = model.config, _frontal_paths(frame, or_first)
+    config, paths = model.config, _frontal_paths(frame)
     for first in range(0, len(paths), batch_size):
         rows = slice(first, min(first + batch_size, len(paths)))
         stack = np.stack([center_crop(np.asarray(cache[path]), config.crop) for path in paths[rows]])
@@ -113,9 +106,8 @@ def image_batches(
         yield rows, features
 
 
-def _frontal_paths(frame: pd.DataFrame, or_first: bool) -> tuple[str, ...]:
-    rows = frame[["study_id", "images", "views"]].to_dict("records")
-    return tuple(frontal_image(row, or_first=or_first)[1] for row in rows)
+def _frontal_paths(frame: pd.DataFrame) -> tuple[str, ...]:
+    return tuple(frontal_image(row)[1] for row in frame[["images", "views"]].to_dict("records"))
 
 
 def image_features(
@@ -123,7 +115,6 @@ def image_features(
     frame: pd.DataFrame,
     cache,
     *,
-    or_first: bool = False,
     batch_size: int = 64,
     precision: Precision = "auto",
 ) -> Features:
@@ -131,12 +122,11 @@ def image_features(
     if not len(frame):
         raise ValueError("no studies to encode: the frame is empty")
     pooled, embedding = [], []
-    for _, images in image_batches(model, frame, cache, or_first=or_first, batch_size=batch_size, precision=precision):
-        with inference(model, "float32") as where:
-            _, no_text = blank_pair(model, where)
-            embedding.append(model.objective.global_embeddings(images, no_text)[0].float().cpu())
+    for _, images in image_batches(model, frame, cache, batch_size=batch_size, precision=precision):
+        with inference(model, "float32"):
+            embedding.append(model.objective.embed_images(images).float().cpu())
         pooled.append(images.pooled.cpu())
-    ids, paths = tuple(frame["study_id"].astype(str)), _frontal_paths(frame, or_first)
+    ids, paths = tuple(frame["study_id"].astype(str)), _frontal_paths(frame)
     return Features(ids, paths, torch.cat(pooled).numpy(), torch.cat(embedding).numpy())
 
 
@@ -151,7 +141,8 @@ def text_features(
     """Tokenise and encode N texts, in their order, with the model's own tokenizer.
 
     `clean` first applies `clean_report`, as the released code does to reports and prompts; None does so for
-    behavior="published". Spans of words are then those of the cleaned text.
+    behavior="published". A text of which that leaves nothing ("Edema") is read as it is. Spans of words are then those
+    of the cleaned text.
     Raises ValueError for no texts or a model without tokenizer, ReportError for a text without a word.
     """
     texts = tuple(texts)
@@ -160,15 +151,14 @@ def text_features(
     if model.tokenizer is None:
         raise ValueError("the model has no tokenizer; load its checkpoint with the vocabulary it was trained with")
     if model.config.behavior == "published" if clean is None else clean:
-        texts = tuple(clean_report(text) for text in texts)
+        texts = tuple(clean_report(text) or text for text in texts)
     batch = tokenize(model.tokenizer, texts, max_tokens=model.config.max_tokens, names=[f"text {t!r}" for t in texts])
     parts, embedding = [], []
     for first in range(0, len(texts), batch_size):
         with inference(model, precision) as where:
             part = in_float32(model.encode_texts(select(batch, slice(first, first + batch_size)).to(where)))
         with inference(model, "float32"):
-            no_image, _ = blank_pair(model, where)
-            embedding.append(model.objective.global_embeddings(no_image, part)[1].float().cpu())
+            embedding.append(model.objective.embed_texts(part).float().cpu())
         parts.append(part)
     return EncodedTexts(texts, batch, _concatenated(parts), torch.cat(embedding).numpy())
 
@@ -202,27 +192,3 @@ def _concatenated(parts: Sequence[TextFeatures]) -> TextFeatures:
             tensors = [nn.functional.pad(t, pad, value=value) for t, pad in zip(tensors, pads, strict=True)]
         columns[field.name] = torch.cat(tensors)
     return TextFeatures(**columns)
-
-
-def blank_pair(model: nn.Module, device: torch.device) -> tuple[ImageFeatures, TextFeatures]:
-    """One image and one text of zeros, with one region and one word: for methods of an objective that take both,
-    where only one of them is of interest.
-    """
-    encoder = model.image_encoder
-    image = ImageFeatures(torch.zeros(1, encoder.pooled_dim), torch.zeros(1, 1, 1, encoder.region_dim))
-    words, mask = torch.zeros(1, 1, model.text_encoder.dim), torch.ones(1, 1, dtype=torch.bool)
-    number = torch.zeros(1, 1, dtype=torch.int64)
-    text = TextFeatures(
-        tokens=words,
-        token_mask=mask,
-        token_words=number,
-        token_sentences=number,
-        words=words,
-        word_mask=mask,
-        special_mask=~mask,
-        unknown_mask=~mask,
-        word_sentence=number,
-        sentence=words[:, 0],
-        cls_attention=words[..., 0],
-    )
-    return image.to(device), text.to(device)

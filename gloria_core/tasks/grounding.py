@@ -7,7 +7,7 @@ finding scores below chance.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,6 @@ from torch import nn
 from gloria_core.tasks.maps import Kind, phrase_maps, phrases_by_batch, upsample
 from gloria_core.tasks.metrics import bootstrap_rows, ratio_of_sums
 from gloria_core.tasks.phrases import Phrase, another_text, region, seen, swap_sides
-from gloria_core.training.precision import Precision
 
 SCORES = ("cnr", "pointing_game", "mass_inside", "miou", "mdice")
 IOU_THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5)
@@ -102,7 +101,6 @@ def score_phrases(
     *,
     kinds: Sequence[Kind] | None = None,
     batch_size: int = 32,
-    precision: Precision = "auto",
     seed: int = 0,
 ) -> pd.DataFrame:
     """One row per phrase, kind (default: all that the model has) and control, in the pixels of the model's crop.
@@ -116,7 +114,7 @@ def score_phrases(
     """
     others, crop, table = another_text(phrases, seed=seed), model.config.crop, []
     blank, centre, uniform = np.full((crop, crop), np.nan), centre_prior(crop, crop), np.ones((crop, crop))
-    for images, on_images in phrases_by_batch(model, frame, cache, phrases, batch_size=batch_size, precision=precision):
+    for images, on_images in phrases_by_batch(model, frame, cache, phrases, batch_size=batch_size):
         variants = [
             (image, number, control, variant)
             for image, number in on_images
@@ -128,7 +126,7 @@ def score_phrases(
             if variant is not None
         ]
         pairs = [(image, variant) for image, _, _, variant in variants]
-        grids = phrase_maps(model, images, pairs, kinds, precision=precision)
+        grids = phrase_maps(model, images, pairs, kinds)
         for (_, number, control, _), by_kind in zip(variants, grids, strict=True):
             phrase = phrases[number]
             if not control:
@@ -157,7 +155,7 @@ def summarise(
     scores: pd.DataFrame,
     *,
     macro: Sequence[str] = (),
-    metrics: Sequence[str] = SCORES,
+    suffix: str = "",
     n_bootstrap: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -165,28 +163,42 @@ def summarise(
 
     Patients are resampled whole and jointly over labels. `n` counts phrases with a finite score. `metric` is a name of
     its own for each map and control (`cnr_cosine`, `cnr_cosine_inverted`, `pointing_game_prior_centre`), so that rows
-    can be recorded without the columns kind and control; `chance` is the mean area.
+    can be recorded without the columns score, kind and control, with `suffix` at its end; `chance` is the mean area.
     """
-    columns = ["kind", "control", "target", "metric", "value", "ci_low", "ci_high", "n", "chance"]
+    columns = ["score", "kind", "control", "target", "metric", "value", "ci_low", "ci_high", "n", "chance"]
     tables = [pd.DataFrame(columns=columns)]
     for (kind, control), part in scores.groupby(["kind", "control"], sort=False):
-        for metric in metrics:
-            known = part[np.isfinite(part[metric])]
+        for score in SCORES:
+            known = part[np.isfinite(part[score])]
             if known.empty:
                 continue
             of_label = pd.get_dummies(known["label"].astype(str))
             labels, counted = list(of_label.columns), of_label.to_numpy(dtype=bool)[:, :, None]
-            values = known[metric].to_numpy(dtype=float)[:, None, None]
+            values = known[score].to_numpy(dtype=float)[:, None, None]
             rows = bootstrap_rows(
                 ratio_of_sums(np.where(counted, values, 0.0), counted),
                 counted,
                 labels,
-                ["_".join(word for word in (metric, kind, control) if word)],
+                ["_".join(word for word in (score, kind, control, suffix) if word)],
                 macro=[label for label in labels if not macro or label in macro],
                 columns={"chance": known.groupby(known["label"].astype(str))["area"].mean().to_numpy()},
                 groups=known["patient_id"].astype(str),
                 n_bootstrap=n_bootstrap,
                 seed=seed,
             )
-            tables.append(rows.assign(kind=kind, control=control)[columns])
+            tables.append(rows.assign(score=score, kind=kind, control=control)[columns])
     return pd.concat(tables[1:] or tables, ignore_index=True)
+
+
+def compare(summaries: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """The macro of the maps themselves, without controls: a row each kind and score, a column each of `summaries`."""
+    both = pd.concat(summaries, names=["words"]).reset_index("words")
+    both = both[(both["target"] == "macro") & (both["control"] == "")]
+    return both.pivot_table(index=["kind", "score"], columns="words", values="value", sort=False)
+
+
+def examples(scores: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the worst, the median and the best phrase by the CNR of the cosine map; none where none has one."""
+    maps = scores[(scores["kind"] == "cosine") & (scores["control"] == "")].dropna(subset="cnr").sort_values("cnr")
+    places = [0, len(maps) // 2, -1] if len(maps) else []
+    return maps.iloc[places].set_axis(["worst", "median", "best"][: len(places)])

@@ -20,9 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gloria_core.objectives import Objective
-from gloria_core.tasks.features import EncodedTexts, blank_pair, image_batches, inference, select, text_features
+from gloria_core.tasks.features import EncodedTexts, image_batches, inference, select, text_features
 from gloria_core.tasks.phrases import Phrase
-from gloria_core.training.precision import Precision
 from gloria_core.types import ImageFeatures, TextFeatures
 
 Kind = Literal["attention", "word_softmax", "cosine"]
@@ -57,14 +56,8 @@ def maps(objective: Objective, images: ImageFeatures, texts: TextFeatures, *, ki
 
 def kinds_of(model: nn.Module) -> tuple[Kind, ...]:
     """The kinds of map that a model has; without projected words and regions at most the attention."""
-    objective = model.objective
-    attention: tuple[Kind, ...] = () if objective.rows is None else ("attention",)
-    try:
-        with torch.no_grad():
-            objective.local_embeddings(*blank_pair(model, next(model.parameters()).device))
-    except NotImplementedError:
-        return attention
-    return (*attention, "word_softmax", "cosine")
+    attention = ("attention",) if model.objective.rows else ()
+    return attention + (("word_softmax", "cosine") if model.objective.has_local_embeddings else ())
 
 
 def words_of_span(spans: Sequence[tuple[int, int]], start: int, end: int) -> list[int]:
@@ -96,8 +89,6 @@ def phrase_maps(
     images: ImageFeatures,
     pairs: Sequence[tuple[int, Phrase]],
     kinds: Sequence[Kind] | None = None,
-    *,
-    precision: Precision = "auto",
 ) -> list[dict[Kind, Tensor | None]]:
     """For each pair (row of `images`, phrase) its map of each kind (default: all that the model has).
 
@@ -106,7 +97,7 @@ def phrase_maps(
     kinds = kinds_of(model) if kinds is None else kinds
     distinct = list(dict.fromkeys(phrase.text for _, phrase in pairs))
     # not cleaned even for published weights: the spans of the phrases count characters of the original text
-    texts = text_features(model, distinct, precision=precision, clean=False)
+    texts = text_features(model, distinct, clean=False)
     number = {text: i for i, text in enumerate(distinct)}
     results: list[dict[Kind, Tensor | None]] = []
     for first in range(0, len(pairs), 32):
@@ -123,12 +114,11 @@ def phrase_maps(
 
 
 def phrases_by_batch(
-    model: nn.Module, frame: pd.DataFrame, cache, phrases: Sequence[Phrase], *, batch_size: int, precision: Precision
+    model: nn.Module, frame: pd.DataFrame, cache, phrases: Sequence[Phrase], *, batch_size: int = 64
 ) -> Iterator[tuple[ImageFeatures, list[tuple[int, int]]]]:
     """Encode the images of the phrases; yields images and, for each phrase on them, (row of the images, number)."""
     used = sorted({phrase.row for phrase in phrases})
-    batches = image_batches(model, frame.iloc[used], cache, batch_size=batch_size, precision=precision)
-    for block, images in batches:
+    for block, images in image_batches(model, frame.iloc[used], cache, batch_size=batch_size):
         here = {row: i for i, row in enumerate(used[block])}
         yield images, [(here[phrase.row], number) for number, phrase in enumerate(phrases) if phrase.row in here]
 
@@ -140,18 +130,15 @@ def original_maps(
     phrases: Sequence[Phrase],
     *,
     kinds: Sequence[Kind] | None = None,
-    precision: Precision = "auto",
 ) -> list[dict[Kind, np.ndarray | None]]:
     """For each phrase its maps in pixels of the original image: kind -> (H, W), NaN outside what the model saw.
 
     `phrases.region` gives the truth in the same pixels. None where the words are beyond the token limit.
     """
     results: list[dict[Kind, np.ndarray | None]] = [{} for _ in phrases]
-    for images, on_images in phrases_by_batch(model, frame, cache, phrases, batch_size=64, precision=precision):
-        pairs = [(image, phrases[number]) for image, number in on_images]
-        for (_, number), by_kind in zip(
-            on_images, phrase_maps(model, images, pairs, kinds, precision=precision), strict=True
-        ):
+    for images, on_images in phrases_by_batch(model, frame, cache, phrases):
+        grids = phrase_maps(model, images, [(image, phrases[number]) for image, number in on_images], kinds)
+        for (_, number), by_kind in zip(on_images, grids, strict=True):
             geometry = cache.geometry(phrases[number].image)
             for kind, grid in by_kind.items():
                 pixels = None if grid is None else geometry.map_to_original(grid, crop=model.config.crop)

@@ -1,8 +1,8 @@
 """Phrases with a known place: which words of which text name which pixels.
 
-A manifest row's `masks` say it exactly (spans of the report and the mask they name), its `boxes` say it by label, and
-then a prompt is the phrase. Either way a phrase belongs to the frontal image that the model sees; masks of other views
-do not count.
+A manifest row's `masks` say it exactly where they have spans of the report; masks without spans and `boxes` say it by
+label, and then a prompt is the phrase. Either way a phrase belongs to the frontal image that the model sees; masks of
+other views do not count.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from gloria_core.data.dataset import PreparedDataset
 from gloria_core.data.geometry import Geometry
 from gloria_core.data.images import read_gray
-from gloria_core.data.manifest import boxes_of, masks_of
+from gloria_core.data.manifest import boxes_of, finding_columns, masks_of
+from gloria_core.data.prompts import NO_FINDING, prompts_for
 from gloria_core.data.reports import sentences
 from gloria_core.tasks.features import frontal_image
 
@@ -44,6 +46,16 @@ class Phrase:
     masks: tuple[str, ...] = ()
     boxes: tuple[tuple[float, float, float, float], ...] = ()
 
+    @classmethod
+    def of_text(cls, text: str, label: str, *, row: int = 0, section: str = "prompt", image: str = "") -> Phrase:
+        """A phrase that is all of a text, without a region."""
+        return cls(row, label, section, text, ((0, len(text)),), image)
+
+    @property
+    def known(self) -> bool:
+        """Whether its region is known."""
+        return bool(self.masks or self.boxes)
+
     @property
     def words(self) -> str:
         """The words of the phrase, parts joined by an ellipsis."""
@@ -59,7 +71,7 @@ def phrases_from_masks(frame: pd.DataFrame, *, sections: Sequence[str] = ("impre
     """
     phrases = []
     for position, row in enumerate(frame.to_dict("records")):
-        number, image = frontal_image(row, or_first=True)
+        number, image = frontal_image(row)
         grouped: dict[tuple, list[str]] = {}
         for mask in masks_of(row):
             for section in sections if mask.get("image", 0) == number else ():
@@ -76,22 +88,68 @@ def phrases_from_masks(frame: pd.DataFrame, *, sections: Sequence[str] = ("impre
     return phrases
 
 
-def phrases_from_boxes(frame: pd.DataFrame, prompts: Mapping[str, str]) -> list[Phrase]:
-    """One phrase per study and label with boxes: the label's prompt, all of it, on the union of the label's boxes.
+def phrases_from_prompts(frame: pd.DataFrame, prompts: Mapping[str, str]) -> list[Phrase]:
+    """One phrase per study and label with masks or boxes: the label's prompt, all of it, on their union.
 
-    Labels that are not in `prompts` are left out: naming the labels is how one chooses them.
+    Boxes count for labels that have no mask. Labels that are not in `prompts` are left out.
     """
     phrases = []
     for position, row in enumerate(frame.to_dict("records")):
-        number, image = frontal_image(row, or_first=True)
-        grouped: dict[str, list[tuple]] = {}
+        number, image = frontal_image(row)
+        masks: dict[str, list[str]] = {}
+        boxes: dict[str, list[tuple]] = {}
+        for mask in masks_of(row):
+            if mask.get("image", 0) == number:
+                masks.setdefault(mask["label"], []).append(mask["path"])
         for box in boxes_of(row):
-            if box["image"] == number and box["label"] in prompts:
-                grouped.setdefault(box["label"], []).append(tuple(box["xywh"]))
-        for label, boxes in grouped.items():
-            text = prompts[label]
-            phrases.append(Phrase(position, label, "prompt", text, ((0, len(text)),), image, boxes=tuple(boxes)))
+            if box["image"] == number and box["label"] not in masks:
+                boxes.setdefault(box["label"], []).append(tuple(box["xywh"]))
+        for label in [*masks, *boxes]:
+            if label in prompts:
+                whole = Phrase.of_text(prompts[label], label, row=position, image=image)
+                parts = {"masks": tuple(masks.get(label, ())), "boxes": tuple(boxes.get(label, ()))}
+                phrases.append(replace(whole, **parts))
     return phrases
+
+
+def phrases_without_region(frame: pd.DataFrame, prompts: Mapping[str, str]) -> list[Phrase]:
+    """One phrase a study: the first sentence of its report, else the prompt of a present label or "No Finding".
+
+    A study without a report whose label has no prompt gives none.
+    """
+    phrases = []
+    for position, row in enumerate(frame.to_dict("records")):
+        _, image = frontal_image(row)
+        label = next((name for name in prompts if row.get(name) == 1), NO_FINDING)
+        written = [(name, row[name], sentences(row[name])[:1]) for name in ("impression", "findings")]
+        for section, text, spans in [part for part in written if part[2]][:1]:
+            phrases.append(Phrase(position, label, section, text, tuple(spans), image))
+        if not any(spans for *_, spans in written) and label in prompts:
+            phrases.append(Phrase.of_text(prompts[label], label, row=position, image=image))
+    return phrases
+
+
+def choose_phrases(
+    data: PreparedDataset, frame: pd.DataFrame, *, prompt_set: str = "", n_studies: int = 0
+) -> tuple[list[Phrase], str]:
+    """Phrases of at most `n_studies` studies of `data` (rows of `frame`; 0: of all), and a text that says their kind.
+
+    Words of reports that masks name; where there are none, prompts (`prompts_for`) of labels that have masks or boxes;
+    where there are none either, sentences and prompts without a region (`Phrase.known`), to be drawn and not scored.
+    """
+    rows = frame.to_dict("records")
+    annotated = [part["label"] for row in rows for part in (*masks_of(row), *boxes_of(row))]
+    chosen = prompts_for(data.name, dict.fromkeys([*finding_columns(frame), *annotated]), prompt_set)
+    prompts = {label: kinds["pos"][0] for label, kinds in chosen.classes.items() if kinds["pos"]}
+    phrases, meaning = phrases_from_masks(frame), "words of the reports that masks name"
+    if not phrases:
+        phrases = phrases_from_prompts(frame, prompts)
+        meaning = f"prompts (set {chosen.name!r}) of labels with a mask or a box: no mask names words of a report"
+    if not phrases:
+        phrases = phrases_without_region(frame, prompts)
+        meaning = f"sentences of reports, or prompts (set {chosen.name!r}): no region is known, so no map is scored"
+    first = set(sorted({phrase.row for phrase in phrases})[: n_studies or None])
+    return [phrase for phrase in phrases if phrase.row in first], meaning
 
 
 def region(phrase: Phrase, geometry: Geometry, root: Path | str, crop: int | None = None) -> np.ndarray:

@@ -38,10 +38,8 @@ from safetensors.numpy import save as serialise
 from torch import Tensor, nn
 
 from gloria_core.data.files import atomic_write, content_hash
-from gloria_core.data.reports import StudyTexts
 from gloria_core.tasks.features import EncodedTexts, image_batches, inference, select
 from gloria_core.tasks.metrics import Statistic, bootstrap_rows, ratio_of_sums
-from gloria_core.training.precision import Precision
 
 TIE = 1e-6
 BATCH = 256
@@ -156,12 +154,13 @@ def search(
     """Rank all C candidates for each of Q queries; relevant are candidates whose group (a number) is the query's.
 
     Shape: query_groups (Q,), candidate_groups (C,)
-    Raises ValueError for k outside 1..C, groups of another length, or a query without a relevant candidate.
+    `k` nearest are listed, or all where there are fewer. Raises ValueError for k below 1, groups of another length, or
+    a query without a relevant candidate.
     """
     if (len(query_groups), len(candidate_groups)) != scores.shape:
         raise ValueError(f"{len(query_groups)} and {len(candidate_groups)} groups for scores {scores.shape}")
-    if not 1 <= k <= scores.shape[1]:
-        raise ValueError(f"k is {k}; it must be 1 to {scores.shape[1]}, the number of candidates")
+    if k < 1:
+        raise ValueError(f"k is {k}; it must be at least 1")
     groups = [torch.as_tensor(group) for group in (query_groups, candidate_groups)]
     parts = []
     for rows, block in scores.batches(batch_size):
@@ -171,7 +170,7 @@ def search(
             raise ValueError(f"query {rows.start + int(best.argmin())} has no relevant candidate")
         above, tied = _above_and_tied(block, best)
         counts = (above, tied & ~relevant, tied & relevant, relevant)
-        parts.append((*_first(block, k), *(count.sum(dim=1).numpy() for count in counts)))
+        parts.append((*_first(block, min(k, block.shape[1])), *(count.sum(dim=1).numpy() for count in counts)))
     columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
     return Ranking(*columns, queries=np.arange(scores.shape[0]), candidates=scores.shape[1])
 
@@ -224,13 +223,15 @@ def _first(block: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
     return np.take_along_axis(places, order, axis=1), np.take_along_axis(values, order, axis=1)
 
 
-def report_texts(frame: pd.DataFrame, section: Literal["impression", "findings", "both"] = "impression") -> list[str]:
-    """The text of every study, as pretraining reads it; "both" are joined by a blank line.
+def report_texts(frame: pd.DataFrame, section: Literal["impression", "findings", "both"] = "impression") -> pd.Series:
+    """The text of every study that has one, with the frame's index, as pretraining reads it.
 
-    Raises ReportError naming the studies without text.
+    "both" are joined by a blank line, or whichever of them has text.
     """
-    texts, no_draw = StudyTexts(frame, text=section, sentence="all", fixed=True), np.random.default_rng(0)
-    return [texts.draw(row, 1, no_draw)[0][0] for row in range(len(frame))]
+    columns = ["findings", "impression"] if section == "both" else [section]
+    rows = frame[columns].fillna("").astype(str).to_numpy()
+    texts = pd.Series(["\n\n".join(text for text in row if text.strip()) for row in rows], frame.index, dtype=object)
+    return texts[texts != ""]
 
 
 def text_groups(texts: Sequence[str]) -> np.ndarray:
@@ -250,7 +251,7 @@ def rank_partners(
     """Search among n studies with one image and one text each; `scores` are images (rows) by texts (columns).
 
     `nearest` and `queries` of the ranking are rows of the studies.
-    Raises ValueError where scores and texts differ in number, or k is larger than the number of candidates.
+    Raises ValueError where scores and texts differ in number.
     """
     if direction not in get_args(Direction) or duplicates not in get_args(Duplicates):
         raise ValueError(
@@ -316,6 +317,14 @@ def recall_rows(
     return rows[COLUMNS]
 
 
+def left_out(ks: Sequence[int], candidates: int) -> str:
+    """A sentence that names the K that are not below the number of candidates."""
+    beyond = [str(k) for k in ks if k >= candidates]
+    if not beyond:
+        return f"{candidates} candidates: every K is below that"
+    return f"K = {', '.join(beyond)} left out: with {candidates} candidates, such a list contains them all"
+
+
 def recall_table(
     scores: Scores,
     texts: Sequence[str],
@@ -356,15 +365,19 @@ def precision_table(
     papers' number; where studies have several, a query counts once for each. `macro` is the mean over classes.
     Chance is the share of candidates with the class. A class without a query is NaN.
     Metrics of image to text have plain names, others the direction as a suffix. Columns: `COLUMNS` and direction.
-    A K that is not below the number of candidates is left out; ValueError where that leaves none.
+    A K that is not below the number of candidates is left out.
     """
-    labels, has, tables = list(targets.columns), targets.to_numpy() == 1, []
+    labels, has, tables = (
+        list(targets.columns),
+        targets.to_numpy() == 1,
+        [pd.DataFrame(columns=[*COLUMNS, "direction"])],
+    )
     for direction, matrix in scores.items():
         other_patients = direction == "image_to_image"
-        most = len(has) - (max(Counter(patients).values()) if other_patients else 0)
-        below = [k for k in ks if k < most]
-        if not below:
-            raise ValueError(f"every K is beyond {most}, the smallest number of candidates of a query")
+        candidates = len(has) - (max(Counter(patients).values()) if other_patients else 0)
+        below = [k for k in ks if k < candidates]
+        if not below or not labels:
+            continue
         shares, chance = label_shares(matrix, has, below, patients=patients if other_patients else None)
         suffix = "" if direction == "image_to_text" else f"_{direction}"
         rows = bootstrap_rows(
@@ -379,7 +392,7 @@ def precision_table(
             seed=seed,
         )
         tables.append(rows[COLUMNS].assign(direction=direction))
-    return pd.concat(tables, ignore_index=True)
+    return pd.concat(tables[1:] or tables, ignore_index=True)
 
 
 def with_chance(rows: pd.DataFrame) -> pd.DataFrame:
@@ -396,21 +409,18 @@ def rerank(
     ranking: Ranking,
     *,
     direction: Direction = "image_to_text",
-    or_first: bool = False,
     batch_size: int = 64,
-    precision: Precision = "auto",
 ) -> Ranking:
     """A ranking of `rank_partners` with its k nearest in the order of the objective's own similarity.
 
     The similarity (with its local part, where the objective has one) is too slow for all pairs. What is not among the k
-    nearest stays where it is, behind them. `or_first`: see `image_batches`.
+    nearest stays where it is, behind them.
     """
     k = ranking.nearest.shape[1]
     queries, nearest = np.repeat(ranking.queries, k), ranking.nearest.ravel()
     of_image, of_text = (queries, nearest) if direction == "image_to_text" else (nearest, queries)
     similarity, (used, number) = np.empty(len(queries), dtype=np.float32), np.unique(of_image, return_inverse=True)
-    options = {"or_first": or_first, "batch_size": batch_size, "precision": precision}
-    for rows, images in image_batches(model, frame.iloc[used], cache, **options):
+    for rows, images in image_batches(model, frame.iloc[used], cache, batch_size=batch_size):
         with inference(model, "float32") as where:
             for i in range(rows.start, rows.stop):
                 image, mine = select(images, [i - rows.start]), np.flatnonzero(number == i)
@@ -485,15 +495,12 @@ class SearchIndex:
         return len(self.ids)
 
     def nearest(self, model: nn.Module, embedding: np.ndarray, *, k: int = 5) -> pd.DataFrame:
-        """The k entries of highest cosine for each of Q embeddings (Q, D) of the same model.
+        """The k entries of highest cosine, or all, for each of Q embeddings (Q, D) of the same model.
 
-        Columns: query (0..Q-1), rank (from 1), cosine, id, content. Raises SearchIndexError for another model,
-        ValueError for k outside 1..n.
+        Columns: query (0..Q-1), rank (from 1), cosine, id, content. Raises SearchIndexError for another model.
         """
         self.check(model)
-        if not 1 <= k <= len(self):
-            raise ValueError(f"k is {k}; the index has {len(self)} entries")
-        rows = []
+        rows, k = [], min(k, len(self))
         for batch, block in cosine(np.atleast_2d(embedding), self.embedding).batches(BATCH):
             for query, entries, values in zip(range(batch.start, batch.stop), *_first(block, k), strict=True):
                 ranked = enumerate(zip(entries, values, strict=True), start=1)

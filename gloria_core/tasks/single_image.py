@@ -21,12 +21,12 @@ from torch import nn
 
 from gloria_core.data.geometry import Geometry
 from gloria_core.data.images import read_gray
+from gloria_core.data.prompts import NO_FINDING
 from gloria_core.tasks.classification.decisions import decision_rows, thresholds_of
-from gloria_core.tasks.classification.label_policy import Uncertain, Unmentioned, binary_targets
-from gloria_core.tasks.features import image_batches, inference, select, text_features
-from gloria_core.tasks.maps import Kind, kinds_of, maps
-from gloria_core.tasks.zero_shot import NORMAL, Prompts, Scoring, combine, prompt_list, scores, sides
-from gloria_core.training.precision import Precision
+from gloria_core.tasks.features import image_batches
+from gloria_core.tasks.maps import Kind, kinds_of, phrase_maps
+from gloria_core.tasks.phrases import Phrase
+from gloria_core.tasks.zero_shot import Prompts, Scoring, combine, prompt_list, scores, sides, similarities
 from gloria_core.types import Behavior
 
 MIN_STUDIES = 5
@@ -38,14 +38,12 @@ CAUTION = "This is the output of a research model, not a diagnosis."
 
 @dataclass(frozen=True)
 class Cohort:
-    """Validation scores (n, K) and targets (n, K; 1, 0, NaN) of prompts by one scoring."""
+    """Validation scores (`zero_shot.scores`) and targets (1, 0, NaN) of prompts by one scoring, (n, K) by study_id."""
 
     prompts: Prompts
     scoring: Scoring
     scores: pd.DataFrame
     targets: pd.DataFrame
-    unmentioned: Unmentioned = "negative"
-    uncertain: Uncertain | Mapping[str, Uncertain] = "ignore"
 
     @property
     def thresholds(self) -> dict[str, float]:
@@ -89,16 +87,23 @@ class Cohort:
         return pd.DataFrame(columns, index=other.index)
 
     def decide(
-        self, other: pd.DataFrame, frame: pd.DataFrame, *, macro: Sequence[str], n_bootstrap: int = 1000, seed: int = 0
+        self,
+        other: pd.DataFrame,
+        targets: pd.DataFrame,
+        frame: pd.DataFrame,
+        *,
+        macro: Sequence[str],
+        n_bootstrap: int = 1000,
+        seed: int = 0,
     ) -> pd.DataFrame:
         """Yes or no for the studies of a frame, from their scores, by the thresholds of validation.
 
         Rows of accuracy, F1, sensitivity and specificity as `decision_rows`, the metrics with suffix `_at_threshold`.
         """
-        targets = binary_targets(frame, list(other.columns), unmentioned=self.unmentioned, uncertain=self.uncertain)
+        studies = frame["study_id"].astype(str)
         rows = decision_rows(
-            targets.reset_index(drop=True),
-            self.probabilities(other.loc[frame["study_id"].astype(str)]).reset_index(drop=True),
+            targets.loc[studies, list(other)],
+            self.probabilities(other.loc[studies]),
             self.probability_thresholds,
             metrics=("accuracy", "f1", "sensitivity", "specificity"),
             macro=macro,
@@ -132,17 +137,16 @@ def validation_cohort(
     frame: pd.DataFrame,
     cache,
     prompts: Prompts,
+    targets: pd.DataFrame,
     *,
     scoring: Scoring = "against_normal",
-    unmentioned: Unmentioned = "negative",
-    uncertain: Uncertain | Mapping[str, Uncertain] = "ignore",
     batch_size: int = 64,
-    precision: Precision = "auto",
-) -> Cohort:
-    """Score a validation frame that has a label column for every finding of `prompts`."""
-    own = scores(model, frame, cache, prompts, scoring=scoring, batch_size=batch_size, precision=precision)
-    targets = binary_targets(frame, list(prompts), unmentioned=unmentioned, uncertain=uncertain)
-    return Cohort(prompts, scoring, own, targets.set_axis(own.index), unmentioned, uncertain)
+) -> Cohort | None:
+    """The cohort of a frame of validation studies; None where it has none. `targets`: of these or more studies."""
+    if frame.empty:
+        return None
+    own = scores(model, frame, cache, prompts, scoring=scoring, batch_size=batch_size)
+    return Cohort(prompts, scoring, own, targets.loc[own.index, list(prompts)])
 
 
 def explain_image(
@@ -155,13 +159,12 @@ def explain_image(
     mapped: int = 1,
     kind: Kind | None = None,
     behavior: Behavior = "corrected",
-    precision: Precision = "auto",
 ) -> Answer:
     """Scores, comparison and maps of one radiograph: a PNG, JPEG or DICOM file, or its gray values (H, W) uint8.
 
-    `cohort`: of the same prompts and scoring, see `validation_cohort`; without one there are scores only. `mapped`:
-    how many findings, from the top, have a map; `kind`: of map, by default "cosine" where the model has it (the only
-    one with a sign), else "attention". `behavior`: of the resizing, as in the cache that the model was trained on.
+    `cohort`: of the same prompts and scoring (`validation_cohort`); without one there are scores only. `mapped`: how
+    many findings, from the top, have a map; `kind`: of map, by default "cosine" where the model has it (the only one
+    with a sign), else "attention". `behavior`: of the resizing, as in the cache that the model was trained on.
     A map is the mean over the words of the finding's best prompt.
     Raises ImageError for an unusable file, ValueError for a cohort of other prompts or scoring.
     """
@@ -169,32 +172,26 @@ def explain_image(
         raise ValueError("the cohort was scored with other prompts or another scoring; make one with these")
     gray = np.asarray(image) if isinstance(image, np.ndarray) else read_gray(image)
     geometry = Geometry.fit(*gray.shape, model.config.image_size, behavior=behavior)
-    study = pd.DataFrame({"study_id": ["image"], "images": ["image"], "views": [""]})
-    _, features = next(image_batches(model, study, {"image": geometry.apply(gray)}, precision=precision))
-    # published models clean their prompts: columns of `similarity` are named by the prompts as they were given
-    names = prompt_list(prompts)
-    texts = text_features(model, names, precision=precision).features
-    with inference(model, "float32") as where:
-        similarity = model.objective.similarity(features, texts.to(where)).float().cpu().numpy()
-    values = combine(similarity, names, prompts, scoring=scoring)[0]
-    best = {label: max(sides(prompts, label)[0], key=lambda t: similarity[0, names.index(t)]) for label in prompts}
-    table = _table(dict(zip(prompts, values, strict=True)), best, cohort)
+    study, pixels = pd.DataFrame({"study_id": [""], "images": [""], "views": [""]}), {"": geometry.apply(gray)}
+    similarity = similarities(model, study, pixels, prompt_list(prompts))
+    best = {label: similarity[list(sides(prompts, label)[0])].iloc[0].idxmax() for label in prompts}
+    table = _table(combine(similarity, prompts, scoring=scoring).iloc[0].to_dict(), best, cohort)
     kind = kind or next((k for k in ("cosine", "attention") if k in kinds_of(model)), None)
-    pixels = {}
-    for label in [label for label in table.index if label != NORMAL][:mapped] if kind else ():
-        text = select(texts, [names.index(best[label])])
-        with inference(model, "float32") as where:
-            rows = maps(model.objective, features, text.to(where), kind=kind)[0].double().cpu()
-        words = (text.word_mask & ~text.special_mask)[0].cpu()
-        pixels[label] = geometry.map_to_original(rows[: len(words)][words].mean(dim=0), crop=model.config.crop)
-    return Answer(plain_answer(table, cohort), table, gray, pixels, kind or "")
+    chosen = [label for label in table.index if label != NO_FINDING][:mapped] if kind else []
+    _, features = next(image_batches(model, study, pixels))
+    phrases = [(0, Phrase.of_text(best[label], label)) for label in chosen]
+    grids = [by_kind[kind] for by_kind in phrase_maps(model, features, phrases, [kind])] if chosen else []
+    maps = {
+        label: geometry.map_to_original(grid, crop=model.config.crop) for label, grid in zip(chosen, grids, strict=True)
+    }
+    return Answer(plain_answer(table, cohort), table, gray, maps, kind or "")
 
 
 def plain_answer(table: pd.DataFrame, cohort: Cohort | None) -> str:
     """The table of an `Answer` in words."""
-    findings = table.drop(index=NORMAL, errors="ignore")
-    first = findings.iloc[0]
-    name = findings.index[0]
+    findings = table.drop(index=NO_FINDING, errors="ignore")
+    findings = table if findings.empty else findings
+    first, name = findings.iloc[0], findings.index[0]
     if cohort is None:
         return (
             f"The image is most like the sentences for {name} (score {first['score']:.2f}). Without a validation "
@@ -203,10 +200,12 @@ def plain_answer(table: pd.DataFrame, cohort: Cohort | None) -> str:
     standing_out = list(findings.index[findings["stands_out"]])
     n = int((cohort.targets[name] == 0).sum())
     place = f"its score exceeds {100 * first['percentile']:.0f} % of the {n} validation studies without it"
+    if not n:
+        place = "there is no validation study without it to compare with"
     if np.isfinite(first["probability"]):
         place += f"; probability {100 * first['probability']:.0f} %, where {100 * first['prevalence']:.0f} % have it"
     if not standing_out:
-        normal = NORMAL in table.index and table.loc[NORMAL, "stands_out"]
+        normal = NO_FINDING in table.index and table.loc[NO_FINDING, "stands_out"]
         like = " The image is most like the sentences for a normal study." if normal else ""
         return f"Nothing stands out.{like} The nearest finding is {name}: {place}. {CAUTION}"
     others = f" So does, less: {', '.join(standing_out[1:])}." if len(standing_out) > 1 else ""

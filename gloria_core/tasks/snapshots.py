@@ -56,7 +56,7 @@ class MapSnapshots:
     def __call__(self, epoch: int, model: nn.Module) -> None:
         if not self.phrases or epoch % self.every or self.kind not in kinds_of(model):
             return
-        by_phrase = original_maps(model, self.frame, self.cache, self.phrases, kinds=(self.kind,), precision="float32")
+        by_phrase = original_maps(model, self.frame, self.cache, self.phrases, kinds=(self.kind,))
         maps = []
         for phrase, by_kind in zip(self.phrases, by_phrase, strict=True):
             geometry, values = self.cache.geometry(phrase.image), by_kind[self.kind]

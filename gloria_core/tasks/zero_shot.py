@@ -17,6 +17,9 @@ GLoRIA then standardises each class over the cohort (`normalise="cohort"`), so t
 A study's score then depends on the other studies. AUROC of one class is the same with and without it.
 
 Scores are judged for each finding by itself (`evaluate`), or as a choice of one among K (`multiclass`, CheXpert 5x200).
+
+Tables of scores and of targets (1, 0, NaN: `label_policy.binary_targets`) have a row a study, by study_id, and a column
+a label. Targets of more studies than are judged may be given.
 """
 
 from __future__ import annotations
@@ -26,14 +29,14 @@ from typing import Literal, get_args
 
 import numpy as np
 import pandas as pd
-import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import normalize
 
+from gloria_core.data.prompts import NO_FINDING
 from gloria_core.data.splits import exclusive_test_set
-from gloria_core.tasks.classification.label_policy import Uncertain, Unmentioned, binary_targets
+from gloria_core.tasks.classification.label_policy import binary_targets
 from gloria_core.tasks.features import EncodedTexts, image_batches, inference, select, text_features
 from gloria_core.tasks.metrics import Metric, auroc, bootstrap_rows, metric_rows
-from gloria_core.training.precision import Precision
 from gloria_core.types import ImageFeatures, TextFeatures
 
 Scoring = Literal["max", "mean", "pair", "contrast", "against_normal"]
@@ -41,14 +44,13 @@ Normalise = Literal["none", "cohort"]
 Similarity = Literal["objective", "global", "prior"]
 Prompts = Mapping[str, Sequence[str] | Mapping[str, Sequence[str]]]
 """For each label its prompts: a list, or {"pos": [...], "neg": [...]}. Other keys ("unc") are not read."""
-NORMAL = "No Finding"
 TEXTS_AT_A_TIME = 64
 """Bounds the (images, texts, regions, words) block of a local similarity."""
 
 
 def no_x_prompts(labels: Sequence[str]) -> dict[str, dict[str, list[str]]]:
     """ "X" against "No X", the label's name unchanged (CXR-CLIP on SIIM and VinDr)."""
-    return {label: {"pos": [label], "neg": [f"No {label}"]} for label in labels if label != NORMAL}
+    return {label: {"pos": [label], "neg": [f"No {label}"]} for label in labels if label != NO_FINDING}
 
 
 def biovil_prompts(labels: Sequence[str]) -> dict[str, dict[str, list[str]]]:
@@ -58,7 +60,7 @@ def biovil_prompts(labels: Sequence[str]) -> dict[str, dict[str, list[str]]]:
     the same words are put around other findings.
     """
     pairs = {label: (f"Findings suggesting {label.lower()}.", f"No evidence of {label.lower()}") for label in labels}
-    return {label: {"pos": [pos], "neg": [neg]} for label, (pos, neg) in pairs.items() if label != NORMAL}
+    return {label: {"pos": [pos], "neg": [neg]} for label, (pos, neg) in pairs.items() if label != NO_FINDING}
 
 
 def observed_prompts(labels: Sequence[str]) -> dict[str, list[str]]:
@@ -82,15 +84,32 @@ def prompt_list(prompts: Prompts) -> list[str]:
     return list(dict.fromkeys(text for label in prompts for side in sides(prompts, label) for text in side))
 
 
+def scorings_of(prompts: Prompts) -> list[Scoring]:
+    """The scoring rules that have the prompts they need."""
+    negative = all(sides(prompts, label)[1] for label in prompts)
+    possible = {"max": True, "mean": True, "pair": negative, "contrast": negative}
+    possible["against_normal"] = NO_FINDING in prompts
+    return [rule for rule in possible if possible[rule]]
+
+
+def choose_scoring(prompts: Prompts, scoring: str = "") -> tuple[Scoring, str]:
+    """`scoring` if it is given, else the first of `against_normal`, `contrast` and `max` that has the prompts it needs.
+
+    Also a sentence that says why.
+    """
+    if scoring:
+        return scoring, f"scoring is {scoring}, as given"
+    if NO_FINDING in prompts:
+        return "against_normal", f"scoring is against_normal: there are prompts for {NO_FINDING}, to compare with"
+    if "contrast" in scorings_of(prompts):
+        return "contrast", f"scoring is contrast: {NO_FINDING} is no label here, and every label has negative prompts"
+    return "max", f"scoring is max: {NO_FINDING} is no label here, and not every label has negative prompts"
+
+
 def combine(
-    similarity: np.ndarray,
-    texts: Sequence[str],
-    prompts: Prompts,
-    *,
-    scoring: Scoring = "max",
-    normalise: Normalise = "none",
-) -> np.ndarray:
-    """(n, N) similarities with N texts -> (n, K) scores, K = labels of `prompts` in their order.
+    similarity: pd.DataFrame, prompts: Prompts, *, scoring: Scoring = "max", normalise: Normalise = "none"
+) -> pd.DataFrame:
+    """Similarities of n studies with texts (columns) -> scores (n, K) of the labels of `prompts`.
 
     `normalise="cohort"` subtracts the mean over all n studies and divides by their population standard deviation; a
     column that does not vary becomes zeros. Raises ValueError for an unknown name, a label without the prompts that its
@@ -100,13 +119,13 @@ def combine(
         raise ValueError(f"unknown scoring {scoring!r}; available: {', '.join(get_args(Scoring))}")
     if normalise not in get_args(Normalise):
         raise ValueError(f"unknown normalise {normalise!r}; available: {', '.join(get_args(Normalise))}")
-    if scoring == "against_normal" and NORMAL not in prompts:
-        raise ValueError(f'scoring="against_normal" needs prompts for {NORMAL!r}')
+    if scoring == "against_normal" and NO_FINDING not in prompts:
+        raise ValueError(f'scoring="against_normal" needs prompts for {NO_FINDING!r}')
     if normalise == "cohort" and len(similarity) < 2:
         raise ValueError('normalise="cohort" needs at least two studies')
-    column, columns = {text: i for i, text in enumerate(texts)}, []
+    columns = []
     for label in prompts:
-        positive, negative = (similarity[:, [column[text] for text in side]] for side in sides(prompts, label))
+        positive, negative = (similarity[list(side)].to_numpy() for side in sides(prompts, label))
         if scoring in ("contrast", "pair") and not negative.shape[1]:
             raise ValueError(f'label {label!r} has no negative prompts, which scoring="{scoring}" needs')
         if scoring == "mean":
@@ -117,15 +136,15 @@ def combine(
             score = positive.max(axis=1)
             if scoring == "contrast":
                 score = score - negative.max(axis=1)
-            if scoring == "against_normal" and label != NORMAL:
-                score = score - similarity[:, [column[text] for text in sides(prompts, NORMAL)[0]]].mean(axis=1)
+            if scoring == "against_normal" and label != NO_FINDING:
+                score = score - similarity[list(sides(prompts, NO_FINDING)[0])].to_numpy().mean(axis=1)
         columns.append(score)
     scores = np.stack(columns, axis=1).astype(np.float64)
-    if normalise == "none":
-        return scores
-    deviation = scores.std(axis=0)
-    constant = deviation <= 1e-9 * np.maximum(1.0, np.abs(scores).max(axis=0))
-    return np.where(constant, 0.0, (scores - scores.mean(axis=0)) / np.where(constant, 1.0, deviation))
+    if normalise == "cohort":
+        deviation = scores.std(axis=0)
+        constant = deviation <= 1e-9 * np.maximum(1.0, np.abs(scores).max(axis=0))
+        scores = np.where(constant, 0.0, (scores - scores.mean(axis=0)) / np.where(constant, 1.0, deviation))
+    return pd.DataFrame(scores, index=similarity.index, columns=list(prompts))
 
 
 def similarities(
@@ -136,45 +155,42 @@ def similarities(
     *,
     kind: Similarity = "objective",
     batch_size: int = 64,
-    precision: Precision = "auto",
-) -> np.ndarray:
-    """(n, N) float32: similarity of every study's frontal image with every text, each encoded once.
+) -> pd.DataFrame:
+    """float32 similarity of every study's frontal image (rows: study_id) with every text (columns), each encoded once.
 
     `kind`: "objective" its own similarity, local part included; "global" the cosine of its global embeddings (all that
     CXR-CLIP and ConVIRT have); "prior" `zero_shot_scores` of an objective that has them, a softmax over the N texts.
     Only the regions of one batch are in memory. The similarity itself is computed in float32.
     """
+    objective, given = model.objective, texts
     if kind not in get_args(Similarity):
         raise ValueError(f"unknown kind {kind!r}; available: {', '.join(get_args(Similarity))}")
-    if kind == "prior" and not hasattr(model.objective, "zero_shot_scores"):
+    if kind == "prior" and not hasattr(objective, "zero_shot_scores"):
         raise ValueError(
             f'objective {model.config.objective!r} has no zero-shot scores of its own, which "prior" needs'
         )
-    if not isinstance(texts, EncodedTexts):
-        texts = text_features(model, texts, precision=precision)
-    similarity = np.empty((len(frame), len(texts)), dtype=np.float32)
+    if isinstance(texts, EncodedTexts):
+        given = texts.texts
+    else:
+        texts = text_features(model, texts)
+
+    def of_global(images: ImageFeatures, texts: TextFeatures) -> Tensor:
+        image, text = (normalize(part, dim=1) for part in objective.global_embeddings(images, texts))
+        return image @ text.T
+
+    compare = {"objective": objective.similarity, "global": of_global}.get(kind) or objective.zero_shot_scores
+    values = np.empty((len(frame), len(texts)), dtype=np.float32)
     step = len(texts) if kind == "prior" else TEXTS_AT_A_TIME
-    for rows, images in image_batches(model, frame, cache, batch_size=batch_size, precision=precision):
+    for rows, images in image_batches(model, frame, cache, batch_size=batch_size):
         with inference(model, "float32") as where:
             for first in range(0, len(texts), step):
                 columns = slice(first, first + step)
-                block = _similarity(model.objective, images, select(texts.features, columns).to(where), kind)
-                similarity[rows, columns] = block.float().cpu().numpy()
-    if not np.isfinite(similarity).all():
-        row, column = np.argwhere(~np.isfinite(similarity))[0]
-        raise ValueError(
-            f"similarity of study {frame['study_id'].iloc[row]} with {texts.texts[column]!r} is not finite"
-        )
-    return similarity
-
-
-def _similarity(objective: nn.Module, images: ImageFeatures, texts: TextFeatures, kind: Similarity) -> torch.Tensor:
-    if kind == "prior":
-        return objective.zero_shot_scores(images, texts)
-    if kind == "objective":
-        return objective.similarity(images, texts)
-    image, text = (nn.functional.normalize(part, dim=1) for part in objective.global_embeddings(images, texts))
-    return image @ text.T
+                block = compare(images, select(texts.features, columns).to(where))
+                values[rows, columns] = block.float().cpu().numpy()
+    if not np.isfinite(values).all():
+        row, column = np.argwhere(~np.isfinite(values))[0]
+        raise ValueError(f"similarity of study {frame['study_id'].iloc[row]} with {given[column]!r} is not finite")
+    return pd.DataFrame(values, index=pd.Index(frame["study_id"].astype(str), name="study_id"), columns=list(given))
 
 
 def scores(
@@ -187,7 +203,6 @@ def scores(
     normalise: Normalise = "none",
     kind: Similarity = "objective",
     batch_size: int = 64,
-    precision: Precision = "auto",
 ) -> pd.DataFrame:
     """Score of every study (index: study_id) for every label of `prompts`; `kind` as in `similarities`.
 
@@ -196,24 +211,21 @@ def scores(
     Scores order the studies of one label. They are no probabilities, and without `normalise="cohort"` their levels
     differ between labels.
     """
-    rule, texts = scoring, prompt_list(prompts)
+    texts = prompt_list(prompts)
     if scoring == "prior":
-        rule, kind = "max", "prior"
+        scoring, kind = "max", "prior"
         if [len(side) for label in prompts for side in sides(prompts, label)[:1]] != [1] * len(texts):
             raise ValueError('scoring="prior" takes one prompt a label, a different one for each, and no negatives')
-    combine(np.zeros((2, len(texts))), texts, prompts, scoring=rule, normalise=normalise)  # refuse bad names first
-    similarity = similarities(model, frame, cache, texts, kind=kind, batch_size=batch_size, precision=precision)
-    values = combine(similarity, texts, prompts, scoring=rule, normalise=normalise)
-    return pd.DataFrame(values, index=pd.Index(frame["study_id"].astype(str), name="study_id"), columns=list(prompts))
+    similarity = similarities(model, frame, cache, texts, kind=kind, batch_size=batch_size)
+    return combine(similarity, prompts, scoring=scoring, normalise=normalise)
 
 
 def evaluate(
     scores: pd.DataFrame,
     frames: pd.DataFrame | Mapping[str, pd.DataFrame],
+    targets: pd.DataFrame | None = None,
     *,
     macro: Sequence[str] = (),
-    unmentioned: Unmentioned = "negative",
-    uncertain: Uncertain | Mapping[str, Uncertain] = "ignore",
     metrics: Sequence[Metric] = ("auroc",),
     n_bootstrap: int = 1000,
     seed: int = 0,
@@ -221,15 +233,16 @@ def evaluate(
     """Metric rows (target, metric, value, ci_low, ci_high, n, prevalence, note) of each label, then `macro`.
 
     `frames`: the studies to judge, all of those scored or some; or several sets of them by name, which a further column
-    `dataset` tells apart. Patients are resampled whole. A label with one class only has value NaN, and its `note` says
-    why; the macro is the mean over those of its labels that have a value. Raises ValueError for a study without scores.
+    `dataset` tells apart. `targets`: by default those of `binary_targets`. Patients are resampled whole. A label with
+    one class only has value NaN, and its `note` says why; the macro is the mean over those of its labels that have a
+    value. Raises ValueError for a study without scores.
     """
     several, tables = isinstance(frames, Mapping), []
     for name, frame in frames.items() if several else [("", frames)]:
         own = _of_studies(scores, frame)
-        targets = binary_targets(frame, list(scores.columns), unmentioned=unmentioned, uncertain=uncertain)
+        truth = binary_targets(frame, list(scores)) if targets is None else targets.loc[own.index, list(scores)]
         options = {"groups": frame["patient_id"].astype(str), "n_bootstrap": n_bootstrap, "seed": seed}
-        rows = metric_rows(targets, own, metrics=metrics, macro=macro, **options)
+        rows = metric_rows(truth, own, metrics=metrics, macro=macro, **options)
         tables.append(rows.assign(dataset=name) if several else rows)
     return pd.concat(tables, ignore_index=True)
 
@@ -242,23 +255,14 @@ def _of_studies(scores: pd.DataFrame, frame: pd.DataFrame) -> pd.DataFrame:
     return scores.loc[studies]
 
 
-def wording(
-    model: nn.Module,
-    frame: pd.DataFrame,
-    cache,
-    prompts: Prompts,
-    *,
-    unmentioned: Unmentioned = "negative",
-    uncertain: Uncertain | Mapping[str, Uncertain] = "ignore",
-    batch_size: int = 64,
-    precision: Precision = "auto",
-) -> pd.DataFrame:
-    """AUROC of every positive prompt by itself: columns label, prompt, auroc (NaN where a label has one class only)."""
+def wording(similarity: pd.DataFrame, prompts: Prompts, targets: pd.DataFrame) -> pd.DataFrame:
+    """AUROC of every positive prompt by itself: columns label, prompt, auroc (NaN where a label has one class only).
+
+    `similarity`: of all prompts, from `similarities`.
+    """
+    known = targets.loc[similarity.index]
     pairs = [(label, text) for label in prompts for text in sides(prompts, label)[0]]
-    texts = list(dict.fromkeys(text for _, text in pairs))
-    values = similarities(model, frame, cache, texts, batch_size=batch_size, precision=precision)
-    targets = binary_targets(frame, list(prompts), unmentioned=unmentioned, uncertain=uncertain)
-    rows = [(label, text, auroc(targets[label], values[:, texts.index(text)])) for label, text in pairs]
+    rows = [(label, text, auroc(known[label], similarity[text])) for label, text in pairs]
     return pd.DataFrame(rows, columns=["label", "prompt", "auroc"])
 
 
@@ -267,29 +271,24 @@ def compare_scorings(
     frame: pd.DataFrame,
     cache,
     prompts: Prompts,
+    targets: pd.DataFrame,
     *,
     macro: Sequence[str] = (),
-    unmentioned: Unmentioned = "negative",
-    uncertain: Uncertain | Mapping[str, Uncertain] = "ignore",
     batch_size: int = 64,
-    precision: Precision = "auto",
 ) -> pd.DataFrame:
     """AUROC of each label and `macro` (rows) by each scoring rule (columns) that has the prompts it needs.
 
     The last columns are `pair` with the papers' own sentences: `pair, no X` (CXR-CLIP) and `pair, BioViL`.
     """
-    negative = all(sides(prompts, label)[1] for label in prompts)
-    possible = {"max": True, "mean": True, "pair": negative, "contrast": negative, "against_normal": NORMAL in prompts}
-    rules = {rule: (prompts, rule) for rule in possible if possible[rule]}
+    rules = {rule: (prompts, rule) for rule in scorings_of(prompts)}
     rules |= {"pair, no X": (no_x_prompts(prompts), "pair"), "pair, BioViL": (biovil_prompts(prompts), "pair")}
     texts = list(dict.fromkeys(text for written, _ in rules.values() for text in prompt_list(written)))
-    similarity = similarities(model, frame, cache, texts, batch_size=batch_size, precision=precision)
+    similarity = similarities(model, frame, cache, texts, batch_size=batch_size)
     columns = {}
     for name, (written, rule) in rules.items():
-        values = combine(similarity, texts, written, scoring=rule)
-        table = pd.DataFrame(values, frame["study_id"].astype(str), list(written))
-        policy = {"unmentioned": unmentioned, "uncertain": uncertain}
-        columns[name] = evaluate(table, frame, macro=macro, n_bootstrap=0, **policy).set_index("target")["value"]
+        table = combine(similarity, written, scoring=rule)
+        of_rule = [label for label in macro if label in written]
+        columns[name] = evaluate(table, frame, targets, macro=of_rule, n_bootstrap=0).set_index("target")["value"]
     return pd.DataFrame(columns).reindex([*prompts, *(["macro"] if macro else [])])
 
 
@@ -303,15 +302,13 @@ def multiclass(
     n_bootstrap: int = 1000,
     seed: int = 0,
     batch_size: int = 64,
-    precision: Precision = "auto",
 ) -> pd.DataFrame:
     """One among K, as the papers do it, on the studies of the frame that have exactly one of the labels.
 
     Protocols (column `protocol`): `gloria` takes the best prompt and standardises each class over the cohort,
     `cxr_clip` the mean of the global cosine, `prior` its own softmax of "X is observed", where the objective has one.
-    Rows as
-    `multiclass_rows`; the metrics of `gloria` have plain names, others the protocol as a suffix. Empty for fewer than
-    two such studies.
+    Rows as `multiclass_rows`; the metrics of `gloria` have plain names, others the protocol as a suffix. Empty for
+    fewer than two labels that such a study has.
     """
     alone = exclusive_test_set(frame, labels=labels, per_class=None, seed=seed)
     positive = {label: sides(prompts, label)[0] for label in labels}
@@ -321,13 +318,13 @@ def multiclass(
     }
     if hasattr(model.objective, "zero_shot_scores"):
         protocols["prior"] = (observed_prompts(labels), {"scoring": "prior"})
-    tables = []
-    for protocol, (written, options) in protocols.items() if len(alone) > 1 else ():
-        answers = scores(model, alone, cache, written, batch_size=batch_size, precision=precision, **options)
+    tables = [pd.DataFrame(columns=["protocol", *MULTICLASS_COLUMNS])]
+    for protocol, (written, options) in protocols.items() if (alone[labels] == 1).any().sum() > 1 else ():
+        answers = scores(model, alone, cache, written, batch_size=batch_size, **options)
         rows = multiclass_rows(answers, alone, n_bootstrap=n_bootstrap, seed=seed)
         suffix = "" if protocol == "gloria" else f"_{protocol}"
         tables.append(rows.assign(protocol=protocol, metric=rows["metric"] + suffix))
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["protocol", *MULTICLASS_COLUMNS])
+    return pd.concat(tables[1:] or tables, ignore_index=True)
 
 
 MULTICLASS_COLUMNS = ["target", "metric", "value", "ci_low", "ci_high", "n", "chance", "note"]

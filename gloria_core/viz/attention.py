@@ -99,13 +99,13 @@ def phrase_figure(
 
     `scores`: the phrase's rows of `grounding.score_phrases`, of which CNR and pointing game are written.
     """
-    maps, texts = original_maps(model, frame, data.cache, [phrase], precision="float32")[0], None
+    maps, texts = original_maps(model, frame, data.cache, [phrase])[0], None
     if scores is not None:
         plain = scores[scores["control"] == ""].set_index("kind")
         texts = {kind: f"CNR {plain['cnr'][kind]:.2f}, hit {plain['pointing_game'][kind]:.0f}" for kind in maps}
-    outline = region(phrase, data.cache.geometry(phrase.image), data.root)
+    outlines = [region(phrase, data.cache.geometry(phrase.image), data.root)] if phrase.known else []
     title = f"{frame['study_id'].iloc[phrase.row]}, {phrase.label}: “{phrase.words}”"
-    return attention_row(read_gray(data.root / phrase.image), maps, title=title, scores=texts, outlines=[outline])
+    return attention_row(read_gray(data.root / phrase.image), maps, title=title, scores=texts, outlines=outlines)
 
 
 def word_figure(
@@ -120,7 +120,7 @@ def word_figure(
     """`attention_row` of the map of each word of a phrase's text, the first `max_words` words."""
     spans = [match.span() for match in re.finditer(r"[^\W\d_]+", phrase.text)][:max_words]
     words = [replace(phrase, spans=(span,)) for span in spans]
-    found = original_maps(model, frame, data.cache, words, kinds=(kind,), precision="float32")
+    found = original_maps(model, frame, data.cache, words, kinds=(kind,))
     maps = {word.words: by_kind[kind] for word, by_kind in zip(words, found, strict=True)}
     return attention_row(read_gray(data.root / phrase.image), maps, kind=kind, title=f"{kind} map of each word")
 
@@ -178,7 +178,7 @@ def control_bars(
 ) -> Figure:
     """Each map beside its controls, with intervals: one axis a metric, one bar a map or control.
 
-    `rows`: one target of `grounding.summarise` (kind, control, metric, value, ci_low, ci_high, n, chance).
+    `rows`: one target of `grounding.summarise`.
     Lines: 0 for the contrast-to-noise ratio, the mean area share for the pointing game and the mass.
     """
     if rows.empty or rows["target"].nunique() != 1:
@@ -186,7 +186,7 @@ def control_bars(
     figure, axes = new_figure(len(metrics), width=5.2, height=0.27 * len(rows) / len(metrics) + 1.0)
     colours = dict(zip(dict.fromkeys(rows["kind"]), ("gloria", "convirt", "mgca", "prior"), strict=False))
     for axis, metric in zip(axes, metrics, strict=True):
-        part = rows[rows["metric"].str.startswith(f"{metric}_")]
+        part = rows[rows["score"] == metric]
         pairs = list(zip(part["kind"], part["control"], strict=True))
         shades = [to_rgba(colour_of(colours[kind]), 0.35 if control else 1.0) for kind, control in pairs]
         draw_bars(axis, np.arange(len(part)), part, colour=shades)

@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from gloria_core.tasks.retrieval import Direction, Ranking, text_groups
-from gloria_core.viz.plots import new_figure, show_image, wrapped
+from gloria_core.viz.plots import metric_bars, new_figure, show_image, wrapped
 
 
 def recall_curves(rankings: Mapping[str, Ranking], *, title: str = "Recall") -> Figure:
@@ -32,6 +33,11 @@ def recall_curves(rankings: Mapping[str, Ranking], *, title: str = "Recall") -> 
     axis.set_title(f"{title} (n = {max(len(found.queries) for found in rankings.values())} queries)")
     axis.legend(frameon=False, loc="upper left")
     return figure
+
+
+def precision_bars(precision: pd.DataFrame, direction: Direction | str, *, title: str) -> Figure:
+    """The rows of `precision_table` of one direction, each K beside the others, with chance."""
+    return metric_bars(precision[precision["direction"] == direction], by="metric", metric="precision", title=title)
 
 
 def nearest_partners(

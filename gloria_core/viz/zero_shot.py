@@ -8,6 +8,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from gloria_core.tasks.single_image import Answer
 from gloria_core.viz.attention import draw_map
 from gloria_core.viz.plots import colour_of, new_figure, show_image, wrapped
 
@@ -40,31 +41,21 @@ def wording_spread(wording: pd.DataFrame, *, together: pd.Series | None = None, 
     return figure
 
 
-def answer_figure(
-    image: np.ndarray,
-    table: pd.DataFrame,
-    *,
-    values: np.ndarray | None = None,
-    finding: str = "",
-    signed: bool = True,
-    title: str = "One radiograph",
-) -> Figure:
-    """The image, the map of one finding beside it where there is one, and a bar for each finding.
+def answer_figure(answer: Answer, *, title: str = "One radiograph") -> Figure:
+    """The image, the map of its first finding beside it where there is one, and a bar for each finding.
 
-    image: (H, W) uint8; values: (H, W), NaN outside what the model saw. table: `Answer.table`. Bars are percentiles
-    among validation studies without the finding, or scores where there was no cohort; findings that stand out are dark.
-    Raises ValueError for a map of another size.
+    Bars are percentiles among validation studies without the finding, or scores where there was no cohort; findings
+    that stand out are dark.
     """
-    if values is not None and np.shape(values) != image.shape:
-        raise ValueError(f"the map has {np.shape(values)} pixels, the image {image.shape}")
-    pictures = 1 if values is None else 2
+    finding, values = next(iter(answer.maps.items()), ("", None))
+    pictures, table = 1 if values is None else 2, answer.table
     figure, axes = new_figure(pictures + 1, width=4.0, height=max(2.8, 0.27 * len(table) + 0.6))
     axes[0].get_gridspec().set_width_ratios([1] * pictures + [1.3])
     for axis in axes[:pictures]:
-        show_image(axis, image)
+        show_image(axis, answer.image)
     axes[0].set_title("image" if pictures == 2 else "image (the objective has no map)", fontsize=10)
     if values is not None:
-        drawn, meaning = draw_map(axes[1], values, signed=signed)
+        drawn, meaning = draw_map(axes[1], values, signed=answer.map_kind == "cosine")
         figure.colorbar(drawn, ax=axes[1], shrink=0.6).set_label(meaning, fontsize=8)
         axes[1].set_title(wrapped(finding, 30), fontsize=10)
     _answer_bars(axes[-1], table)

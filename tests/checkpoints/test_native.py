@@ -39,6 +39,16 @@ def test_everything_comes_back(model, tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
+@pytest.mark.parametrize(("gpu", "expected"), [(True, "cuda"), (False, "cpu")])
+def test_the_model_is_put_on_the_gpu_if_there_is_one(model, tmp_path, monkeypatch, gpu, expected):
+    path, devices = native.save(tmp_path / "a.pt", model), []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(type(model), "to", lambda self, device: devices.append(device) or self)
+    native.load(path)
+    native.load(path, map_location="cpu")
+    assert devices == [expected, "cpu"]
+
+
 def test_no_training_state_is_none(model, tmp_path):
     assert native.load_training_state(native.save(tmp_path / "a.pt", model)) is None
 

@@ -21,6 +21,12 @@ IMPRESSIONS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def float32(monkeypatch):
+    """The precision "auto" is float32 on every machine."""
+    monkeypatch.setattr("gloria_core.training.precision.cpu_multiplies_bfloat16", bool)
+
+
 @pytest.fixture(scope="session")
 def root(tmp_path_factory):
     """Eight studies of four patients: a bright square in noise, and its mask."""

@@ -7,9 +7,18 @@ import pandas as pd
 import pytest
 import torch
 
-from gloria_core.tasks.grounding import SCORES, centre_prior, inverted, score_map, score_phrases, summarise
+from gloria_core.tasks.grounding import (
+    SCORES,
+    centre_prior,
+    compare,
+    examples,
+    inverted,
+    score_map,
+    score_phrases,
+    summarise,
+)
 from gloria_core.tasks.maps import original_maps
-from gloria_core.tasks.phrases import phrases_from_boxes, phrases_from_masks, region
+from gloria_core.tasks.phrases import phrases_from_masks, phrases_from_prompts, region
 from gloria_core.types import ImageFeatures
 
 
@@ -117,13 +126,14 @@ class _Square(torch.nn.Module):
     """An objective whose words all point at bright regions: what a perfect model would do on the made studies."""
 
     rows = type("Rows", (), {"unit": "word"})
+    has_local_embeddings = True
 
     def __init__(self, objective):
         super().__init__()
         self.objective = objective
 
-    def global_embeddings(self, images, texts):
-        return self.objective.global_embeddings(images, texts)
+    def embed_texts(self, texts):
+        return self.objective.embed_texts(texts)
 
     def local_embeddings(self, images, texts):
         one = images.regions[..., :1]
@@ -182,9 +192,7 @@ def test_original_maps_lie_on_the_file_and_know_what_was_not_seen(bright, frame,
 
 def test_scores_do_not_depend_on_the_batch_and_cover_every_kind(model, frame, cache, root):
     phrases = phrases_from_masks(frame)
-    one, other = (
-        score_phrases(model, frame, cache, root, phrases, batch_size=size, precision="float32") for size in (1, 8)
-    )
+    one, other = (score_phrases(model, frame, cache, root, phrases, batch_size=size) for size in (1, 8))
     key = ["study_id", "label", "kind", "control"]
     pd.testing.assert_frame_equal(
         one.sort_values(key, ignore_index=True), other.sort_values(key, ignore_index=True), atol=1e-3
@@ -196,37 +204,51 @@ def test_scores_do_not_depend_on_the_batch_and_cover_every_kind(model, frame, ca
 
 def test_boxes_and_undefined_phrases(make_model, frame, cache, root):
     model = make_model(max_tokens=3)
-    phrases = phrases_from_boxes(frame.iloc[:2], {"Lung Opacity": "opacity"})
-    table = score_phrases(model, frame, cache, root, phrases, kinds=("cosine",), precision="float32")
+    phrases = phrases_from_prompts(frame.iloc[:2], {"Lung Opacity": "opacity"})
+    table = score_phrases(model, frame, cache, root, phrases, kinds=("cosine",))
     assert table["note"].eq("").all() and table["area"].between(0.05, 0.2).all()
-    table = score_phrases(model, frame, cache, root, phrases_from_masks(frame), kinds=("cosine",), precision="float32")
+    table = score_phrases(model, frame, cache, root, phrases_from_masks(frame), kinds=("cosine",))
     upright = table[table["control"] == ""]
     assert upright["note"].eq("words beyond the token limit").all() and upright["cnr"].isna().all()
     assert summarise(table, n_bootstrap=5).query("kind == 'cosine' and control == ''").empty
 
 
 def _scores(values, labels, patients, area=0.25):
-    rows = {"cnr": values, "label": labels, "patient_id": patients, "kind": "cosine", "control": "", "area": area}
+    rows = dict.fromkeys(SCORES, np.nan) | {"cnr": values, "label": labels, "patient_id": patients}
+    rows |= {"kind": "cosine", "control": "", "area": area}
     return pd.DataFrame(rows)
 
 
 def test_summary_is_the_mean_over_labels_of_means_over_phrases():
     scores = _scores([1.0, 2.0, 3.0, 10.0, np.nan], list("AAABB"), list("vwxyz"))
-    rows = summarise(scores, metrics=("cnr",), n_bootstrap=200).set_index("target")
+    rows = summarise(scores, n_bootstrap=200).set_index("target")
     assert rows["value"].to_dict() == {"A": 2.0, "B": 10.0, "macro": 6.0}
     assert rows["n"].to_dict() == {"A": 3, "B": 1, "macro": 4}
+    assert compare({"phrase": rows.reset_index()})["phrase"].to_dict() == {("cosine", "cnr"): 6.0}
+    assert summarise(scores, suffix="x", n_bootstrap=2)["metric"].unique().tolist() == ["cnr_cosine_x"]
     assert rows.loc["A", "metric"] == "cnr_cosine" and rows.loc["macro", "chance"] == 0.25
     assert 1 <= rows.loc["A", "ci_low"] < 2 < rows.loc["A", "ci_high"] <= 3
-    chosen = summarise(scores, metrics=("cnr",), macro=["B"], n_bootstrap=20).set_index("target")
+    chosen = summarise(scores, macro=["B"], n_bootstrap=20).set_index("target")
     assert chosen.loc["macro", "value"] == 10.0
 
 
 def test_summary_resamples_patients():
     rng = np.random.default_rng(0)
     values = np.repeat(rng.normal(size=20), 10)
-    by_study = summarise(_scores(values, "A", np.arange(200).astype(str)), metrics=("cnr",)).iloc[0]
-    by_patient = summarise(_scores(values, "A", np.repeat(np.arange(20), 10).astype(str)), metrics=("cnr",)).iloc[0]
+    by_study = summarise(_scores(values, "A", np.arange(200).astype(str))).iloc[0]
+    by_patient = summarise(_scores(values, "A", np.repeat(np.arange(20), 10).astype(str))).iloc[0]
     assert by_patient["ci_high"] - by_patient["ci_low"] > 2 * (by_study["ci_high"] - by_study["ci_low"])
+
+
+def test_examples_are_the_worst_the_median_and_the_best():
+    scores = _scores([3.0, 1.0, np.nan, 2.0], "A", "p")
+    assert examples(scores)["cnr"].to_dict() == {"worst": 1.0, "median": 2.0, "best": 3.0}
+    assert examples(scores.iloc[:0]).empty
+
+
+def test_nothing_to_score_is_empty(model, frame, cache, root):
+    rows = score_phrases(model, frame, cache, root, [])
+    assert rows.empty and summarise(rows).empty and compare({"phrase": summarise(rows)}).empty
 
 
 def test_mean_dice_follows_from_the_overlaps():

@@ -16,8 +16,8 @@ TEXTS = ["Small left effusion.", "Large right opacity, no effusion.", "opacity"]
 
 @pytest.fixture
 def pair(model, frame, cache):
-    _, images = next(image_batches(model, frame.iloc[:3], cache, precision="float32"))
-    return model.objective.eval(), images, text_features(model, TEXTS, precision="float32")
+    _, images = next(image_batches(model, frame.iloc[:3], cache))
+    return model.objective.eval(), images, text_features(model, TEXTS)
 
 
 @torch.no_grad()
@@ -93,7 +93,7 @@ def test_a_phrase_map_is_the_mean_of_its_words_or_none(pair, model):
     beyond = replace(phrase, spans=((400, 410),))
     with torch.no_grad():
         rows = maps(model.objective, images, texts.features, kind="cosine")[1]
-    found, none = phrase_maps(model, images, [(1, phrase), (0, beyond)], ("cosine",), precision="float32")
+    found, none = phrase_maps(model, images, [(1, phrase), (0, beyond)], ("cosine",))
     columns = [texts.batch.words[1].index(word) for word in ("right", "opacity")]
     torch.testing.assert_close(found["cosine"], rows[columns].double().mean(dim=0), atol=1e-5, rtol=1e-4)
     assert none == {"cosine": None}

@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -9,8 +10,9 @@ from gloria_core.data.geometry import Geometry
 from gloria_core.tasks.phrases import (
     Phrase,
     another_text,
-    phrases_from_boxes,
+    choose_phrases,
     phrases_from_masks,
+    phrases_from_prompts,
     region,
     seen,
     swap_sides,
@@ -65,8 +67,34 @@ def test_boxes_are_grounded_by_their_labels_prompt():
         {"label": "Mass", "image": 0, "xywh": [9, 9, 2, 2]},
         {"label": "Nodule", "image": 0, "xywh": [0, 0, 1, 1]},
     ]
-    (found,) = phrases_from_boxes(_frame([], boxes), {"Mass": "lung mass"})
+    (found,) = phrases_from_prompts(_frame([], boxes), {"Mass": "lung mass"})
     assert (found.words, found.boxes, found.section) == ("lung mass", ((1, 2, 3, 4), (9, 9, 2, 2)), "prompt")
+
+
+def test_masks_without_words_are_grounded_by_their_labels_prompt():
+    masks = [{"label": "Mass", "image": 0, "path": path} for path in ("a.png", "b.png")]
+    boxes = [{"label": label, "image": 0, "xywh": [1, 2, 3, 4]} for label in ("Mass", "Nodule")]
+    mass, nodule = phrases_from_prompts(_frame(masks, boxes), {"Mass": "lung mass", "Nodule": "a nodule"})
+    assert (mass.words, mass.masks, mass.boxes) == ("lung mass", ("a.png", "b.png"), ())
+    assert (nodule.words, nodule.boxes) == ("a nodule", ((1, 2, 3, 4),))
+
+
+def test_phrases_are_chosen_by_what_is_known():
+    data = SimpleNamespace(name="own")
+    span = _frame([_mask("Edema", "a.png", 0, 5)])
+    found, meaning = choose_phrases(data, span)
+    assert found == phrases_from_masks(span) and "words of the reports" in meaning
+    boxed = _frame([], [{"label": "Mass", "image": 0, "xywh": [1, 2, 3, 4]}])
+    (found,), meaning = choose_phrases(data, boxed)
+    assert found.known and found.text == "Mass." and "prompts (set 'labels')" in meaning
+    frame = pd.concat([_frame([])] * 3, ignore_index=True)
+    frame.loc[1:, ["findings", "impression"]] = ""
+    frame["Edema"] = [1.0, 1.0, 0.0]
+    found, meaning = choose_phrases(data, frame)
+    assert not any(phrase.known for phrase in found) and "no map is scored" in meaning
+    assert frame["impression"][0].startswith(found[0].words)
+    assert [phrase.text for phrase in found[1:]] == ["Edema.", "Normal."]
+    assert len(choose_phrases(data, frame, n_studies=2)[0]) == 2
 
 
 def test_region_of_masks_and_boxes(tmp_path):

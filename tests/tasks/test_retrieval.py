@@ -8,7 +8,6 @@ import pytest
 import torch
 from torchmetrics.functional.retrieval import retrieval_hit_rate, retrieval_precision
 
-from gloria_core.data.reports import ReportError
 from gloria_core.tasks.features import image_features, text_features
 from gloria_core.tasks.retrieval import (
     Scores,
@@ -17,6 +16,7 @@ from gloria_core.tasks.retrieval import (
     cosine,
     fingerprint,
     label_shares,
+    left_out,
     load_index,
     precision_table,
     probability_of_none,
@@ -149,7 +149,6 @@ def test_reordering_moves_within_the_shortlist_only():
     ("ask", "answer", "k", "message"),
     [
         ([0, 1], [0, 1, 2], 0, "k is 0"),
-        ([0, 1], [0, 1, 2], 4, "k is 4"),
         ([0, 1, 2], [0, 1, 2], 1, "3 and 3 groups"),
         ([0, 5], [0, 0, 0], 1, "query 1 has no relevant"),
     ],
@@ -313,8 +312,8 @@ def test_own_patient_is_left_out_of_images_and_of_chance():
     # each A of patient p finds the B of r first; the A of q finds r, too
     assert row["value"] == 0 and row["n"] == 3
     assert row["chance"] == pytest.approx((1 / 2 + 1 / 2 + 2 / 3) / 3)
-    with pytest.raises(ValueError, match="every K is beyond 2"):
-        precision_table(scores, targets, patients, ks=(5,))
+    assert precision_table(scores, targets, patients, ks=(5,)).empty  # every list would contain all candidates
+    assert precision_table(scores, targets[[]], patients, ks=(1,)).empty
 
 
 def test_chance_has_rows_of_its_own():
@@ -324,17 +323,22 @@ def test_chance_has_rows_of_its_own():
     assert rows["value"][3:].tolist() == pytest.approx([1 / 3, 2, 2]) and rows["ci_low"][3:].isna().all()
 
 
-def test_report_texts():
-    frame = pd.DataFrame({"study_id": ["a", "b"], "findings": ["One.", ""], "impression": ["Two.", "Three."]})
-    assert report_texts(frame) == ["Two.", "Three."]
-    assert report_texts(frame, "both") == ["One.\n\nTwo.", "Three."]
-    with pytest.raises(ReportError, match="study_id b"):
-        report_texts(frame, "findings")
+def test_report_texts_are_those_of_studies_that_have_one():
+    rows = {"study_id": list("abc"), "findings": ["One.", "", " "], "impression": ["Two.", "Three.", np.nan]}
+    frame = pd.DataFrame(rows, index=[5, 6, 7])
+    assert report_texts(frame).to_dict() == {5: "Two.", 6: "Three."}
+    assert report_texts(frame, "both").to_dict() == {5: "One.\n\nTwo.", 6: "Three."}
+    assert report_texts(frame, "findings").to_dict() == {5: "One."}
+
+
+def test_a_list_as_long_as_all_candidates_is_named():
+    assert left_out([1, 5, 10], 5) == "K = 5, 10 left out: with 5 candidates, such a list contains them all"
+    assert left_out([1, 5], 6) == "6 candidates: every K is below that"
 
 
 @pytest.fixture
 def texts(model, frame):
-    return text_features(model, report_texts(frame), precision="float32")
+    return text_features(model, report_texts(frame).tolist())
 
 
 @pytest.fixture
@@ -348,14 +352,13 @@ def test_an_index_comes_back_whole_and_finds_the_nearest(model, frame, cache, te
     assert (again.ids, again.contents, again.model) == (tuple(frame["study_id"]), texts.texts, fingerprint(model))
     np.testing.assert_array_equal(again.embedding, texts.embedding)
     assert [p.name for p in path.parent.iterdir()] == ["reports.index"]
-    features = image_features(model, frame, cache, precision="float32")
+    features = image_features(model, frame, cache)
     table = again.nearest(model, features.embedding[:2], k=3)
     full = unit(features.embedding[:2]) @ unit(texts.embedding).T
     assert table["rank"].tolist() == [1, 2, 3] * 2 and table["query"].tolist() == [0] * 3 + [1] * 3
     np.testing.assert_allclose(table["cosine"].to_numpy().reshape(2, 3), -np.sort(-full, axis=1)[:, :3], atol=1e-6)
     assert table.loc[0, "content"] == texts.texts[int(full[0].argmax())]
-    with pytest.raises(ValueError, match="k is 9"):
-        again.nearest(model, features.embedding, k=9)
+    assert len(again.nearest(model, features.embedding[:1], k=9)) == len(again)
     with pytest.raises(ValueError, match="1 ids"):
         SearchIndex.of(model, ["a"], texts.texts, texts.embedding)
 
@@ -393,12 +396,12 @@ def test_damaged_files_are_refused(index, tmp_path, damage):
 @pytest.mark.parametrize("direction", ["image_to_text", "text_to_image"])
 def test_reranking_everything_is_the_full_similarity(make_model, frame, cache, objective, direction):
     model = make_model(objective)
-    texts = text_features(model, report_texts(frame), precision="float32")
-    features = image_features(model, frame, cache, precision="float32")
+    texts = text_features(model, report_texts(frame).tolist())
+    features = image_features(model, frame, cache)
     options = {"direction": direction, "k": 4 if direction == "image_to_text" else 8}  # four distinct texts
     coarse = rank_partners(cosine(features.embedding, texts.embedding), texts.texts, **options)
-    found = rerank(model, frame, cache, texts, coarse, direction=direction, batch_size=3, precision="float32")
-    full = given(similarities(model, frame, cache, texts, precision="float32"))
+    found = rerank(model, frame, cache, texts, coarse, direction=direction, batch_size=3)
+    full = given(similarities(model, frame, cache, texts))
     expected = rank_partners(full, texts.texts, **options)
     np.testing.assert_allclose(found.rank, expected.rank)
     np.testing.assert_allclose(np.sort(found.scores), np.sort(expected.scores), atol=1e-5)

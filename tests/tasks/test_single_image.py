@@ -9,6 +9,7 @@ from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
 
 from gloria_core.data.images import ImageError
+from gloria_core.tasks.classification.label_policy import binary_targets
 from gloria_core.tasks.single_image import CAUTION, MIN_STUDIES, Cohort, explain_image, plain_answer, validation_cohort
 from gloria_core.tasks.zero_shot import scores
 
@@ -17,7 +18,11 @@ PROMPTS = {
     "Lung Opacity": {"pos": ["right opacity"], "neg": ["no opacity"]},
     "No Finding": {"pos": ["no acute finding"], "neg": ["opacity"]},
 }
-FLOAT = {"precision": "float32"}
+
+
+@pytest.fixture
+def targets(labelled):
+    return binary_targets(labelled.set_index("study_id"), list(PROMPTS))
 
 
 @pytest.fixture
@@ -33,9 +38,9 @@ def made(scores_a, targets_a):
 
 @pytest.mark.parametrize("scoring", ["max", "mean", "pair", "contrast", "against_normal"])
 def test_a_file_has_the_score_of_its_study(model, labelled, cache, root, scoring):
-    table = scores(model, labelled, cache, PROMPTS, scoring=scoring, **FLOAT)
+    table = scores(model, labelled, cache, PROMPTS, scoring=scoring)
     for number in (0, 3):  # a square image, and one that is padded
-        answer = explain_image(model, root / f"images/{number}.png", PROMPTS, scoring=scoring, **FLOAT)
+        answer = explain_image(model, root / f"images/{number}.png", PROMPTS, scoring=scoring)
         np.testing.assert_allclose(answer.table["score"][list(PROMPTS)], table.loc[f"s{number}"], atol=1e-5)
 
 
@@ -53,7 +58,7 @@ def test_every_kind_of_file_gives_the_same_answer(model, root, tmp_path):
     data.PixelData = pixels.tobytes()
     pydicom.dcmwrite(tmp_path / "x.dcm", data, enforce_file_format=True)
     from_png, from_dicom, from_array = (
-        explain_image(model, source, PROMPTS, **FLOAT) for source in (root / "images/2.png", tmp_path / "x.dcm", pixels)
+        explain_image(model, source, PROMPTS) for source in (root / "images/2.png", tmp_path / "x.dcm", pixels)
     )
     np.testing.assert_allclose(from_array.table["score"], from_png.table["score"], atol=1e-6)
     np.testing.assert_allclose(from_dicom.table["score"].sort_index(), from_png.table["score"].sort_index(), atol=0.02)
@@ -61,15 +66,15 @@ def test_every_kind_of_file_gives_the_same_answer(model, root, tmp_path):
         explain_image(model, tmp_path / "none.png", PROMPTS)
 
 
-def test_the_map_lies_on_the_pixels_of_the_file(model, labelled, cache, root):
-    cohort = validation_cohort(model, labelled, cache, PROMPTS, **FLOAT)
-    answer = explain_image(model, root / "images/1.png", PROMPTS, cohort=cohort, mapped=2, **FLOAT)
+def test_the_map_lies_on_the_pixels_of_the_file(model, labelled, targets, cache, root):
+    cohort = validation_cohort(model, labelled, cache, PROMPTS, targets)
+    answer = explain_image(model, root / "images/1.png", PROMPTS, cohort=cohort, mapped=2)
     assert answer.image.shape == (80, 60) and answer.map_kind == "cosine"
     assert len(answer.maps) == 2 and "No Finding" not in answer.maps
     for values in answer.maps.values():
         assert values.shape == (80, 60) and np.isfinite(values).any() and np.isnan(values).any()
         assert np.nanmax(np.abs(values)) <= 1 + 1e-6
-    other = explain_image(model, root / "images/1.png", PROMPTS, cohort=cohort, kind="attention", **FLOAT)
+    other = explain_image(model, root / "images/1.png", PROMPTS, cohort=cohort, kind="attention")
     assert other.map_kind == "attention" and np.nanmin(next(iter(other.maps.values()))) >= 0
 
 
@@ -78,8 +83,8 @@ def test_an_objective_without_regions_has_no_map(make_model, root):
     assert not answer.maps and answer.map_kind == "" and "Without a validation" in answer.text
 
 
-def test_a_cohort_of_other_prompts_is_refused(model, labelled, cache, root):
-    cohort = validation_cohort(model, labelled, cache, PROMPTS, scoring="max")
+def test_a_cohort_of_other_prompts_is_refused(model, labelled, targets, cache, root):
+    cohort = validation_cohort(model, labelled, cache, PROMPTS, targets, scoring="max")
     for change in ({"scoring": "mean"}, {"prompts": {"Lung Opacity": ["opacity"]}, "scoring": "max"}):
         options = {"prompts": PROMPTS, "scoring": "max"} | change
         with pytest.raises(ValueError, match="other prompts"):
@@ -145,17 +150,23 @@ def test_plain_words():
     uncalibrated = plain_answer(table(probability=[np.nan, np.nan]), cohort)
     assert "probability" not in uncalibrated
     normal = table(stands_out=[True, False]).rename(index={"Edema": "No Finding"})
+    all_sick = Cohort({"Edema": ["x"]}, "max", pd.DataFrame({"Edema": [1.0]}), pd.DataFrame({"Edema": [1.0]}))
+    assert "no validation study without it" in plain_answer(table(percentile=[np.nan] * 2), all_sick)
     assert "like the sentences for a normal study" in plain_answer(normal, cohort_of(["No Finding", "Fracture"]))
 
 
-def test_decisions_are_those_at_the_thresholds_of_validation(model, labelled, cache):
-    cohort = validation_cohort(model, labelled, cache, PROMPTS, **FLOAT)
-    assert list(cohort.decide(cohort.scores, labelled, macro=[], n_bootstrap=0)["metric"].unique()) == [
+def test_there_is_no_cohort_without_validation_studies(model, labelled, targets, cache):
+    assert validation_cohort(model, labelled.iloc[:0], cache, PROMPTS, targets) is None
+
+
+def test_decisions_are_those_at_the_thresholds_of_validation(model, labelled, targets, cache):
+    cohort = validation_cohort(model, labelled, cache, PROMPTS, targets)
+    assert list(cohort.decide(cohort.scores, targets, labelled, macro=[], n_bootstrap=0)["metric"].unique()) == [
         f"{name}_at_threshold" for name in ("accuracy", "f1", "sensitivity", "specificity")
     ]
     perfect = made([0.0] * 6 + [1.0] * 6, [0.0] * 6 + [1.0] * 6)
     frame = pd.DataFrame(
         {"study_id": perfect.scores.index, "patient_id": perfect.scores.index, "A": [0.0] * 6 + [1] * 6}
     )
-    rows = perfect.decide(perfect.scores, frame.iloc[::-1], macro=["A"], n_bootstrap=5)
+    rows = perfect.decide(perfect.scores, perfect.targets, frame.iloc[::-1], macro=["A"], n_bootstrap=5)
     assert (rows["value"] == 1).all() and set(rows["target"]) == {"A", "macro"}

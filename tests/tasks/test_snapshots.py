@@ -29,7 +29,7 @@ def test_snapshots_are_the_maps_of_their_epochs(model, frame, cache, phrases, tm
     again = MapSnapshots(tmp_path / "maps", frame, cache, phrases, every=2)  # a resumed run
     again(6, model)
     assert list(again.load()) == [2, 4, 6]
-    wanted = original_maps(model, frame, cache, phrases, kinds=("cosine",), precision="float32")
+    wanted = original_maps(model, frame, cache, phrases, kinds=("cosine",))
     for values, expected in zip(snapshots.load()[2], wanted, strict=True):
         np.testing.assert_allclose(values, expected["cosine"], rtol=1e-6)
 

@@ -4,9 +4,11 @@ import pytest
 import torch
 from sklearn.metrics import cohen_kappa_score, precision_recall_fscore_support
 
+from gloria_core.tasks.classification.label_policy import binary_targets
 from gloria_core.tasks.features import image_batches, image_features, text_features
 from gloria_core.tasks.zero_shot import (
     biovil_prompts,
+    choose_scoring,
     combine,
     compare_scorings,
     evaluate,
@@ -16,6 +18,7 @@ from gloria_core.tasks.zero_shot import (
     observed_prompts,
     prompt_list,
     scores,
+    scorings_of,
     similarities,
     wording,
 )
@@ -27,7 +30,7 @@ PROMPTS = {
 LISTS = {label: sides["pos"] for label, sides in PROMPTS.items()}
 # columns: a1, a2, no a, b1
 TEXTS = ["a1", "a2", "no a", "b1"]
-SIMILARITY = np.array([[1.0, 3.0, 2.0, 5.0], [4.0, 0.0, 4.0, 5.0], [2.0, 2.0, 0.0, 5.0]])
+SIMILARITY = pd.DataFrame([[1.0, 3.0, 2.0, 5.0], [4.0, 0.0, 4.0, 5.0], [2.0, 2.0, 0.0, 5.0]], columns=TEXTS)
 BOTH = {"A": {"pos": ["a1", "a2"], "neg": ["no a"]}, "B": {"pos": ["b1"], "neg": ["no a"]}}
 
 
@@ -40,21 +43,21 @@ BOTH = {"A": {"pos": ["a1", "a2"], "neg": ["no a"]}, "B": {"pos": ["b1"], "neg":
     ],
 )
 def test_combine_by_hand(scoring, expected):
-    np.testing.assert_allclose(combine(SIMILARITY, TEXTS, BOTH, scoring=scoring), expected)
+    np.testing.assert_allclose(combine(SIMILARITY, BOTH, scoring=scoring), expected)
 
 
 def test_contrast_takes_the_best_of_each_side():
     prompts = {"A": {"pos": ["a1", "a2"], "neg": ["no a", "b1"]}}
-    np.testing.assert_allclose(combine(SIMILARITY, TEXTS, prompts, scoring="contrast")[:, 0], [-2, -1, -3])
+    np.testing.assert_allclose(combine(SIMILARITY, prompts, scoring="contrast")["A"], [-2, -1, -3])
 
 
 def test_cohort_is_the_population_z_score_and_constant_columns_are_zero():
-    found = combine(SIMILARITY, TEXTS, BOTH, normalise="cohort")
+    found = combine(SIMILARITY, BOTH, normalise="cohort")
     a = np.array([3.0, 4.0, 2.0])
-    np.testing.assert_allclose(found[:, 0], (a - 3) / np.sqrt(2 / 3))
-    np.testing.assert_array_equal(found[:, 1], 0.0)
+    np.testing.assert_allclose(found["A"], (a - 3) / np.sqrt(2 / 3))
+    np.testing.assert_array_equal(found["B"], 0.0)
     with pytest.raises(ValueError, match="two studies"):
-        combine(SIMILARITY[:1], TEXTS, BOTH, normalise="cohort")
+        combine(SIMILARITY[:1], BOTH, normalise="cohort")
 
 
 @pytest.mark.parametrize(
@@ -69,7 +72,7 @@ def test_cohort_is_the_population_z_score_and_constant_columns_are_zero():
 )
 def test_bad_options_are_refused(options, prompts, message):
     with pytest.raises(ValueError, match=message):
-        combine(SIMILARITY, TEXTS, prompts, **options)
+        combine(SIMILARITY, prompts, **options)
 
 
 def test_prompt_list_has_each_text_once():
@@ -82,7 +85,7 @@ def test_similarities_are_the_objectives_own(make_model, frame, cache, objective
     model = make_model(objective)
     texts = prompt_list(PROMPTS)
     monkeypatch.setattr("gloria_core.tasks.zero_shot.TEXTS_AT_A_TIME", 2)
-    found = similarities(model, frame, cache, texts, batch_size=3, precision="float32")
+    found = similarities(model, frame, cache, texts, batch_size=3)
     _, images = next(image_batches(model, frame, cache, precision="float32"))
     with torch.no_grad():
         expected = model.eval().objective.similarity(images, text_features(model, texts, precision="float32").features)
@@ -111,9 +114,7 @@ def test_scores_encode_every_image_and_prompt_once(model, frame, cache, monkeypa
 
 
 def test_cohort_scores_do_not_depend_on_the_batch(model, frame, cache):
-    one, other = (
-        scores(model, frame, cache, LISTS, normalise="cohort", batch_size=size, precision="float32") for size in (2, 8)
-    )
+    one, other = (scores(model, frame, cache, LISTS, normalise="cohort", batch_size=size) for size in (2, 8))
     np.testing.assert_allclose(one, other, atol=1e-3)
 
 
@@ -139,24 +140,24 @@ def test_evaluate_perfect_scores_of_all_or_some_studies(frame):
 def test_against_normal_subtracts_the_mean_normal_prompt():
     texts = ["effusion", "large effusion", "clear", "normal"]
     prompts = {"Pleural Effusion": {"pos": texts[:2], "neg": []}, "No Finding": {"pos": texts[2:], "neg": []}}
-    similarity = np.array([[0.2, 0.5, 0.1, 0.3], [0.9, 0.4, 0.8, 1.0]])
-    found = combine(similarity, texts, prompts, scoring="against_normal")
+    similarity = pd.DataFrame([[0.2, 0.5, 0.1, 0.3], [0.9, 0.4, 0.8, 1.0]], columns=texts)
+    found = combine(similarity, prompts, scoring="against_normal")
     np.testing.assert_allclose(found, [[0.5 - 0.2, 0.3], [0.9 - 0.9, 1.0]])
     with pytest.raises(ValueError, match="No Finding"):
-        combine(similarity[:, :2], texts[:2], {"Pleural Effusion": texts[:2]}, scoring="against_normal")
+        combine(similarity, {"Pleural Effusion": texts[:2]}, scoring="against_normal")
 
 
 def test_pair_is_the_softmax_of_two_cosines():
     prompts = {"A": {"pos": ["a1"], "neg": ["no a"]}}
-    found = combine(SIMILARITY, TEXTS, prompts, scoring="pair")[:, 0]
-    expected = torch.tensor(SIMILARITY[:, [2, 0]]).softmax(dim=1)[:, 1]
+    found = combine(SIMILARITY, prompts, scoring="pair")["A"]
+    expected = torch.tensor(SIMILARITY[["no a", "a1"]].to_numpy().tolist()).softmax(dim=1)[:, 1]
     np.testing.assert_allclose(found, expected)
-    np.testing.assert_array_equal(found > 0.5, SIMILARITY[:, 0] > SIMILARITY[:, 2])
+    np.testing.assert_array_equal(found > 0.5, SIMILARITY["a1"] > SIMILARITY["no a"])
     # several prompts a side: of their means
     both = {"A": {"pos": ["a1", "a2"], "neg": ["no a"]}}
-    np.testing.assert_allclose(combine(SIMILARITY, TEXTS, both, scoring="pair")[0, 0], 0.5)
+    np.testing.assert_allclose(combine(SIMILARITY, both, scoring="pair").loc[0, "A"], 0.5)
     with pytest.raises(ValueError, match="no negative prompts"):
-        combine(SIMILARITY, TEXTS, {"A": ["a1"]}, scoring="pair")
+        combine(SIMILARITY, {"A": ["a1"]}, scoring="pair")
 
 
 def test_the_papers_sentences():
@@ -170,7 +171,7 @@ def test_the_papers_sentences():
 
 def test_global_similarity_is_the_cosine_of_the_embeddings(model, frame, cache):
     texts = ["left effusion", "no opacity"]
-    found = similarities(model, frame, cache, texts, kind="global", batch_size=3, precision="float32")
+    found = similarities(model, frame, cache, texts, kind="global", batch_size=3)
     images = image_features(model, frame, cache, precision="float32").embedding
     words = text_features(model, texts, precision="float32").embedding
     unit = [part / np.linalg.norm(part, axis=1, keepdims=True) for part in (images, words)]
@@ -251,7 +252,7 @@ def test_multiclass_refuses_studies_without_scores_or_without_one_label():
 
 
 def test_multiclass_is_each_protocol_on_the_studies_with_one_label(make_model, frame, cache):
-    labels, options = ["Pleural Effusion", "Lung Opacity"], {"n_bootstrap": 20, "precision": "float32"}
+    labels, options = ["Pleural Effusion", "Lung Opacity"], {"n_bootstrap": 20}
     gloria, prior = (
         multiclass(make_model(name), frame, cache, PROMPTS, labels, **options) for name in ("gloria", "prior")
     )
@@ -261,21 +262,40 @@ def test_multiclass_is_each_protocol_on_the_studies_with_one_label(make_model, f
     }
     alone = frame[frame[labels].sum(axis=1) == 1]
     assert set(gloria.loc[gloria["metric"] == "accuracy_cxr_clip", "n"]) == {len(alone)}
-    answers = scores(make_model(), alone, cache, LISTS, normalise="cohort", precision="float32")
+    answers = scores(make_model(), alone, cache, LISTS, normalise="cohort")
     expected = multiclass_rows(answers, alone, n_bootstrap=20)
     pd.testing.assert_frame_equal(gloria[gloria["protocol"] == "gloria"].drop(columns="protocol"), expected)
-    assert multiclass(make_model(), frame.iloc[:0], cache, PROMPTS, labels).empty
+    one_class = frame[frame["Lung Opacity"] == 1]
+    for few in (frame.iloc[:0], one_class):  # no choice without studies of two classes
+        assert multiclass(make_model(), few, cache, PROMPTS, labels).empty
 
 
 def test_wording_and_scorings_are_those_of_single_calls(model, frame, cache):
-    labels, exact = list(PROMPTS), {"precision": "float32"}
-    alone = wording(model, frame, cache, PROMPTS, **exact)
+    labels, targets = list(PROMPTS), binary_targets(frame.set_index("study_id"), list(PROMPTS))
+    alone = wording(similarities(model, frame, cache, prompt_list(PROMPTS)), PROMPTS, targets)
     assert alone["prompt"].tolist() == [text for side in PROMPTS.values() for text in side["pos"]]
-    one = scores(model, frame, cache, {labels[0]: [alone["prompt"][1]]}, **exact)
+    one = scores(model, frame, cache, {labels[0]: [alone["prompt"][1]]})
     assert alone["auroc"][1] == evaluate(one, frame, n_bootstrap=0)["value"][0]
-    table = compare_scorings(model, frame, cache, PROMPTS, macro=labels, **exact)
+    table = compare_scorings(model, frame, cache, PROMPTS, targets, macro=labels)
     assert list(table.columns) == ["max", "mean", "pair", "contrast", "pair, no X", "pair, BioViL"]
-    contrast = scores(model, frame, cache, PROMPTS, scoring="contrast", **exact)
+    contrast = scores(model, frame, cache, PROMPTS, scoring="contrast")
     expected = evaluate(contrast, frame, macro=labels, n_bootstrap=0).set_index("target")["value"]
     pd.testing.assert_series_equal(table["contrast"], expected, check_names=False)
-    assert list(compare_scorings(model, frame, cache, LISTS).columns)[:2] == ["max", "mean"]
+    assert list(compare_scorings(model, frame, cache, LISTS, targets).columns)[:2] == ["max", "mean"]
+
+
+def test_targets_of_another_policy_are_those_that_are_judged(frame):
+    labels = ["Pleural Effusion", "Lung Opacity"]
+    perfect, blank = frame.set_index("study_id")[labels], frame.copy()
+    blank.loc[blank.index[:2], labels] = np.nan
+    known = binary_targets(blank.set_index("study_id"), labels, unmentioned="ignore")
+    assert evaluate(perfect, blank, n_bootstrap=0)["n"].tolist() == [8, 8]
+    assert evaluate(perfect, blank, known, n_bootstrap=0)["n"].tolist() == [6, 6]
+
+
+def test_the_scoring_is_chosen_by_the_prompts_that_are_there():
+    assert choose_scoring(PROMPTS)[0] == "contrast"
+    assert choose_scoring(PROMPTS | {"No Finding": ["normal"]})[0] == "against_normal"
+    assert choose_scoring(LISTS)[0] == "max"
+    assert choose_scoring(LISTS, "mean") == ("mean", "scoring is mean, as given")
+    assert scorings_of(PROMPTS | {"A": ["a"]}) == ["max", "mean"]

@@ -126,7 +126,7 @@ def test_control_bars_show_values_in_order():
                 "kind": kind,
                 "control": control,
                 "target": "macro",
-                "metric": "_".join(filter(None, (metric, kind, control))),
+                "score": metric,
             }
             | {"value": value, "ci_low": value - 0.1, "ci_high": value + 0.1, "n": 50, "chance": 0.08}
             for kind, control, value in (("cosine", "", 1.2), ("cosine", "inverted", -1.2), ("prior", "uniform", 0.0))
@@ -162,7 +162,7 @@ def test_snapshots_share_one_scale_and_an_unseen_map_is_left_blank():
 def made(monkeypatch, tmp_path):
     """Data of one study of IMAGE whose map of a phrase has the value of its first character's place."""
 
-    def original_maps(model, frame, cache, phrases, *, kinds=("attention", "cosine"), precision):
+    def original_maps(model, frame, cache, phrases, *, kinds=("attention", "cosine")):
         return [{kind: np.full(IMAGE.shape, float(phrase.spans[0][0])) for kind in kinds} for phrase in phrases]
 
     monkeypatch.setattr("gloria_core.viz.attention.original_maps", original_maps)
@@ -173,7 +173,7 @@ def made(monkeypatch, tmp_path):
     return SimpleNamespace(cache=SimpleNamespace(geometry=lambda path: None), root=tmp_path)
 
 
-PHRASE = Phrase(0, "Edema", "impression", "Mild edema, 2 cm.", ((5, 10),), "a.png")
+PHRASE = Phrase(0, "Edema", "impression", "Mild edema, 2 cm.", ((5, 10),), "a.png", masks=("m.png",))
 FRAME = pd.DataFrame({"study_id": ["s7"]})
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -75,12 +76,22 @@ def test_scene_is_json_and_complete(model, data, study):
     assert all(kind["formula"].startswith("<svg") for kind in scene["models"][0]["kinds"])
 
 
-def test_maps_and_scores_are_those_of_grounding(model, data, study):
+def test_a_study_without_a_report_shows_the_given_text(model, data, study):
+    silent = replace(data, frame=data.frame.assign(findings="", impression=""))
+    with pytest.raises(ReportError, match="no text"):
+        study_subject(silent, study)
+    assert [text.text for text in study_subject(silent, study, "Edema.").texts] == ["Edema."]
+    assert "Edema." not in [text.text for text in study_subject(data, study, "Edema.").texts]
+    assert Explorer(model, data=silent, study=study, report="Edema.").scene["texts"][0]["text"] == "Edema."
+
+
+def test_maps_and_scores_are_those_of_grounding(model, data, study, monkeypatch):
+    monkeypatch.setattr("gloria_core.training.precision.cpu_multiplies_bfloat16", bool)
     maker = SceneMaker({"gloria": model}, study_subject(data, study))
     frame = data.frame[data.frame["study_id"] == study].reset_index(drop=True)
     phrases = phrases_from_masks(frame)
-    rows = score_phrases(model, frame, data.cache, data.root, phrases, precision="float32")
-    drawn = original_maps(model, frame, data.cache, phrases, precision="float32")
+    rows = score_phrases(model, frame, data.cache, data.root, phrases)
+    drawn = original_maps(model, frame, data.cache, phrases)
     text = next(entry for entry in maker.texts if entry["id"] == "impression")
     side, grids = maker.encoded["gloria"], grids_of(maker, "0/impression")
     assert phrases

@@ -10,6 +10,7 @@ from matplotlib.colors import to_rgba
 
 from gloria_core.tasks.classification.decisions import reliability
 from gloria_core.tasks.retrieval import Scores, rank_partners
+from gloria_core.tasks.single_image import Answer
 from gloria_core.viz import classification
 from gloria_core.viz.detection import box_cases, iou_pair
 from gloria_core.viz.retrieval import Shown, nearest_partners, neighbours, recall_curves
@@ -187,12 +188,10 @@ def test_answer_figure_with_and_without_a_map():
     columns |= {"prevalence": [0.2, 0.1], "stands_out": [True, False]}
     table = pd.DataFrame(columns, index=["Edema", "Fracture"])
     values = np.where(np.arange(8) < 2, np.nan, 0.5) * np.ones((8, 8))
-    figure = answer_figure(IMAGE, table, values=values, finding="Edema")
+    figure = answer_figure(Answer("", table, IMAGE, {"Edema": values}, "cosine"))
     assert len(figure.axes[1].images) == 2 and figure.axes[1].images[1].get_clim() == (-0.5, 0.5)
     texts = texts_of(figure)
     assert "60 % (20 %)" in texts and "- (too few to calibrate)" in texts
     figure.canvas.draw()
-    alone = answer_figure(IMAGE, table[["score"]])
+    alone = answer_figure(Answer("", table[["score"]], IMAGE, {}, ""))
     assert "image (the objective has no map)" in texts_of(alone) and "0.50" in texts_of(alone)
-    with pytest.raises(ValueError, match="pixels"):
-        answer_figure(IMAGE, table, values=values[:4])

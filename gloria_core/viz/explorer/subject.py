@@ -67,10 +67,11 @@ def known_studies(data: PreparedDataset) -> list[str]:
     return frame["study_id"].astype(str).tolist()
 
 
-def study_subject(data: PreparedDataset, study: str) -> Subject:
+def study_subject(data: PreparedDataset, study: str, text: str = "") -> Subject:
     """A study of a prepared dataset by its study_id, with the truths of its masks and boxes.
 
-    Raises KeyError for a study that the manifest does not have, ReportError for one without text.
+    `text`: shown for a study without a report. Raises KeyError for a study that the manifest does not have, ReportError
+    for one without text.
     """
     rows = data.frame[data.frame["study_id"].astype(str) == str(study)]
     if rows.empty:
@@ -79,6 +80,8 @@ def study_subject(data: PreparedDataset, study: str) -> Subject:
     number, path = frontal_image(row)
     image = read_gray(data.root / path)
     texts = [Text(name, name.capitalize(), row[name]) for name in ("findings", "impression") if row[name].strip()]
+    if not texts and text:
+        texts = [Text("prompt", "Prompt (the study has no report)", text)]
     title = f"{row['study_id']} · {data.name}, {row['split']}"
     return Subject(image, tuple(texts), _truths(row, number, image, data.root), title, path)
 
@@ -100,7 +103,7 @@ def own_subject(image: NDArray[np.uint8] | str | Path | bytes, report: str, *, n
 
 def swapped(text: Text) -> Text | None:
     """The text with left and right exchanged everywhere; None if it names no side."""
-    other = swap_sides(Phrase(0, "", "", text.text, ((0, len(text.text)),), ""))
+    other = swap_sides(Phrase.of_text(text.text, ""))
     return None if other is None else Text(text.name + SWAPPED, text.title, other.text, text.own)
 
 

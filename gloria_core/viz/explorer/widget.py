@@ -32,7 +32,8 @@ class Explorer(anywidget.AnyWidget):
 
     `models`: one model, or name -> model (two can stand side by side). Either `data` and `study` (a study_id; the first
     test study with a known region by default), or `image` (a PNG, JPEG or DICOM file, its bytes, or (H, W) uint8) and
-    `report`. `studies`: study_ids to choose from on screen. `word`: the word that is chosen at first.
+    `report`; with `data`, `report` is shown for studies without one. `studies`: study_ids to choose from on screen.
+    `word`: the word that is chosen at first.
     `selection` (read by anyone): what is chosen now, as `text`, `type`, `index` and `words`; empty for nothing.
     Raises ValueError for a model without maps or for too little or too much of the above, ImageError, ReportError,
     KeyError for an unknown study.
@@ -58,7 +59,7 @@ class Explorer(anywidget.AnyWidget):
     ) -> None:
         super().__init__()
         self._models = {models.config.objective: models} if isinstance(models, nn.Module) else dict(models)
-        self._data, self._studies, self._word = data, [str(one) for one in studies], word
+        self._data, self._studies, self._word, self._text = data, [str(one) for one in studies], word, report
         if (data is None) == (image is None):
             raise ValueError("the explorer shows a study of `data`, or an `image` with its `report`: give one of them")
         if data is None:
@@ -71,7 +72,7 @@ class Explorer(anywidget.AnyWidget):
         """Go to another study of the dataset. Raises ValueError without a dataset, KeyError for an unknown study."""
         if self._data is None:
             raise ValueError("this explorer was made for one image; give it `data` to go from study to study")
-        self._show(study_subject(self._data, study), study)
+        self._show(study_subject(self._data, study, self._text), study)
 
     def show_own(self, image: NDArray[np.uint8] | str | Path | bytes, report: str, *, name: str = "") -> None:
         """Go to a radiograph and a report of one's own. Raises ImageError, ReportError."""
