@@ -26,7 +26,7 @@ SMALL = {
                                    "finetune_epochs": 1, **FEW},
     "05_segmentation": {"fractions": [0.5], "subsets": 1, "steps": 2, "validate_every": 1,
                         "channels": [8, 8, 8, 8, 8], **FEW},
-    "06_detection": {"fractions": [0.5], "subsets": 1, "epochs": 0.1, "least_steps": 2, "width": 16, **FEW},
+    "06_detection": {"fractions": [0.5], "subsets": 1, "epochs": 0.1, "min_steps": 2, "width": 16, **FEW},
     "07_zero_shot": FEW,
     "08_retrieval": {"shortlist": 5, **FEW},
 }  # fmt: skip

@@ -21,6 +21,7 @@ Decoder = Literal["auto", "unet", "setr"]
 BatchNormMode = Literal["eval", "train"]
 # Decoder widths from coarse to fine: the default of segmentation-models-pytorch, and of both papers.
 CHANNELS = (256, 128, 64, 32, 16)
+SETR_CHANNELS = (512, 256, 128, 64)
 DEEPEST = 32
 
 
@@ -59,8 +60,10 @@ class SetrDecoder(nn.Module):
     Shape: (B, h, w, Dr) -> (B, K, 16 h, 16 w)
     """
 
-    def __init__(self, region_dim: int, classes: int, *, channels: Sequence[int] = (512, 256, 128, 64)) -> None:
+    def __init__(self, region_dim: int, classes: int, *, channels: Sequence[int] = SETR_CHANNELS) -> None:
         super().__init__()
+        if len(channels) != len(SETR_CHANNELS):
+            raise ValueError(f"channels has {len(channels)} widths; SETR's decoder doubles four times and needs four")
         self.linear = nn.Linear(region_dim, region_dim)
         layers: list[nn.Module] = []
         for before, width in zip((region_dim, *channels[:-1]), channels, strict=True):
@@ -82,10 +85,10 @@ class SegmentationNet(nn.Module):
 
     `encoder`: an `ImageEncoder`, used and not copied. `classes`: K maps; each is a yes/no question of its own.
     `decoder`: "unet" for convolutional encoders; "setr" from the region grid of any encoder; "auto" takes the first
-    where it can. `channels`: widths of the decoder, coarse to fine (five for "unet", four for "setr"), or None for the
-    published ones. `frozen`: the encoder gets no gradient. `batch_norm` of a frozen encoder: "eval" keeps the
-    pretrained statistics; "train" is what the released MGCA code does (statistics of the batch, and the stored ones
-    drift), although its weights are frozen too.
+    where it can. `channels`: widths of the decoder, coarse to fine (five for "unet", four for "setr"), or None for
+    `width_scale` times the published ones. `frozen`: the encoder gets no gradient. `batch_norm` of a frozen encoder:
+    "eval" keeps the pretrained statistics; "train" is what the released MGCA code does (statistics of the batch, and
+    the stored ones drift), although its weights are frozen too.
 
     Inputs whose sides 32 does not divide are padded with their border pixels on all sides, and the logits cut back, so
     that grids stay aligned. Nothing is resized, except "setr" whose grid of 16-pixel cells does not fill the input.
@@ -101,6 +104,7 @@ class SegmentationNet(nn.Module):
         *,
         decoder: Decoder = "auto",
         channels: Sequence[int] | None = None,
+        width_scale: float = 1.0,
         frozen: bool = True,
         batch_norm: BatchNormMode = "eval",
     ) -> None:
@@ -113,15 +117,16 @@ class SegmentationNet(nn.Module):
         self.encoder, self.frozen, self.batch_norm = encoder, frozen, batch_norm
         encoder.frozen = frozen
         encoder.requires_grad_(not frozen)
+        published = CHANNELS if self.kind == "unet" else SETR_CHANNELS
+        channels = tuple(channels or (int(width * width_scale) for width in published))
         if self.kind == "unet":
             widths = encoder.pyramid_widths
-            channels = tuple(channels or CHANNELS)
             self.decoder = UnetDecoder((encoder.in_channels, *widths), channels, n_blocks=len(widths))
             self.head = SegmentationHead(channels[-1], classes)
             initialization.initialize_decoder(self.decoder)
             initialization.initialize_head(self.head)
         else:
-            self.decoder = SetrDecoder(encoder.region_dim, classes, channels=channels or (512, 256, 128, 64))
+            self.decoder = SetrDecoder(encoder.region_dim, classes, channels=channels)
             self.head = nn.Identity()
         self.train(self.training)
 

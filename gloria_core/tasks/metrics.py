@@ -63,7 +63,7 @@ def ratio_of_sums(above: np.ndarray, below: np.ndarray) -> Statistic:
     Shape: above, below (n, ...) -> values (b, ...)
     """
     shape = above.shape[1:]
-    above, below = (np.asarray(part, dtype=float).reshape(len(part), -1) for part in (above, below))
+    above, below = (np.asarray(part, dtype=float).reshape(len(part), int(np.prod(shape))) for part in (above, below))
 
     def statistic(weights: np.ndarray) -> np.ndarray:
         over, under = weights @ above, weights @ below

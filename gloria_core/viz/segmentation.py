@@ -35,12 +35,14 @@ def overlays(
 
 
 def fit_curves(histories: Mapping[str, pd.DataFrame], *, title: str = "Training") -> Figure:
-    """Training loss and validation Dice over steps, one line a fit; the step of the best Dice was kept.
+    """Training loss and validation Dice over steps, one line a fit; the ring is at the step that was kept.
 
     Each history has the columns step, train_loss and valid_dice.
     """
     if not histories:
         raise ValueError("fit_curves needs at least one history")
     columns = {"train_loss": "training loss", "valid_dice": "pooled Dice on validation"}
-    kept = {name: history.loc[history["valid_dice"].idxmax(), "step"] for name, history in histories.items()}
+    # all scores are NaN without a validation mask; the last step is kept then
+    scores = {name: history["valid_dice"].fillna(history["step"]) for name, history in histories.items()}
+    kept = {name: histories[name].loc[score.idxmax(), "step"] for name, score in scores.items()}
     return training_curves(histories, columns, x="step", kept=kept, title=f"{title} (n = {len(histories)} fits)")

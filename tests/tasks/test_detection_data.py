@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from gloria_core.data.cache import ImageCache
+from gloria_core.tasks.annotated_images import choose_annotations
 from gloria_core.tasks.detection.data import box_data, boxes_of_mask
 
 BOX = {"label": "Lung Opacity", "image": 0, "xywh": [10, 20, 20, 20]}
@@ -90,8 +91,8 @@ def test_boxes_of_masks(frame, cache, root):
     assert data.truths[0].labels.tolist() == [0] and data.truths[1].labels.tolist() == [1]
     assert len(data.truths[2]) == 0
     empty = frame.assign(boxes="")
-    assert box_data(empty, cache, root=root).labels == data.labels  # auto takes masks where there are no boxes
-    with pytest.raises(ValueError, match="root"):
+    assert choose_annotations(empty, ["boxes", "masks"]).source == "masks"
+    with pytest.raises(ValueError, match="no box of any label in 8 studies"):
         box_data(empty, cache)
 
 
@@ -108,12 +109,8 @@ def test_two_parts_are_two_boxes(frame, tmp_path, root, cache):
 def test_errors(frame, cache):
     with pytest.raises(ValueError, match="no box of Edema"):
         box_data(frame, cache, labels=["Edema"])
-    with pytest.raises(ValueError, match="source"):
-        box_data(frame, cache, source="points")
     with pytest.raises(ValueError, match="unboxed"):
         box_data(frame, cache, unboxed="ignore")
-    with pytest.raises(ValueError, match="split 'train'"):
-        box_data(frame, cache).rows("train")
 
 
 def test_cached_images_are_not_changed(frame, cache):

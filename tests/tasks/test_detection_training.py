@@ -61,6 +61,12 @@ def test_the_protocol_end_to_end(data, model):
     pd.testing.assert_frame_equal(again, first[again.columns].reset_index(drop=True))
     assert history["step"].tolist() == [15, 30] and history["train_loss"].iloc[1] < history["train_loss"].iloc[0]
     assert [len(fit.detections) for fit in fits.values()] == [12] * 3
+    steps, published = detection.published_steps(fits), rows.query("target == 'macro' and metric.str.endswith('ed')")
+    np.testing.assert_allclose(steps["and images skipped"], published["value"])
+    assert steps["images left"].tolist() == published["n"].tolist()
+    guesses = detection.baselines(data, protocol)
+    assert set(guesses["objective"]) == {"empty", "centre_prior"} and (guesses["seed"] == 0).all()
+    assert len(one.cases(test, each=1)[0]) == 3
 
 
 def test_squares_are_found_and_beat_the_baselines(data, model):
@@ -118,6 +124,24 @@ def test_published_settings(data, model):
     assert detector.score_threshold == 0.5 and detector.batch_norm == "train" and detector.frozen
 
 
+def test_every_detector_obeys_the_learning_rate():
+    given = {"frozen": False, "epochs": 2.0, "min_steps": 3}
+    yolo = detection.detector_config("yolov3_mgca", **given, learning_rate=1e-4)
+    assert (yolo.learning_rate, yolo.epochs, yolo.frozen, yolo.weight_decay) == (1e-4, 2.0, False, 1e-6)
+    assert detection.detector_config("yolov3_mgca", **given).learning_rate == 5e-4
+    assert detection.detector_config("faster_rcnn", **given, width=32) == DetectionConfig(
+        "faster_rcnn", **given, width=32
+    )
+
+
+@pytest.mark.parametrize("valid", [[], [0, 2]])
+def test_without_a_validation_box_the_last_weights_are_kept(data, model, valid):
+    said, config = [], DetectionConfig(**SHORT, min_steps=4, validations=2)
+    trained = train_detector(model, data, data.rows("train"), valid, config, progress=said.append)
+    assert trained.history["valid_map"].isna().all() and trained.history["step"].tolist() == [2, 4]
+    assert said[0] == "no box in the validation split: the last weights are kept"
+
+
 def test_the_best_state_is_kept(data, model, monkeypatch):
     said, states = iter([0.1, 0.4, 0.3, 0.2, 0.9]), []
 
@@ -150,7 +174,7 @@ def test_errors(data, model, make_model):
     ):
         with pytest.raises(ValueError, match=word):
             DetectionConfig(**options)
-    with pytest.raises(ValueError, match="needs both"):
+    with pytest.raises(ValueError, match="no training study"):
         train_detector(model, data, [], [1], QUICK)
     broken = make_model()
     with torch.no_grad():

@@ -136,6 +136,8 @@ def test_an_encoder_without_stages_gets_setr():
     assert net(torch.randn(2, 3, 70, 50)).shape == (2, 2, 70, 50)  # 16-pixel cells do not fill this one
     net(torch.randn(2, 3, 32, 32)).mean().backward()
     assert all(p.grad is None for p in net.encoder.parameters())
+    with pytest.raises(ValueError, match="channels has 5 widths"):
+        SegmentationNet(Patches(), 2, channels=(128, 64, 32, 16, 8))
     with pytest.raises(ValueError, match='use decoder="setr"'):
         SegmentationNet(Patches(), 2, decoder="unet")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from gloria_core.data.images import to_tensor
 from gloria_core.models.detection import BatchNorm, Detector, FasterDetector, RetinaDetector
 from gloria_core.models.yolov3 import YoloDetector
+from gloria_core.tasks.annotated_images import best_median_worst
 from gloria_core.tasks.detection.data import BoxData
-from gloria_core.tasks.detection.metrics import Boxes, evaluate
+from gloria_core.tasks.detection.metrics import PUBLISHED_SCORE, Boxes, evaluate, image_ap
 from gloria_core.tasks.features import inference
 from gloria_core.tasks.label_efficiency import LabelEfficiency, Score
 from gloria_core.training import supervised
@@ -78,6 +79,17 @@ MGCA = DetectionConfig(
 """The released protocol (AdamW, 50 epochs, no schedule, selection by validation mAP, patience 10), for images of 224
 pixels and a ResNet-50. Its scripts lower the learning rate to 2e-4 (RSNA) and 2.5e-4 (Object-CXR) and the batch to 8
 at 1 % of the labels."""
+
+
+def detector_config(
+    detector: str, *, frozen: bool, epochs: float, min_steps: int, learning_rate: float = 0.0, width: int = 64
+) -> DetectionConfig:
+    """`MGCA` for "yolov3_mgca", else the default, with these values; a learning rate of 0 is that of the detector."""
+    config = MGCA if detector == "yolov3_mgca" else DetectionConfig(detector)
+    rate = learning_rate or config.learning_rate
+    return dataclasses.replace(
+        config, frozen=frozen, epochs=epochs, min_steps=min_steps, learning_rate=rate, width=width
+    )
 
 
 def build_detector(model: nn.Module, data: BoxData, config: DetectionConfig, *, seed: int = 0) -> Detector:
@@ -144,8 +156,20 @@ class TrainedDetector:
             detections += [Boxes(*(b[name].cpu().numpy() for name in ("boxes", "labels", "scores"))) for b in boxes]
         return detections
 
+    def cases(
+        self, rows: Sequence[int], each: int = 3
+    ) -> tuple[np.ndarray, list[Boxes], list[Boxes], tuple[str, ...], list[str]]:
+        """Images, truths, detections, labels and titles of `rows` with the best, median and worst AP of their own."""
+        truths, detections = [self.data.truths[row] for row in rows], self.detect(rows)
+        scores, ids = image_ap(truths, detections), self.data.frame["study_id"].iloc[rows].tolist()
+        chosen = [(name, i) for name, part in best_median_worst(scores, each).items() for i in part]
+        images = self.data.images([rows[i] for _, i in chosen])
+        titles = [f"{name}: {ids[i]}, AP {scores[i]:.2f}" for name, i in chosen]
+        truths, detections = ([boxes[i] for _, i in chosen] for boxes in (truths, detections))
+        return images, truths, detections, self.data.labels, titles
+
     def mean_ap(self, rows: Sequence[int]) -> float:
-        """Mean over the classes of AP at IoU 0.40:0.75 in these studies."""
+        """Mean over the classes of AP at IoU 0.40:0.75 in these studies; NaN where none has a box."""
         truths = [self.data.truths[row] for row in rows]
         table = evaluate(truths, self.detect(rows), self.data.labels, metrics=["map_40_75"], n_bootstrap=0)
         return float(table["value"].iloc[-1])
@@ -164,10 +188,13 @@ def train_detector(
 ) -> TrainedDetector:
     """Train on rows `train`, keep the weights of the highest validation mAP (IoU 0.40:0.75, mean over classes).
 
-    `store`: of `feature_store`, to skip the trunk. Raises ValueError without rows, and where the loss is not finite.
+    Without a box in rows `valid` the last weights are kept. `store`: of `feature_store`, to skip the trunk.
+    Raises ValueError without training rows, and where the loss is not finite.
     """
-    if not len(train) or not len(valid):
-        raise ValueError(f"{len(train)} training and {len(valid)} validation studies; a detector needs both")
+    if not len(train):
+        raise ValueError("no training study; a detector needs some")
+    if not data.counts(valid).any() and progress is not None:
+        progress("no box in the validation split: the last weights are kept")
     detector, device, train = build_detector(model, data, config, seed=seed), model.device, np.asarray(train, int)
     trained = TrainedDetector(detector, model, data, config, store, train=train)
     some = np.random.default_rng(seed).permutation(train)[:STANDARDISED_BY]
@@ -257,6 +284,40 @@ def score(
     ours = evaluate(truths, detections, data.labels, **options)
     published = evaluate(truths, detections, data.labels, metrics=["map_40_75"], rule="published", **options)
     return pd.concat([ours, published], ignore_index=True)
+
+
+def baselines(data: BoxData, protocol: LabelEfficiency) -> pd.DataFrame:
+    """Rows of `score` in split test of two `objective`s that look at no image: "empty" and "centre_prior".
+
+    The prior is that of all training studies.
+    """
+    train, test = data.rows("train"), data.rows("test")
+    guesses = {"empty": empty(len(test)), "centre_prior": centre_prior(data, train, len(test))}
+    options = {"macro": protocol.macro, "n_bootstrap": protocol.n_bootstrap}
+    rows = pd.concat([score(data, test, boxes, **options).assign(objective=name) for name, boxes in guesses.items()])
+    return rows.assign(label_fraction=1.0, seed=protocol.subsets * protocol.seed, split="test")
+
+
+def published_steps(fits: Mapping[tuple[float, int], TrainedDetector], macro: Sequence[str] = ()) -> pd.DataFrame:
+    """What each step of the released evaluation does to the mean AP in split test, a row a fit.
+
+    Detections below 0.5 are dropped, then images are skipped (see `evaluate`); the last column counts those left.
+    """
+    table = {}
+    for key, fit in fits.items():
+        test, metric = fit.data.rows("test"), ["map_40_75", "map_40_75_published"]
+        sure = [boxes.where(boxes.scores >= PUBLISHED_SCORE) for boxes in fit.detections]
+        every, dropped = (
+            score(fit.data, test, boxes, trained_on=fit.train, macro=macro, n_bootstrap=0)
+            .query("target == 'macro'")
+            .set_index("metric")
+            .loc[metric]
+            for boxes in (fit.detections, sure)
+        )
+        values = [every["value"].iloc[0], *dropped["value"], dropped["n"].iloc[1]]
+        names = ["all detections", "from 0.5 on", "and images skipped", "images left"]
+        table[key] = dict(zip(names, values, strict=True))
+    return pd.DataFrame(table).T.rename_axis(["label_fraction", "subset"])
 
 
 def empty(count: int) -> list[Boxes]:

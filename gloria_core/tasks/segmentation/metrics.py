@@ -90,21 +90,24 @@ class MaskCounts:
         return cls(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
 
-def count(probabilities: Tensor, truth: Tensor, known: np.ndarray | None = None) -> MaskCounts:
+def count(
+    probabilities: Tensor | np.ndarray, truth: Tensor | np.ndarray, known: np.ndarray | None = None
+) -> MaskCounts:
     """Pixel counts of a batch. Shape: probabilities (b, K, H, W) float, truth (b, K, H, W) bool, known (b, K).
 
     Raises: ValueError where a probability is not finite.
     """
+    probabilities, truth = torch.as_tensor(probabilities), torch.as_tensor(truth)
     assert probabilities.shape == truth.shape
     b, classes = truth.shape[:2]
     if not bool(torch.isfinite(probabilities).all()):
         raise ValueError("the segmentation network returned NaN or infinite values")
     levels = torch.tensor(THRESHOLDS, dtype=torch.float32, device=probabilities.device)
     # how many thresholds a pixel passes; counting pixels by that number gives all thresholds at once
-    passed = torch.bucketize(probabilities.float().contiguous(), levels).view(b * classes, -1)
+    passed = torch.bucketize(probabilities.float().contiguous(), levels).flatten(2).flatten(0, 1)
     bins = len(THRESHOLDS) + 1
     place = passed + bins * torch.arange(b * classes, device=passed.device)[:, None]
-    inside = truth.reshape(b * classes, -1)
+    inside = truth.flatten(2).flatten(0, 1)
     counts = []
     for chosen in (place.flatten(), place[inside]):
         histogram = torch.bincount(chosen, minlength=b * classes * bins).view(b, classes, bins)

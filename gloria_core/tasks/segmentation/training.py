@@ -3,7 +3,8 @@
 The protocol is that of GLoRIA (Huang et al. 2021, section 4.4) and MGCA (Wang et al. 2022, section 4.3): a U-Net on
 the encoder, 1, 10 and 100 % of the training studies, the whole validation and test split. Here thresholds and the best
 step are chosen on validation, several subsets are drawn, and two baselines that see no image are reported beside every
-number: the empty prediction, and the mean mask of the training subset.
+number: the empty prediction, and the mean mask of the training subset. Without a validation mask the last step is kept
+and every threshold is 0.5.
 
     data = segmentation_data(model, frame, cache, root, ["Pleural Effusion"])
     rows, fits = label_efficiency(model.image_encoder, data, LabelEfficiency(subsets=3, macro=data.labels))
@@ -13,16 +14,17 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
 import torch
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from gloria_core.models.segmentation import BatchNormMode, Decoder, SegmentationNet, decoder_inputs, decoder_kind
+from gloria_core.tasks.annotated_images import best_median_worst
 from gloria_core.tasks.label_efficiency import LabelEfficiency, Score
 from gloria_core.tasks.segmentation.data import SegmentationData, augmented
 from gloria_core.tasks.segmentation.losses import LossName, segmentation_loss
@@ -39,6 +41,7 @@ from gloria_core.training import supervised
 from gloria_core.training.precision import Precision, autocast
 from gloria_core.training.supervised import FeatureStore
 
+Case = tuple[np.ndarray, np.ndarray, np.ndarray, str]
 PRIOR = "_prior"
 """Ending of the metric names of the mean-mask baseline."""
 
@@ -47,7 +50,8 @@ PRIOR = "_prior"
 class SegmentationConfig:
     """How a segmentation network is trained. Raises ValueError naming the field.
 
-    `loss`: see `segmentation_loss`. `frozen`, `batch_norm`, `decoder`, `channels`: see `SegmentationNet`.
+    `loss`: see `segmentation_loss`. `frozen`, `batch_norm`, `decoder`, `channels`, `width_scale`: see
+    `SegmentationNet`.
     `steps`: batches of `batch_size` at most, the same at every label fraction, so that few labels do not also mean few
     steps. After every `validate_every` steps the validation split is scored; `patience` such scores in a row without a
     better one end the training. `learning_rate`, `weight_decay`: AdamW with MGCA's values; the rate falls to zero along
@@ -61,6 +65,7 @@ class SegmentationConfig:
     batch_norm: BatchNormMode = "eval"
     decoder: Decoder = "auto"
     channels: tuple[int, ...] | None = None
+    width_scale: PositiveFloat = 1.0
     steps: PositiveInt = 400
     validate_every: PositiveInt = 50
     patience: PositiveInt = 4
@@ -105,29 +110,22 @@ class Segmenter:
                 return self.net.decode(self.store(rows), (crop, crop))
             return self.net(self.data.pixels(rows).to(device) if pixels is None else pixels)
 
-    def batches(self, rows: Sequence[int]) -> Iterator[tuple[np.ndarray, Tensor]]:
-        """Batches of rows with their probabilities (b, K, crop, crop)."""
+    @torch.no_grad()
+    def probabilities(self, rows: np.ndarray) -> Tensor:
+        """In evaluation mode. Shape: -> (b, K, crop, crop) float32."""
+        if self.net is None:
+            return torch.zeros(len(rows), len(self.data.labels), self.data.crop, self.data.crop)
         self.net.eval()
-        for batch in _eval_batches(rows):
-            with torch.no_grad():
-                logits = self.logits(batch)
-            yield batch, torch.sigmoid(logits)
-
-    def probabilities(self, rows: Sequence[int]) -> np.ndarray:
-        """Shape: -> (b, K, crop, crop) float32."""
-        return torch.cat([probabilities.cpu() for _, probabilities in self.batches(rows)]).numpy()
+        return torch.sigmoid(self.logits(rows))
 
     def masks(self, rows: Sequence[int]) -> np.ndarray:
         """Predicted masks at the chosen thresholds. Shape: -> (b, K, crop, crop) bool."""
-        return self.probabilities(rows) > np.array(THRESHOLDS, np.float32)[self.thresholds][:, None, None]
+        probabilities = [self.probabilities(batch).cpu().numpy() for batch in _batches(rows)]
+        return np.concatenate(probabilities) > np.array(THRESHOLDS, np.float32)[self.thresholds][:, None, None]
 
     def counts(self, rows: Sequence[int]) -> MaskCounts:
         """Pixel counts of these studies, in their order."""
-        if self.net is None:
-            truth = self.data.areas(rows)
-            nothing = np.zeros((*truth.shape, len(THRESHOLDS)), np.int64)
-            return MaskCounts(nothing, nothing, truth, self.data.known[rows])
-        return _counts(self.data, self.batches(rows))
+        return count_masks(self.data, rows, self.probabilities)
 
     def score(self, rows: Sequence[int], *, macro: Sequence[str] = (), n_bootstrap: int = 1000) -> pd.DataFrame:
         """Metric rows of these studies: `segmentation_rows`, and again with `_prior` for the mean mask of `train`.
@@ -143,6 +141,21 @@ class Segmenter:
         prior = segmentation_rows(prior, data.labels, thresholds=thresholds, **options)
         prior = prior[prior["metric"] != EMPTY]  # the same in both
         return pd.concat([table, prior.assign(metric=prior["metric"] + PRIOR)], ignore_index=True)
+
+    def cases(
+        self, rows: Sequence[int], each: int = 4
+    ) -> dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray, str]]]:
+        """The masks of `rows` with the best, median and worst Dice: image, truth, prediction and title of each."""
+        data, counts = self.data, self.counts(rows).at(self.thresholds)
+        scores = np.where(counts.truth > 0, counts.per_image()[..., 0], np.nan)
+        cases: dict[str, list] = {}
+        for group, places in best_median_worst(scores.ravel(), each).items():
+            for image, k in (divmod(place, len(data.labels)) for place in places):
+                row = [rows[image]]
+                title = f"{data.frame['study_id'][row[0]]}\n{data.labels[k]}, Dice {scores[image, k]:.2f}"
+                case = (data.images(row)[0], data.truth(row)[0, k], self.masks(row)[0, k], title)
+                cases.setdefault(group, []).append(case)
+        return cases
 
 
 def train_segmenter(
@@ -163,26 +176,29 @@ def train_segmenter(
     one encoder that several fits share) the encoder itself is in the network, frozen.
     Validation maximises the mean over classes of the pooled Dice, each at its best threshold. A class without
     foreground in `train` sees empty masks only and is noted; it does not count in the mean, nor does one without
-    foreground in `valid`.
+    foreground in `valid`. Where none counts, the last step is kept.
 
-    Raises ValueError where no class has foreground in `train`, or none of those has any in `valid`, and where `store`
-    is given with a config that changes the features.
+    Raises ValueError where no class has foreground in `train`, and where `store` is given with a config that changes
+    the features.
     """
     config = config or SegmentationConfig()
     if store is not None and not config.features_are_fixed:
         raise ValueError("a feature store needs a frozen encoder, batch_norm='eval' and no augmentation")
     train, valid = np.asarray(train, int), np.asarray(valid, int)
-    reason = not_fitted(data, train, valid)
-    if reason:
-        raise ValueError(f"{reason}; labels: {', '.join(data.labels)}")
-    trained = data.has_foreground(train)
+    trained, missing = data.has_foreground(train), f"not fitted: no mask in {len(train)} training studies"
+    if not trained.any():
+        raise ValueError(f"{missing}; labels: {', '.join(data.labels)}")
     judged = np.flatnonzero(trained & data.has_foreground(valid))
+    if not len(judged) and progress is not None:
+        progress("no validation mask of what is trained: the last step is kept, and the threshold is 0.5")
     encoder, device = encoder if store is not None else copy.deepcopy(encoder), next(encoder.parameters()).device
-    options = {name: getattr(config, name) for name in ("decoder", "channels", "frozen", "batch_norm")}
+    options = {name: getattr(config, name) for name in ("decoder", "channels", "width_scale", "frozen", "batch_norm")}
     with supervised.seeded(seed):
         net = SegmentationNet(encoder, len(data.labels), **options).to(device).to(memory_format=torch.channels_last)
     store = feature_store(net.encoder, data, config) if store is None and config.features_are_fixed else store
-    segmenter, rng, thresholds = Segmenter(net, data, config, store), np.random.default_rng([seed, 5]), []
+    segmenter, rng = Segmenter(net, data, config, store, train), np.random.default_rng([seed, 5])
+    segmenter.notes = tuple("" if fitted else missing for fitted in trained)
+    thresholds = []
     groups = [{"params": [*net.decoder.parameters(), *net.head.parameters()]}]
     if not config.frozen:
         groups.append({"params": net.encoder.parameters(), "lr": config.learning_rate * config.encoder_scale})
@@ -196,11 +212,14 @@ def train_segmenter(
         return segmentation_loss(config.loss, segmenter.logits(rows, pixels), truth, known)
 
     def validate() -> float:
+        if not len(judged):
+            thresholds.append(np.full(len(data.labels), PUBLISHED_THRESHOLD))
+            return float("nan")
         counts = segmenter.counts(valid)
         thresholds.append(best_thresholds(counts))
         return float(counts.pooled()[judged, thresholds[-1][judged]].mean())
 
-    history, step = supervised.fit(
+    segmenter.history, segmenter.step = supervised.fit(
         net,
         data.frame["study_id"],
         supervised.shuffled_batches(train, config.batch_size, rng, whole=True),
@@ -215,19 +234,8 @@ def train_segmenter(
         precision=config.precision,
         progress=progress,
     )
-    notes = tuple("" if fitted else f"not fitted: no mask in {len(train)} training studies" for fitted in trained)
-    best = thresholds[history["step"].tolist().index(step)]
-    return Segmenter(net, data, config, store, train, best, history, step, notes)
-
-
-def not_fitted(data: SegmentationData, train: Sequence[int], valid: Sequence[int]) -> str:
-    """Why nothing can be learnt from rows `train`, or chosen by rows `valid`; "" where something can."""
-    trained = data.has_foreground(train)
-    if not trained.any():
-        return f"not fitted: no mask in {len(train)} training studies"
-    if not (trained & data.has_foreground(valid)).any():
-        return f"not fitted: the validation split has no mask of what {len(train)} training studies show"
-    return ""
+    segmenter.thresholds = thresholds[segmenter.history["step"].tolist().index(segmenter.step)]
+    return segmenter
 
 
 def feature_store(encoder: nn.Module, data: SegmentationData, config: SegmentationConfig) -> FeatureStore:
@@ -243,15 +251,17 @@ def feature_store(encoder: nn.Module, data: SegmentationData, config: Segmentati
     return FeatureStore(encode, limit=config.memory, device=device)
 
 
-def _eval_batches(rows: Sequence[int]) -> list[np.ndarray]:
+def _batches(rows: Sequence[int]) -> list[np.ndarray]:
     return np.array_split(np.asarray(rows, int), range(64, len(rows), 64))
 
 
-def _counts(data: SegmentationData, batches: Iterator[tuple[np.ndarray, Tensor]]) -> MaskCounts:
+def count_masks(data: SegmentationData, rows: Sequence[int], predict: Callable[[np.ndarray], Tensor]) -> MaskCounts:
+    """Pixel counts of studies, in their order. `predict`: batch of rows -> probabilities (b, K, crop, crop)."""
     parts = []
-    for rows, probabilities in batches:
-        truth = torch.from_numpy(data.truth(rows)).to(probabilities.device)
-        parts.append(count(probabilities, truth, data.known[rows]))
+    for batch in _batches(rows):
+        probabilities = predict(batch)
+        truth = torch.from_numpy(data.truth(batch)).to(probabilities.device)
+        parts.append(count(probabilities, truth, data.known[batch]))
     return MaskCounts.joined(parts)
 
 
@@ -260,12 +270,10 @@ def mean_mask_counts(data: SegmentationData, train: Sequence[int], rows: Sequenc
 
     The mean is over studies with foreground, so that its scale does not depend on how rare a finding is.
     """
-    total = np.zeros((len(data.labels), data.crop, data.crop))
-    for batch in _eval_batches(train):
-        total += data.truth(batch).sum(axis=0)
+    total = sum(data.truth(batch).sum(axis=0) for batch in _batches(train))
     annotated = (data.areas(train) > 0).sum(axis=0)
     mean = torch.from_numpy(total / np.maximum(annotated, 1)[:, None, None]).float()
-    return _counts(data, ((batch, mean.expand(len(batch), *mean.shape)) for batch in _eval_batches(rows)))
+    return count_masks(data, rows, lambda batch: mean.expand(len(batch), *mean.shape))
 
 
 def label_efficiency(
@@ -278,22 +286,21 @@ def label_efficiency(
 ) -> tuple[pd.DataFrame, dict[tuple[float, int], Segmenter]]:
     """Train on every subset of `protocol`: rows of `Segmenter.score`, and the segmenters by (fraction, subset).
 
-    The number of the subset also seeds the decoder's first weights. A subset without any mask, or with none of a class
-    that validation shows, gives no segmenter: its rows are NaN with a note. More columns: those of `LabelEfficiency`,
-    and step.
+    The number of the subset also seeds the decoder's first weights. A subset without any mask gives no segmenter: its
+    rows are NaN with a note. More columns: those of `LabelEfficiency`, and step.
     """
     config, encoder, valid = config or SegmentationConfig(), copy.deepcopy(encoder), data.rows("valid")
     store = feature_store(encoder, data, config) if config.features_are_fixed else None
 
     def fit(train: np.ndarray, subset: int) -> tuple[Segmenter, Score]:
-        reason, n_bootstrap, k = not_fitted(data, train, valid), protocol.n_bootstrap, len(data.labels)
-        if reason:
-            half = np.full(k, PUBLISHED_THRESHOLD)
-            fitted = Segmenter(None, data, config, train=train, thresholds=half, notes=(reason,) * k)
-            n_bootstrap = 0
-        else:
+        n_bootstrap, k = protocol.n_bootstrap, len(data.labels)
+        if data.has_foreground(train).any():
             options = {"config": config, "seed": subset, "store": store, "progress": progress}
             fitted = train_segmenter(encoder, data, train, valid, **options)
+        else:
+            fitted, n_bootstrap = Segmenter(None, data, config, train=train), 0
+            fitted.thresholds = np.full(k, PUBLISHED_THRESHOLD)
+            fitted.notes = (f"not fitted: no mask in {len(train)} training studies",) * k
 
         def score(rows: np.ndarray) -> pd.DataFrame:
             return fitted.score(rows, macro=protocol.macro, n_bootstrap=n_bootstrap).assign(step=fitted.step)
@@ -302,19 +309,3 @@ def label_efficiency(
 
     rows, fits = protocol.run(data.frame, fit, progress)
     return rows, {key: fitted for key, fitted in fits.items() if fitted.net is not None}
-
-
-def best_median_worst(scores: Sequence[float], each: int = 1) -> dict[str, list[int]]:
-    """Positions of the highest, middle and lowest scores, `each` of them; NaN is left out, ties go to the first.
-
-    No position occurs twice; with fewer scores the later groups are shorter. Raises ValueError if all are NaN.
-    """
-    scores = np.asarray(scores, float)
-    order = [int(place) for place in np.argsort(-scores, kind="stable") if np.isfinite(scores[place])]
-    if not order:
-        raise ValueError("no finite score to choose cases from")
-    best, rest = order[:each], order[each:]
-    worst, rest = rest[max(len(rest) - each, 0) :], rest[: max(len(rest) - each, 0)]
-    # the median of all scores, not of those that remain
-    middle = sorted(rest, key=lambda place: abs(order.index(place) - (len(order) - 1) / 2))[:each]
-    return {"best": best, "median": sorted(middle, key=order.index), "worst": worst}

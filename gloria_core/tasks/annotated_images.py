@@ -1,0 +1,140 @@
+"""Images with findings that are marked in them, by masks or boxes: what segmentation and detection share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import pandas as pd
+
+from gloria_core.data.cache import ImageCache
+from gloria_core.data.geometry import Geometry, center_crop
+from gloria_core.data.manifest import boxes_of, label_columns, masks_of
+from gloria_core.tasks.features import frontal_image
+
+Source = Literal["masks", "boxes"]
+
+
+@dataclass(frozen=True)
+class AnnotatedImages:
+    """Frontal images of n studies by row number, with annotations of K `labels`.
+
+    `frame`: the studies, index 0..n-1. `paths`: of their frontal images in `cache`. `crop`: side of the centre crop.
+    """
+
+    frame: pd.DataFrame
+    labels: tuple[str, ...]
+    paths: tuple[str, ...]
+    cache: ImageCache
+    crop: int
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def rows(self, split: str) -> np.ndarray:
+        """Row numbers of a split; none where it is empty."""
+        return np.flatnonzero(self.frame["split"] == split)
+
+    def images(self, rows: Sequence[int]) -> np.ndarray:
+        """The pixels that the model receives, not normalised. Shape: -> (b, crop, crop) uint8."""
+        return center_crop(self.cache.rows([self.paths[row] for row in rows]), self.crop)
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """Which annotations are learnt from: `source` of `labels`, and `counts` of them (`annotation_counts`).
+
+    `problem`: one sentence that says why nothing can be learnt or scored, or "".
+    """
+
+    source: Source
+    labels: list[str]
+    counts: pd.DataFrame
+    problem: str
+
+
+def choose_annotations(
+    frame: pd.DataFrame, sources: Sequence[Source], labels: Sequence[str] = (), *, preferred: Sequence[str] = ()
+) -> Annotations:
+    """The first of `sources` that the frame has, and its labels.
+
+    Without `labels`: those of `preferred` that are annotated in split train, else all, in the order of the columns.
+    Raises ValueError for an unknown source.
+    """
+    unknown = [source for source in sources if source not in get_args(Source)]
+    if unknown:
+        raise ValueError(f"source must be one of {', '.join(get_args(Source))}, not {unknown[0]!r}")
+    tables = {source: annotation_counts(frame, source) for source in sources}
+    source = next((name for name, counts in tables.items() if len(counts)), sources[0])
+    counts, problem = tables[source], ""
+    named = [label for label in label_columns(frame) if label in counts.index]
+    default = [label for label in preferred if label in counts.index and counts.loc[label, "train"]]
+    labels = list(labels) or default or [*named, *(label for label in counts.index if label not in named)]
+    if counts.empty:
+        problem = f"no study has {' or '.join(sources)}; choose a dataset that has, or notebook 04 for its labels"
+    for split, use in (("test", "score"), ("train", "learn from")):
+        if not (frame["split"] == split).any():
+            problem = f"no study is in split {split!r}, so there is nothing to {use}; choose a dataset with that split"
+        elif len(counts) and not counts[split].reindex(labels).any():
+            others = ", ".join(counts.index[counts[split] > 0])
+            remedy = f"choose among the labels that have some ({others})" if others else "choose another dataset"
+            problem = f"no study in split {split!r} has {source} of {', '.join(labels)} to {use}; {remedy}"
+    return Annotations(source, labels, counts, problem)
+
+
+def annotations_of(study: Mapping[str, Any], source: Source) -> list[dict]:
+    """The masks or boxes of a study's frontal image, as dicts (see `manifest.masks_of`, `manifest.boxes_of`)."""
+    entries = (masks_of if source == "masks" else boxes_of)(study)
+    return [entry for entry in entries if entry["image"] == frontal_image(study)[0]]
+
+
+def annotation_counts(frame: pd.DataFrame, source: Source) -> pd.DataFrame:
+    """Studies with a mask or box on their frontal image: one row a label, one column a split.
+
+    The last column, "positive without one", counts studies whose label is 1 although there is no mask or box.
+    """
+    annotated: dict[str, np.ndarray] = {}
+    for position, study in enumerate(frame.to_dict("records")):
+        for entry in annotations_of(study, source):
+            annotated.setdefault(entry["label"], np.zeros(len(frame), bool))[position] = True
+    table = {
+        label: [int((has & (frame["split"] == split)).sum()) for split in ("train", "valid", "test")]
+        + [int((~has & is_positive(frame, label)).sum())]
+        for label, has in sorted(annotated.items())
+    }
+    columns = ["train", "valid", "test", "positive without one"]
+    return pd.DataFrame.from_dict(table, orient="index", columns=columns).rename_axis("label")
+
+
+def is_positive(frame: pd.DataFrame, label: str) -> np.ndarray:
+    """(n,) bool: where the label's column says 1; nowhere without such a column."""
+    return (pd.to_numeric(frame.get(label, pd.Series(0, frame.index)), errors="coerce") == 1).to_numpy(bool)
+
+
+def checked_box(study: Mapping[str, Any], entry: Mapping[str, Any], geometry: Geometry) -> np.ndarray:
+    """x, y, width, height of a box in the pixels of its image file.
+
+    Raises ValueError naming the study for a box that is degenerate or outside its image.
+    """
+    box = np.asarray(entry["xywh"], float)
+    where = f"study {study['study_id']}: box {box.tolist()} of {entry['label']!r}"
+    if not np.isfinite(box).all() or (box[2:] <= 0).any():
+        raise ValueError(f"{where} is degenerate; width and height must be positive pixels")
+    if (box[:2] + box[2:] <= 0).any() or box[0] >= geometry.width or box[1] >= geometry.height:
+        size = f"{geometry.width} x {geometry.height}"
+        raise ValueError(f"{where} lies outside its image of {size} pixels; are these pixels of another size?")
+    return box
+
+
+def best_median_worst(scores: Sequence[float], each: int = 1) -> dict[str, list[int]]:
+    """Positions of the highest, middle and lowest scores, `each` of them; NaN is left out, ties go to the first.
+
+    No position occurs twice; with fewer scores the later groups are shorter.
+    """
+    scores = np.asarray(scores, float)
+    order = [int(place) for place in np.argsort(-scores, kind="stable") if np.isfinite(scores[place])]
+    worst = max(len(order) - each, min(each, len(order)))
+    middle = max((len(order) - each) // 2, each)
+    return {"best": order[:each], "median": order[middle : min(middle + each, worst)], "worst": order[worst:]}
