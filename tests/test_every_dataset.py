@@ -33,6 +33,7 @@ SMALL = {
 """Notebooks after 01, and the parameters that make them small."""
 
 TEST_ONLY = "all studies are test"
+TEST_BOXES = "all boxes are in test"
 NO_REPORT, NO_MASK, NO_BOX = "no reports", "neither masks nor boxes", "neither boxes nor masks"
 WITHOUT_REPORTS = ("chexpert", "chexpert_5x200", "covidx", "kermany", "montgomery_shenzhen", "object_cxr", "oxford_pet",
                    "rsna_pneumonia", "rsna_sample", "siim_pneumothorax", "vindr_cxr")  # fmt: skip
@@ -45,6 +46,7 @@ NOT_APPLICABLE = {
     **{(dataset, "02_pretraining"): TEST_ONLY for dataset in ("chexpert_5x200", "ms_cxr")},
     **{(dataset, "04_finetune_classification"): TEST_ONLY for dataset in ("chexpert_5x200", "ms_cxr")},
     **{("ms_cxr", notebook): TEST_ONLY for notebook in ("05_segmentation", "06_detection")},
+    **{("nih", notebook): TEST_BOXES for notebook in ("05_segmentation", "06_detection")},
 }  # fmt: skip
 """Cells of the matrix that make no sense, and why."""
 
