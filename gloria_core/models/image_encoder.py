@@ -210,13 +210,12 @@ def _network(name: str, *, pretrained: bool = False) -> nn.Module:
     """
     if name == TINY:
         trunk = ResNet(BasicBlock, (1, 1, 1, 1), channels=(16, 32, 64, 128), zero_init_last=False)
-    elif name.startswith("resnet"):
-        trunk = timm.create_model(TIMM_NAMES[name], pretrained=pretrained, zero_init_last=False)
-    elif name.startswith(("vit", "swin")):
-        classes = 1000 if pretrained else 0  # timm loads all tensors or fails only together with the classifier
-        trunk = timm.create_model(TIMM_NAMES[name], pretrained=pretrained, num_classes=classes, dynamic_img_size=True)
     else:
-        trunk = timm.create_model(TIMM_NAMES[name], pretrained=pretrained)
+        options: dict[str, bool | int] = {"zero_init_last": False} if name.startswith("resnet") else {}
+        if name.startswith(("vit", "swin")):
+            # timm loads all tensors or fails only together with the classifier
+            options = {"num_classes": 1000 if pretrained else 0, "dynamic_img_size": True}
+        trunk = timm.create_model(TIMM_NAMES[name], pretrained=pretrained, **options)
     if name == "swin_tiny":
         trunk.patch_embed.dynamic_img_pad = True
     trunk.reset_classifier(0)

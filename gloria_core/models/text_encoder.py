@@ -143,10 +143,8 @@ class TextEncoder(nn.Module):
         states = torch.stack(output.hidden_states[-self.last_layers :])
         tokens = states.sum(dim=0) if self.layers == "sum" else states.mean(dim=0)
         kept = word_ids >= 0
-        words, counts = words_from_pieces(tokens, word_ids, n_words)
-        if self.pieces == "mean":
-            words = words / counts.clamp(min=1)[..., None]
-        sentence = self._sentence(tokens, kept, output.pooler_output if self.bert.pooler is not None else None)
+        words = words_from_pieces(tokens, word_ids, n_words, how=self.pieces)
+        sentence = self._sentence(tokens, kept) if self.bert.pooler is None else output.pooler_output
         if self.normalize:
             words, sentence = F.normalize(words, dim=-1), F.normalize(sentence, dim=-1)
         return TextFeatures(
@@ -172,13 +170,10 @@ class TextEncoder(nn.Module):
         scores = (query @ key.transpose(2, 3)).float() / query.shape[-1] ** 0.5
         return scores.masked_fill(mask[:, None, None] == 0, float("-inf")).softmax(dim=-1).mean(dim=1)[:, 0]
 
-    def _sentence(self, tokens: Tensor, kept: Tensor, pooled: Tensor | None) -> Tensor:
-        if pooled is not None:
-            return pooled
-        total = (tokens * kept[..., None]).sum(dim=1)
-        return total / (
-            PUBLISHED_TOKENS if self.behavior == "published" else kept.sum(dim=1, keepdim=True).clamp(min=1)
-        )
+    def _sentence(self, tokens: Tensor, kept: Tensor) -> Tensor:
+        published = self.behavior == "published"
+        count = PUBLISHED_TOKENS if published else kept.sum(dim=1, keepdim=True).clamp(min=1)
+        return (tokens * kept[..., None]).sum(dim=1) / count
 
 
 def _folder(source: str) -> str:
@@ -234,18 +229,17 @@ def _bert(source: BertConfig | str, config: BertConfig, weights: str, *, pooler:
     return bert
 
 
-def words_from_pieces(tokens: Tensor, word_ids: Tensor, n_words: int) -> tuple[Tensor, Tensor]:
-    """Add the pieces of every word: one `scatter_add`, bit-identical to a loop over tokens.
+def words_from_pieces(tokens: Tensor, word_ids: Tensor, n_words: int, *, how: Aggregate = "sum") -> Tensor:
+    """Sum or mean of the pieces of every word, zero for a word without a piece; sums are bit-identical to a loop.
 
-    Shape: tokens (N, L, D), word_ids (N, L) with -1 for padding -> words (N, W, D), number of pieces (N, W)
+    Shape: tokens (N, L, D), word_ids (N, L) with -1 for padding -> words (N, W, D)
     """
-    n, _, dim = tokens.shape
-    kept = word_ids >= 0
-    index = word_ids.clamp(min=0)
-    words = tokens.new_zeros(n, n_words, dim)
-    words = words.scatter_add(1, index[..., None].expand(-1, -1, dim), tokens * kept[..., None])
-    counts = torch.zeros(n, n_words, dtype=torch.int64, device=tokens.device).scatter_add(1, index, kept.long())
-    return words, counts
+    column = torch.where(word_ids < 0, n_words, word_ids)  # padding has a column of its own
+    words = tokens.new_zeros(len(tokens), n_words + 1, tokens.shape[2])
+    words = words.scatter_add(1, column[..., None].expand_as(tokens), tokens)
+    if how == "mean":
+        words = words / F.one_hot(column, n_words + 1).sum(dim=1).clamp(min=1)[..., None]
+    return words[:, :n_words]
 
 
 def extent(texts: TextBatch) -> tuple[int, int]:

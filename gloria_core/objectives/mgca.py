@@ -174,7 +174,7 @@ class MGCA(Objective):
         attention = widened(texts.cls_attention.detach())
         if self.behavior == "published":
             attention = F.pad(attention[:, 1:], (0, 1))
-        weights = words_from_pieces(attention[..., None], texts.token_words, texts.words.shape[1])[0][..., 0]
+        weights = words_from_pieces(attention[..., None], texts.token_words, texts.words.shape[1])[..., 0]
         mask = self._word_mask(texts) & (weights > 0)
         empty = (~mask.any(dim=1)).nonzero().flatten().tolist()
         if empty:
