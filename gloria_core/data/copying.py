@@ -50,9 +50,8 @@ def _named(frame: pd.DataFrame, listed: pd.DataFrame) -> set[str]:
     """The ids of the studies that the list names."""
     column = next((name for name in LISTS if name in listed), None)
     if column is None:
-        raise ManifestError(
-            f"the list has the columns {', '.join(map(str, listed))}; it needs one of {', '.join(LISTS)}"
-        )
+        names = ", ".join(map(str, listed))
+        raise ManifestError(f"the list has the columns {names}; it needs one of {', '.join(LISTS)}")
     names = list(dict.fromkeys(listed[column].dropna().astype(str)))
     if not names:
         raise ManifestError(f"column {column!r} of the list is empty")

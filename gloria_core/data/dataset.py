@@ -19,6 +19,7 @@ from typing import Literal, Protocol
 import numpy as np
 import pandas as pd
 import torch
+from pydantic import PositiveInt, SkipValidation, validate_call
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerFast
 
@@ -193,16 +194,17 @@ class StudyDataset(Dataset[StudyItem]):
     PromptError for a label without sentences, ValueError for unknown options or columns.
     """
 
+    @validate_call(config={"arbitrary_types_allowed": True})
     def __init__(
         self,
         frame: pd.DataFrame,
-        cache: Images,
+        cache: SkipValidation[Images],
         *,
-        crop: int,
+        crop: PositiveInt,
         text: Literal["impression", "findings", "both"] = "impression",
         sentence: Literal["all", "random", "published"] = "all",
-        views: int = 1,
-        texts: int = 1,
+        views: PositiveInt = 1,
+        texts: PositiveInt = 1,
         augment: bool | Literal["crop"] = False,
         seed: int = 0,
         labels: Sequence[str] | None = None,
@@ -210,16 +212,6 @@ class StudyDataset(Dataset[StudyItem]):
         prompts: PromptSet | None = None,
         n_negative: int = 0,
     ) -> None:
-        for name, value, allowed in (
-            ("text", text, ("impression", "findings", "both")),
-            ("sentence", sentence, ("all", "random", "published")),
-            ("augment", augment, (False, True, "crop")),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}")
-        for name, value in (("crop", crop), ("views", views), ("texts", texts)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
         self.frame = frame.reset_index(drop=True)
         self.cache, self.crop, self.seed, self.epoch = cache, crop, seed, 0
         self.sentence, self.augment, self.views, self.texts = sentence, augment, views, texts

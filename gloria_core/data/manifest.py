@@ -58,7 +58,7 @@ View = Literal["PA", "AP", "FRONTAL", "LATERAL"]
 SPLITS, VIEWS = Split.__args__, View.__args__
 META = "meta_"
 SPLIT_MARK = " ({split})"  # follows the id of a patient whom a published split has in two splits: `ids_by_split`
-_LABEL_TEXT = {"": np.nan, "1": 1.0, "0": 0.0, "-1": -1.0, "1.0": 1.0, "0.0": 0.0, "-1.0": -1.0}
+LABEL_CELLS = {"": np.nan, "1": 1.0, "0": 0.0, "-1": -1.0, "1.0": 1.0, "0.0": 0.0, "-1.0": -1.0}
 _FAILURES_SHOWN = 10
 
 
@@ -219,6 +219,12 @@ class ExcludedRows(list):
         )
 
 
+def shorten(value: object) -> str:
+    """Its `repr`, at most 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
 def raise_failures(failures: Sequence[Failure], *, source: str) -> None:
     """Raise one ManifestError that lists the first failures and counts the others; nothing to do without failures."""
     if not failures:
@@ -232,10 +238,9 @@ def raise_failures(failures: Sequence[Failure], *, source: str) -> None:
 
 
 def _failure(frame: pd.DataFrame, position: int, column: str, reason: str) -> Failure:
-    """The failure of the cell at row `position`; a long cell is shortened."""
-    value = repr(frame[column].iloc[position])
-    shown = value if len(value) <= 80 else value[:77] + "..."
-    return Failure(str(frame["study_id"].iloc[position]), position + 2, column, shown, reason)
+    """The failure of the cell at row `position`."""
+    cell, study = frame[column].iloc[position], frame["study_id"].iloc[position]
+    return Failure(str(study), position + 2, column, shorten(cell), reason)
 
 
 def _find_failures(frame: pd.DataFrame) -> list[Failure]:
@@ -303,9 +308,7 @@ def _images_in_two_splits(frame: pd.DataFrame, splits: pd.Series) -> dict[int, i
 def _missing_files(frame: pd.DataFrame, root: Path, *, skip: set[int]) -> list[Failure]:
     """Images and masks that are no files below `root`. `skip`: row positions whose paths are known to be bad."""
     if not root.is_dir():
-        raise ManifestError(
-            f"the dataset's root {root} is not a folder; give the folder that the image paths start from"
-        )
+        raise ManifestError(f"the root {root} is not a folder; give the folder that the image paths start from")
     rows = [position for position in range(len(frame)) if position not in skip]
     images, masks = frame["images"].to_numpy(object), frame["masks"].to_numpy(object)
     named = [(position, "images", path) for position in rows for path in images[position].split(";")]
@@ -412,7 +415,7 @@ def _canonical(frame: pd.DataFrame, source: str) -> pd.DataFrame:
     clean.attrs = {}
     for name in labels:
         if not pd.api.types.is_numeric_dtype(clean[name]):
-            clean[name] = clean[name].astype(object).map(lambda cell: _LABEL_TEXT.get(cell, cell))
+            clean[name] = clean[name].astype(object).map(lambda cell: LABEL_CELLS.get(cell, cell))
     ranks = pd.to_numeric(clean["label_rank"], errors="coerce")
     clean["label_rank"] = ranks.astype(object).where(ranks.notna(), clean["label_rank"])
     for name in meta:

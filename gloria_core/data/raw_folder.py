@@ -8,7 +8,7 @@ What the adapters in `data/sources/` share:
 - `existing`, `complete`, `first_existing`, `files_by_stem`, `locate`, `file_sizes`: which images are there
 - `Rows`: the rows that a source uses, and why it leaves the others out
 - `cell`, `box_cells`, `ap_view`, `male`, `group_studies`, `manifest_frame`, `finish`: the columns of the manifest
-- `draw_valid`, `tear`, `patient_leaks`: splits, and what a published split leaks
+- `draw_valid`, `tear`: splits, and what a published split leaks
 
 All errors are ManifestError.
 """
@@ -27,7 +27,6 @@ import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 from typing import IO, Literal
 
@@ -38,17 +37,18 @@ from pydicom import dcmread
 
 from gloria_core.data.files import did_you_mean, existing
 from gloria_core.data.manifest import (
+    LABEL_CELLS,
     META,
-    SPLITS,
     ExcludedRows,
     Failure,
     ManifestError,
     path_problem,
     raise_failures,
+    shorten,
     validate,
 )
 from gloria_core.data.prompts import PromptError, PromptSet, report_from_labels
-from gloria_core.data.splits import assign_label_ranks, assign_splits, ids_by_split, seen_in_training
+from gloria_core.data.splits import assign_label_ranks, assign_splits, count_leaks, ids_by_split
 
 ViewRule = Literal["frontal", "AP", "PA", "lateral", "all"]
 Unit = Literal["study", "image"]
@@ -58,7 +58,6 @@ PICTURES = (".png", ".jpg", ".jpeg")
 THREADS = 8
 """Folders or headers read at once; network disks answer slowly, but many at a time."""
 BINARY = {"0": 0.0, "1": 1.0, "0.0": 0.0, "1.0": 1.0}
-LABEL_VALUES = {"": np.nan, "1.0": 1.0, "0.0": 0.0, "-1.0": -1.0, "1": 1.0, "0": 0.0, "-1": -1.0}
 
 
 # ------------------------------------------------------------------------------------------------ files and folders
@@ -108,7 +107,7 @@ def _match(root: Path, patterns: str, dataset: str) -> Path | None:
             matches = sorted(path for path in root.glob(form.rstrip("/")) if wanted(path))
             if len(matches) > 1:
                 names = ", ".join(path.relative_to(root).as_posix() for path in matches[:5])
-                raise ManifestError(f"{dataset}: {root} has several files {pattern}: {names}; keep one of them there")
+                raise ManifestError(f"{dataset}: {root} has several files {pattern}: {names}; keep or name one of them")
             if matches:
                 return matches[0]
     return None
@@ -182,7 +181,7 @@ class Column:
     """Our name of an owner's column, and what its cells may be.
 
     values: the allowed cells; a mapping also translates them. fold: capitals and blanks around a cell do not matter.
-    pattern: a regular expression for the whole cell.
+    strip: blanks around a cell are cut off. pattern: a regular expression for the whole cell.
     filled: no blank cell. unique: no cell twice. path: a plain path below the root (blank cells only if not `filled`).
     remedy: the end of the error message.
     """
@@ -190,6 +189,7 @@ class Column:
     name: str
     values: Collection[str] | None = None
     fold: bool = False
+    strip: bool = False
     pattern: str = ""
     filled: bool = False
     unique: bool = False
@@ -198,6 +198,7 @@ class Column:
 
     def checked(self, path: Path, column: str, cells: pd.Series) -> pd.Series:
         """The cells, translated. Raises ManifestError naming file, column, rows and remedy."""
+        cells = cells.str.strip() if self.strip else cells
         if self.filled:
             check_cells(path, column, cells, cells.str.strip() != "", self.remedy or "fill in the cell")
         if self.path:
@@ -214,7 +215,7 @@ class Column:
         return names.map(self.values) if isinstance(self.values, Mapping) else names
 
 
-LABEL = {"values": LABEL_VALUES, "remedy": "a label is 1.0, 0.0, -1.0 or blank"}
+LABEL = {"values": LABEL_CELLS, "remedy": "a label is 1.0, 0.0, -1.0 or blank"}
 """Rules of a label column: Column(name, **LABEL)."""
 
 
@@ -364,12 +365,6 @@ def check_boxes(
         check_cells(path, theirs, table[ours], np.where(marked, good, table[ours] == ""), rule)
         numbers[ours] = values.astype(float)
     return table.assign(**numbers)
-
-
-def shorten(value: object) -> str:
-    """Its `repr`, at most 80 characters."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 # -------------------------------------------------------------------------------------------------------------- rows
@@ -553,14 +548,6 @@ def draw_valid(frame: pd.DataFrame, *, seed: int, fraction: float = 1 / 8) -> pd
     return frame.assign(split=split)
 
 
-def patient_leaks(units: Sequence[str], splits: Sequence[str], *, what: str = "patients") -> dict[str, int]:
-    """How many of `units` (a patient or image per row) are in both of two splits: {"patients in train and test": n}."""
-    there = pd.crosstab(np.asarray(units, object), np.asarray(splits, object)) > 0
-    names = [name for name in SPLITS if name in there]
-    return {f"{what} in {a} and {b}": int((there[a] & there[b]).sum()) for a, b in combinations(names, 2)}
-
-
 def tear(units: pd.Series, splits: Sequence[str], *, rows: str, unit: str) -> tuple[pd.Series, dict[str, int]]:
     """Ids for a published split that is not disjoint in `units` ("p (train)", "p (test)"), and its leaks, counted."""
-    leaks = patient_leaks(units, splits, what=f"{unit}s") | seen_in_training(units, splits, rows=rows, unit=unit)
-    return ids_by_split(units, splits), leaks
+    return ids_by_split(units, splits), count_leaks(units, splits, unit=unit, rows=rows)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 
 import numpy as np
 import pandas as pd
@@ -265,16 +266,20 @@ def random_split(n: int, *, held_out: float | int, test: bool = False, seed: int
     return split
 
 
-def seen_in_training(units: Sequence[str], split: Sequence[str], *, rows: str, unit: str) -> dict[str, int]:
-    """{"test images": n, "test images whose patient is in train": m} with `rows`="images", `unit`="patient".
+def count_leaks(units: pd.Series, split: Sequence[str], *, unit: str = "patient", rows: str = "") -> dict[str, int]:
+    """How many units are in both of two splits, {"patients in train and test": n}, by pairs of the splits there are.
 
-    units, split: (n,) what belongs in one split, and the split, of each row. A row whose unit is "" is not counted.
+    units, split: (n,) what belongs in one split (a patient, an image), and the split, of each row. With `rows` (what a
+    row is, "images") also {"test images": n, "test images whose patient is in train": m}.
     """
-    table = pd.DataFrame({"unit": np.asarray(units, object), "split": np.asarray(split, object)})
-    table = table[table["unit"] != ""]
-    test = table.loc[table["split"] == "test", "unit"]
-    trained = set(table.loc[table["split"] == "train", "unit"])
-    return {f"test {rows}": len(test), f"test {rows} whose {unit} is in train": int(test.isin(trained).sum())}
+    split = np.asarray(split, object)
+    there = pd.crosstab(units.to_numpy(object), split) > 0
+    pairs = combinations([name for name in SPLITS if name in there], 2)
+    leaks = {f"{unit}s in {a} and {b}": int((there[a] & there[b]).sum()) for a, b in pairs}
+    if rows:
+        test, trained = units[split == "test"], units[split == "train"]
+        leaks |= {f"test {rows}": len(test), f"test {rows} whose {unit} is in train": int(test.isin(trained).sum())}
+    return leaks
 
 
 def ids_by_split(ids: pd.Series, split: Sequence[str]) -> pd.Series:

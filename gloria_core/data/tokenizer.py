@@ -12,7 +12,6 @@ import json
 import os
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -26,13 +25,10 @@ from gloria_core.data.packages import PACKAGE, folder_with
 from gloria_core.data.reports import ReportError, Span, sentences
 from gloria_core.types import TextBatch
 
-SPECIALS = {
-    "pad_token": "[PAD]",
-    "unk_token": "[UNK]",
-    "cls_token": "[CLS]",
-    "sep_token": "[SEP]",
-    "mask_token": "[MASK]",
-}
+# A thread pool in the parent makes the library warn in every forked loader worker; training a vocabulary is quick.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+SPECIALS = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
 CLINICAL_BERT = "emilyalsentzer/Bio_ClinicalBERT"
 
 
@@ -63,31 +59,14 @@ def train_wordpiece(
         raise TokenizerError(f"vocab_size={vocab_size} is smaller than specials and alphabet ({len(fixed)})")
     trained = Tokenizer(WordPiece(unk_token="[UNK]"))
     trained.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    trainer = WordPieceTrainer(
-        vocab_size=vocab_size, min_frequency=min_frequency, special_tokens=fixed, show_progress=False
-    )
-    with _one_thread():
-        trained.train_from_iterator(words, trainer)
+    sizes = {"vocab_size": vocab_size, "min_frequency": min_frequency}
+    trainer = WordPieceTrainer(**sizes, special_tokens=fixed, show_progress=False)
+    trained.train_from_iterator(words, trainer)
     vocabulary = dict(sorted(trained.get_vocab(with_added_tokens=False).items(), key=lambda item: item[1]))
     tokenizer = BertTokenizer(vocab=vocabulary, do_lower_case=True, model_max_length=512)
     if folder is not None:
         tokenizer.save_pretrained(str(folder))
     return tokenizer
-
-
-@contextmanager
-def _one_thread():
-    """Keeps the library's thread pool unused: a pool in the parent makes it warn in every forked loader worker."""
-    name = "TOKENIZERS_PARALLELISM"
-    before = os.environ.get(name)
-    os.environ[name] = "false"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 def load_tokenizer(name_or_path: str | Path, *, lowercase: bool = True) -> PreTrainedTokenizerFast:
@@ -213,9 +192,8 @@ def tokenize(
         )
         words.append((tokenizer.cls_token, *(text[a:b] for a, b in word_spans), tokenizer.sep_token))
         spans.append(((0, 0), *word_spans, (0, 0)))
-    ids, word_ids, sentence_ids = (
-        _pad([row[part] for row in rows], fill) for part, fill in enumerate((tokenizer.pad_token_id, -1, -1))
-    )
+    fills = (tokenizer.pad_token_id, -1, -1)
+    ids, word_ids, sentence_ids = (_pad([row[part] for row in rows], fill) for part, fill in enumerate(fills))
     return TextBatch(
         input_ids=ids,
         attention_mask=(word_ids >= 0).long(),

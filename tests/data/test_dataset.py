@@ -219,10 +219,10 @@ def test_items_depend_on_seed_epoch_and_number_only():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"text": "report"}, "text is 'report'"),
-        ({"sentence": "first"}, "sentence is 'first'"),
-        ({"augment": "flip"}, "augment is 'flip'"),
-        ({"views": 0}, "views is 0"),
+        ({"text": "report"}, r"text\n  Input should be 'impression', 'findings' or 'both'"),
+        ({"sentence": "first"}, r"sentence\n  Input should be 'all'"),
+        ({"augment": "flip"}, "augment.*\n  Input should be 'crop'"),
+        ({"views": 0}, r"views\n  Input should be greater than 0"),
         ({"labels": ["Edma"]}, r"no label column \['Edma'\]; the manifest has \['Edema', 'Fracture'\]"),
     ],
 )

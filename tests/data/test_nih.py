@@ -122,9 +122,9 @@ def test_published_split(tmp_path):
     rows = make_tree(tmp_path)
     images = [row.partition(",")[0] for row in rows]
     (tmp_path / "train_val_list.txt").write_text("\n".join(images[:30]))
-    assert "test_list.txt is missing" in refusal(prepare, tmp_path, split_rule="published")
+    assert "test_list.txt: needed by split_rule" in refusal(prepare, tmp_path, split_rule="published")
     (tmp_path / "test_list.txt").write_text("\n".join(images[30:-2]))
-    assert "2 images are in neither" in refusal(prepare, tmp_path, split_rule="published")
+    assert "2 bad values (row" in refusal(prepare, tmp_path, split_rule="published")
     (tmp_path / "test_list.txt").write_text("\n".join(images[30:]))
     frame = prepare(tmp_path, split_rule="published")
     assert list(frame.loc[frame["split"] == "test", "study_id"]) == [name[:-4] for name in images[30:]]

@@ -24,7 +24,6 @@ from gloria_core.data.raw_folder import (
     locate,
     manifest_frame,
     optional_file,
-    patient_leaks,
     read_table,
     require,
 )
@@ -270,13 +269,6 @@ def test_studies_are_grouped_frontal_first():
 
 
 # --- the manifest ----------------------------------------------------------------------------------------------------
-
-
-def test_leaks_are_counted_by_pairs():
-    assert patient_leaks(list("aabbc"), ["train", "test", "train", "train", "test"]) == {
-        "patients in train and test": 1
-    }
-    assert patient_leaks(list("ab"), ["train", "train"]) == {}
 
 
 def test_valid_is_drawn_from_train_alone():

@@ -12,6 +12,7 @@ from gloria_core.data.manifest import COMPETITION_LABELS, validate
 from gloria_core.data.splits import (
     assign_label_ranks,
     assign_splits,
+    count_leaks,
     exclusive_test_set,
     label_subset,
     split_counts,
@@ -266,3 +267,14 @@ def test_warnings_name_what_the_splits_cannot_do(split):
     only_test = split_warnings(few.assign(split="test"))
     assert only_test[0].startswith("No training study") and "validation" not in " ".join(only_test)
     assert "In test (n = 5) 1 of 2 labels" in only_test[-1] and "cannot be scored" in only_test[-1]
+
+
+def test_leaks_are_counted_by_pairs():
+    patients, split = pd.Series(list("aabbc"), index=[7, 7, 8, 9, 9]), ["train", "test", "train", "train", "test"]
+    assert count_leaks(patients, split) == {"patients in train and test": 1}
+    assert count_leaks(patients, split, rows="images") == {
+        "patients in train and test": 1,
+        "test images": 2,
+        "test images whose patient is in train": 1,
+    }
+    assert count_leaks(pd.Series(list("ab")), ["train", "train"]) == {}

@@ -19,18 +19,21 @@ from typing import Annotated
 
 import numpy as np
 import pandas as pd
-from pydantic import Field, validate_call
+from pydantic import Field, TypeAdapter, validate_call
 
 from gloria_core.data import raw_folder as raw
 from gloria_core.data.files import did_you_mean
-from gloria_core.data.manifest import ManifestError, OnError, path_problem
-from gloria_core.data.prompts import KINDS, NO_FINDING, PromptError, PromptSet, available_prompts, load_prompts
+from gloria_core.data.manifest import ManifestError, OnError, path_problem, shorten
+from gloria_core.data.prompts import NO_FINDING, Kind, PromptError, PromptSet, available_prompts, load_prompts
 from gloria_core.data.sources import vocabulary
 from gloria_core.data.splits import assign_label_ranks
 
 CGMH_LABELS = tuple(vocabulary("cgmh", "labels"))
 OTHER_SPELLINGS = {"Pigtail malpositon": "Pigtail malposition"}
 """The fork's label list, prompts and tables have the former; both are read, and the manifest has the latter."""
+
+
+_FORK = TypeAdapter(dict[str, dict[Kind, list[str]]])
 
 
 def read_studies(path: Path, root: Path, split: str, tasks: Sequence[str], prefix: str) -> pd.DataFrame:
@@ -70,7 +73,7 @@ def _cells(path: Path, column: str, cells: pd.Series, read: Callable[[str], list
         try:
             values.append(read(text.strip()))
         except ValueError as error:
-            raise ManifestError(f"{path}, row {row}, column {column!r}: {raw.shorten(text)} {error}") from error
+            raise ManifestError(f"{path}, row {row}, column {column!r}: {shorten(text)} {error}") from error
     return values
 
 
@@ -177,24 +180,16 @@ def _prompts(given: str | PromptSet, root: Path) -> PromptSet:
     path = root / given
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        names = ", ".join(available_prompts())
-        raise PromptError(f"prompts {given!r}: {path} cannot be read ({error}); names of sets: {names}") from error
-    if isinstance(content, dict) and "classes" in content:
+        classes = {} if "classes" in content else _FORK.validate_python(content)
+    except (OSError, ValueError, TypeError) as error:
+        sets = f"a prompt file is {{label: {{pos, neg, unc: [...]}}}}; names of sets: {', '.join(available_prompts())}"
+        raise PromptError(f"prompts {given!r}: {path} cannot be read ({error}); {sets}") from error
+    if not classes:
         return load_prompts(path)
-    return PromptSet(path.stem, _fork_classes(content, path))
-
-
-def _fork_classes(content: object, path: Path) -> dict[str, dict[str, list[str]]]:
-    remedy = 'a prompt file is {label: {"pos": [...], "neg": [...], "unc": [...]}}'
-    classes: dict[str, dict[str, list[str]]] = {}
-    for label, kinds in content.items() if isinstance(content, dict) else [("", content)]:
-        lists = [kinds.get(kind, []) for kind in KINDS] if isinstance(kinds, dict) and set(kinds) <= set(KINDS) else [0]
-        if not all(isinstance(v, list) and all(isinstance(s, str) for s in v) for v in lists):
-            raise PromptError(f"{path}: label {label!r} holds {kinds!r:.60}; {remedy}")
-        kept = ([sentence for sentence in values if sentence.strip()] for values in lists)
-        classes[OTHER_SPELLINGS.get(label, label)] = dict(zip(KINDS, kept, strict=True))
-    return classes
+    for kinds in classes.values():
+        for texts in kinds.values():
+            texts[:] = filter(str.strip, texts)
+    return PromptSet(path.stem, {OTHER_SPELLINGS.get(label, label): kinds for label, kinds in classes.items()})
 
 
 def _with_texts(
@@ -207,6 +202,5 @@ def _with_texts(
     silent = [name for name in tasks if not prompts.classes.get(name, {}).get("neg")]
     studies[silent] = studies[silent].replace(0, np.nan)
     texts = raw.label_texts(studies, tasks, prompts, seed=seed, n_negative=n_negative)
-    return frame.assign(
-        impression=frame["impression"].mask(empty, pd.Series([text for text, _ in texts], studies.index))
-    )
+    written = pd.Series([text for text, _ in texts], studies.index)
+    return frame.assign(impression=frame["impression"].mask(empty, written))

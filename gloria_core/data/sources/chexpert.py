@@ -20,11 +20,15 @@ from pydantic import validate_call
 
 from gloria_core.data import raw_folder as raw
 from gloria_core.data.manifest import CHEXPERT_LABELS, COMPETITION_LABELS, ManifestError, OnError
-from gloria_core.data.splits import exclusive_test_set
+from gloria_core.data.splits import count_leaks, exclusive_test_set
 
 WHERE = "from https://stanfordaimi.azurewebsites.net (CheXpert; log in, accept the agreement)"
 TRAIN = "train.csv|CheXpert-v1.0*/train.csv|*batch 1*/train.csv"
 VALID = "valid.csv|CheXpert-v1.0*/valid.csv|*batch 1*/valid.csv"
+NEEDS = {
+    TRAIN: f"the labels of the 223,414 training images, {WHERE}",
+    VALID: f"the labels of the 234 validation images, {WHERE}",
+}
 REMEDY = "a path ends in train/patient00001/study1/view1_frontal.jpg"
 SIDE = raw.Column("side", values=["Frontal", "Lateral"])
 PROJECTION = raw.Column("projection", values=["AP", "PA", "LL", "RL", ""])
@@ -132,9 +136,8 @@ def read_list(path: Path) -> pd.DataFrame:
             rows = [[item["image_path"], *(float(value) for value in item["label"])] for item in entries.values()]
             table = pd.DataFrame(rows, columns=["path", *COMPETITION_LABELS]).assign(impression="")
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ManifestError(
-                f"{path}: not PRIOR's list ({error!r}); it is {{row: {{image_path, label: [five 0/1]}}}}"
-            ) from error
+            remedy = "it is {row: {image_path, label: [five 0/1]}}"
+            raise ManifestError(f"{path}: not PRIOR's list ({error!r}); {remedy}") from error
     raw.Column("path", unique=True).checked(path, "Path", table["path"])
     return table.assign(key=path_parts(path, "Path", table["path"])[0])
 
@@ -179,14 +182,9 @@ def prepare(
     check_images: False skips the look at the image files (when only the tables are there).
     Raises ManifestError naming file, row, column and remedy; ValueError for an unknown option value.
     """
-    needs = {
-        TRAIN: f"the labels of the 223,414 training images, {WHERE}",
-        VALID: f"the labels of the 234 validation images, {WHERE}",
-    }
-    paths = raw.require(root, needs, "CheXpert")
-    learn, official = (
-        raw.Rows(read_images(path), source=path, cell=("Path", "path"), key="image_id") for path in paths.values()
-    )
+    paths = raw.require(root, NEEDS, "CheXpert")
+    tables = {path: read_images(path) for path in paths.values()}
+    learn, official = (raw.Rows(tables[path], source=path, cell=("Path", "path"), key="image_id") for path in tables)
     leaks = {}
     if split_rule == "published":
         parts, leaks = published_parts(learn, official, paper, hold_out)
@@ -212,9 +210,8 @@ def prepare(
     frame = raw.manifest_frame(frame, [*CHEXPERT_LABELS, "is_ap_view", "is_male"])
     if split_rule == "patient":
         frame = raw.draw_valid(frame, fraction=VALID_FRACTION, seed=seed)
-        leaks = raw.patient_leaks(frame["patient_id"], frame["split"])
     elif paper != "cxr_clip":
-        leaks = raw.patient_leaks(frame["patient_id"], frame["split"]) | leaks
+        leaks = count_leaks(frame["patient_id"], frame["split"]) | leaks
         frame = frame.assign(meta_patient=frame["patient_id"], patient_id=frame["study_id"])
     return raw.finish(frame, source=f"manifest of {root}", seed=seed, failures=failures, leaks=leaks)
 

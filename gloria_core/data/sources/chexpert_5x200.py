@@ -17,8 +17,8 @@ from pydantic import validate_call
 from gloria_core.data import raw_folder as raw
 from gloria_core.data.manifest import CHEXPERT_LABELS, COMPETITION_LABELS, ManifestError, OnError
 from gloria_core.data.sources.chexpert import (
+    NEEDS,
     TRAIN,
-    WHERE,
     locate,
     named_images,
     path_parts,
@@ -56,7 +56,7 @@ def prepare(
     if given and raw.optional_file(root, TRAIN, "CheXpert") is None:
         path, folder, table = Path(given), root, _from_list(Path(given))
     else:
-        path = raw.require(root, {TRAIN: f"the labels of the 223,414 training images, {WHERE}"}, "CheXpert")[TRAIN]
+        path = raw.require(root, {TRAIN: NEEDS[TRAIN]}, "CheXpert")[TRAIN]
         folder, table = path.parent, read_images(path)
         if given:
             table = _listed(table, Path(given), path)
@@ -66,9 +66,8 @@ def prepare(
             raise ValueError(f"per_class is {per_class}; the released code of {rule} draws 200, use rule='seed'")
         else:
             table = table[table["path"].isin(published_5x200(table, rule)[0])].sort_values("image_id")
-    table = table.assign(
-        images=locate(root, folder, table), study_id=table["image_id"], views=table["view"], split="test"
-    )
+    places = locate(root, folder, table)
+    table = table.assign(images=places, study_id=table["image_id"], views=table["view"], split="test")
     if reports:
         table["impression"] = table["key"].map(_impressions(Path(reports)))
     rows = raw.Rows(table, source=path, cell=("Path", "path"))

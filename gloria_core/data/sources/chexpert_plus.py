@@ -87,8 +87,7 @@ def prepare(
         official = frame["split"] == "valid"
         frame = raw.draw_valid(frame, fraction=VALID_FRACTION, seed=seed)
         frame["split"] = frame["split"].mask(official, "test")
-    leaks = raw.patient_leaks(frame["patient_id"], frame["split"])
-    return raw.finish(frame, source=f"manifest of {root}", seed=seed, failures=rows.failures, leaks=leaks)
+    return raw.finish(frame, source=f"manifest of {root}", seed=seed, failures=rows.failures)
 
 
 def _places(root: Path, table: pd.DataFrame) -> pd.Series:
@@ -106,9 +105,7 @@ def _labels(root: Path, which: str) -> pd.DataFrame | None:
     path = raw.optional_file(root, f"chexbert_labels/{name}|*/{name}|{name}", "CheXpert Plus")
     if path is None:
         if which != "impression":
-            raise ManifestError(
-                f"{root} lacks chexbert_labels/{name}: CheXbert's labels, {WHERE}; or use labels='none'"
-            )
+            raise ManifestError(f"{root} lacks chexbert_labels/{name}, {WHERE}; or use labels='none'")
         return None
     rows = []
     with path.open(encoding="utf-8") as file:

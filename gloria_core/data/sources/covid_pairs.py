@@ -30,7 +30,7 @@ WORDS = vocabulary("covid_pairs", "lesions")
 COLUMNS = {
     "id": raw.Column("study_id", filled=True, unique=True, remedy="give every image one id"),
     "path": raw.Column("images", path=True, filled=True),
-    "text_imaging": "impression",
+    "text_imaging": raw.Column("impression", strip=True),
     "finding": "meta_finding",
     "view": raw.Column("meta_view", values=list(VIEWS)),
     "patient": raw.Column("patient_id", filled=True, remedy="give every image its patient"),
@@ -72,7 +72,6 @@ def prepare(
     """
     path = raw.require(root, {"index.csv": "the table, beside images/"}, "covid_pairs")["index.csv"]
     table = raw.read_table(path, COLUMNS)
-    table["impression"] = table["impression"].str.strip()
     rows = raw.Rows(table, source=path, cell=("id", "study_id"))
     rows.exclude_missing(raw.complete(root, table["images"]), on_error, cell=("path", "images"))
     if not lateral:

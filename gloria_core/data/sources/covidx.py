@@ -50,10 +50,8 @@ def prepare(
     table = pd.concat([_read(path, split) for split, path in _lists(root, version).items()])
     twice = table["study_id"].duplicated().to_numpy()
     if twice.any():
-        row = table[twice].iloc[0]
-        raise ManifestError(
-            f"{row['list']}, line {row['line']}: file {row['study_id']!r} is listed twice; keep it in one list"
-        )
+        path, line, name = table.loc[twice, ["list", "line", "study_id"]].iloc[0]
+        raise ManifestError(f"{path}, line {line}: file {name!r} is listed twice; keep it in one list")
     leaks: dict[str, int] = {}
     if split_rule == "published":
         learn = (table["split"] == "train").to_numpy()
@@ -79,21 +77,9 @@ def prepare(
 
 def _lists(root: Path, version: str) -> dict[str, Path]:
     """Split -> list file, of one version."""
-    if not root.is_dir():
-        raise ManifestError(
-            f"covidx: the root {root} is not a folder; give the folder that holds train/ and test/; {HOW}"
-        )
-    versions = {}
-    for path in (*root.glob("train*.txt"), *root.glob("labels/train*.txt")):
-        if match := re.fullmatch(r"train(?:_COVIDx_?(.*))?\.txt", path.name):
-            versions[match[1] or ""] = path
-    if not versions:
-        raise ManifestError(f"covidx: {root} lacks train_COVIDx<version>.txt (or train.txt) and its test list; {HOW}")
-    if version not in versions and (version or len(versions) > 1):
-        raise ManifestError(
-            f"covidx: {root} has lists of version {', '.join(sorted(versions))}, not {version!r}; name one"
-        )
-    train = versions.get(version) or next(iter(versions.values()))
+    ends = [f"_COVIDx{version}", f"_COVIDx_{version}"] if version else ["", "_COVIDx*"]
+    pattern = "|".join(f"{folder}train{end}.txt" for folder in ("", "labels/") for end in ends)
+    train = raw.require(root, {pattern: f"the training list; option version names another; {HOW}"}, "covidx")[pattern]
     lists = {split: train.with_name(train.name.replace("train", word)) for split, word in LISTS.items()}
     if not lists["test"].is_file():
         raise ManifestError(f"covidx: {lists['test']} is missing; it belongs to {train.name}; {HOW}")
@@ -114,12 +100,11 @@ def _read(path: Path, split: str) -> pd.DataFrame:
             )
         patient, name, kind, source = match.groups(default="")
         patient = f"{source}-{patient}" if source else patient
-        rows.append(
-            {"study_id": name, "patient_id": patient, "meta_class": kind, "meta_source": source, "line": number}
-        )
+        rows.append([name, patient, kind, source, number])
     if not rows:
         raise ManifestError(f"{path}: the list is empty; get it again; {HOW}")
-    table = pd.DataFrame(rows, index=[row["line"] - 2 for row in rows])
+    table = pd.DataFrame(rows, columns=["study_id", "patient_id", "meta_class", "meta_source", "line"])
+    table.index = table["line"] - 2
     raw.check_paths(path, "file", table["study_id"])
     for label in CLASSES["normal"]:
         table[label] = table["meta_class"].map({kind: labels.get(label) for kind, labels in CLASSES.items()})

@@ -210,7 +210,6 @@ def prepare(
         rows.exclude(held, f"its patient is held out by {Path(hold_out).name}")
     frame = raw.manifest_frame(rows.table, ["is_ap_view", *CHEXPERT_LABELS])
     frame, leaks = _published(frame, paper) if split_rule == "published" else (frame, {})
-    leaks = raw.patient_leaks(frame["patient_id"], frame["split"]) | leaks
     return raw.finish(frame, source=f"manifest of {root}", seed=seed, failures=rows.failures, leaks=leaks)
 
 

@@ -54,9 +54,8 @@ def prepare(
     `attrs["excluded"]`. Raises ManifestError naming folder, file and remedy.
     """
     table = pd.concat([_images(root, name) for name in sets], ignore_index=True)
-    masks = {
-        side: raw.locate(root, table["study_id"] + end, folders, [".png"]) for side, (end, folders) in MASKS.items()
-    }
+    names = table["study_id"]
+    masks = {side: raw.locate(root, names + end, folders, [".png"]) for side, (end, folders) in MASKS.items()}
     rows = raw.Rows(table.assign(**masks), source=root, cell=("masks", "images"))
     complete = (table["meta_source"] == "shenzhen") | ((masks["left"] != "") & (masks["right"] != ""))
     rows.exclude_missing(complete, on_error, reason="a side's mask is missing")

@@ -15,7 +15,7 @@ import pandas as pd
 from pydantic import validate_call
 
 from gloria_core.data import raw_folder as raw
-from gloria_core.data.manifest import ManifestError, OnError, raise_failures
+from gloria_core.data.manifest import OnError, raise_failures
 from gloria_core.data.prompts import PromptSet, load_prompts, zero_shot_prompts
 from gloria_core.data.sources import vocabulary
 from gloria_core.data.splits import assign_splits
@@ -109,9 +109,8 @@ def prepare(
     table = rows.table
     labels = {name: table["labels"].map(lambda names, name=name: float(name in names)) for name in LABELS}
     metadata = {f"meta_{name}": table[name] for name in ("age", "sex", "view", "follow_up")}
-    table = table.assign(
-        **labels, is_ap_view=raw.ap_view(table["view"]), is_male=raw.male(table["sex"]), views=table["view"], **metadata
-    )
+    view, sex = table["view"], table["sex"]
+    table = table.assign(**labels, is_ap_view=raw.ap_view(view), is_male=raw.male(sex), views=view, **metadata)
     extras = {"meta_source": ("image_source.csv", "source"), "meta_rsna_class": ("rsna_to_nih.csv", "rsna_class")}
     for name, (file, value) in extras.items():
         if (cells := read_extra(root, file, value, table["image"])) is not None:
@@ -119,10 +118,10 @@ def prepare(
     boxes = raw.optional_file(root, BOXES, "nih")
     if boxes is not None:
         table["boxes"] = _boxes(table, boxes, root, rows, missing, on_error)
-    images, moved = table["image"].tolist(), 0
+    moved = 0
     frame = raw.manifest_frame(table, [*LABELS, "is_ap_view", "is_male"])
     if split_rule == "published":
-        frame = raw.draw_valid(frame.assign(split=_published_split(root, images)), seed=seed)
+        frame = raw.draw_valid(frame.assign(split=_published_split(root, path, table["image"]).to_numpy()), seed=seed)
     else:
         frame = assign_splits(frame, seed=seed)
         # a box is truth for maps and detectors, and truth is for testing; the owner's list does the same
@@ -151,19 +150,15 @@ def _boxes(table: pd.DataFrame, path: Path, root: Path, rows: raw.Rows, missing:
     return raw.box_cells(boxes.table, table["study_id"], sizes=sizes)
 
 
-def _published_split(root: Path, images: list[str]) -> list[str]:
+def _published_split(root: Path, table: Path, images: pd.Series) -> pd.Series:
     """ "train" or "test" for each image by the lists of NIH; ManifestError where a list or an image is missing."""
+    needs = dict.fromkeys(LISTS, "needed by split_rule='published'; get it from NIH, or use 'patient'")
     split = {}
-    for name, part in LISTS.items():
-        if not (root / name).is_file():
-            raise ManifestError(f"{root / name} is missing; split_rule='published' needs it, or use 'patient'")
-        split |= dict.fromkeys((root / name).read_text(encoding="utf-8").split(), part)
-    if absent := [image for image in images if image not in split]:
-        raise ManifestError(
-            f"{root}: {len(absent)} images are in neither {' nor '.join(LISTS)} ({', '.join(absent[:5])}); "
-            "get the complete lists or use split_rule='patient'"
-        )
-    return [split[image] for image in images]
+    for name, path in raw.require(root, needs, "nih").items():
+        split |= dict.fromkeys(path.read_text(encoding="utf-8").split(), LISTS[name])
+    remedy = f"in neither {' nor '.join(LISTS)}; get the complete lists or use split_rule='patient'"
+    raw.check_cells(table, "Image Index", images, images.isin(split), remedy)
+    return images.map(split)
 
 
 def _add_texts(frame: pd.DataFrame, prompts: PromptSet, *, seed: int, n_negative: int) -> pd.DataFrame:

@@ -48,9 +48,8 @@ def prepare(
     on_error="exclude" leaves out images that are not there and lists them in `attrs["excluded"]`.
     Raises ManifestError naming file, row, column and remedy.
     """
-    paths = raw.require(
-        root, {name: f"the shapes of the {split} images; {HOW}" for name, split in TABLES.items()}, "object_cxr"
-    )
+    needs = {name: f"the shapes of the {split} images; {HOW}" for name, split in TABLES.items()}
+    paths = raw.require(root, needs, "object_cxr")
     table = pd.concat([_read(paths[name], root).assign(split=split) for name, split in TABLES.items()])
     if split_rule == "published":
         train = (table["split"] == "train").to_numpy()
@@ -60,9 +59,8 @@ def prepare(
     table = rows.table
     if masks:
         table["masks"] = raw.mask_cells(LABEL, _masks(table, root))
-    table["boxes"] = [
-        raw.cell([{"label": LABEL, "xywh": _box(numbers)} for _, numbers in part]) for part in table["shapes"]
-    ]
+    boxes = [[{"label": LABEL, "xywh": _box(numbers)} for _, numbers in part] for part in table["shapes"]]
+    table["boxes"] = [raw.cell(part) for part in boxes]
     table[LABEL] = (table["boxes"] != "").astype(float)
     frame = raw.manifest_frame(table, [LABEL])
     if split_rule == "patient":

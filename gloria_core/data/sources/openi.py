@@ -217,8 +217,7 @@ def prepare(
         )
     frame = raw.manifest_frame(table.assign(is_ap_view=raw.ap_view(table["view"])), ["is_ap_view", *LABELS])
     frame = assign_splits(frame, seed=seed) if split_rule == "patient" else frame.assign(split="test")
-    leaks = raw.patient_leaks(frame["patient_id"], frame["split"])
-    return raw.finish(frame, source=f"manifest of {root}", seed=seed, failures=rows.failures, leaks=leaks)
+    return raw.finish(frame, source=f"manifest of {root}", seed=seed, failures=rows.failures)
 
 
 def download(
@@ -246,19 +245,13 @@ def download(
 
 
 def _unpack(archive: Path, folder: Path, suffix: str) -> None:
-    """Files of the archive with this suffix, flat into `folder`; those that are there in full are skipped."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Files of the archive with this suffix, flat into `folder`."""
     try:
-        with tarfile.open(archive) as members:
-            for member in members:
-                # the name alone: no member can leave the folder
-                target = folder / Path(member.name).name
-                if not member.isfile() or target.suffix != suffix:
-                    continue
-                if not target.is_file() or target.stat().st_size != member.size:
-                    part = target.with_name(f"{target.name}.part")
-                    part.write_bytes(members.extractfile(member).read())
-                    part.replace(target)
+        with tarfile.open(archive) as content:
+            files = [member for member in content if member.isfile() and member.name.endswith(suffix)]
+            # the name alone: no member can leave the folder
+            flat = [member.replace(name=Path(member.name).name) for member in files]
+            content.extractall(folder, flat, filter="data")
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
         raise DownloadError(f"{archive}: cannot be unpacked ({error}); remove it and call again") from error
 

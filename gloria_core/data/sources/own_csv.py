@@ -41,11 +41,11 @@ LABEL_REMEDY = "a label is 1, 0, -1 or blank (or yes, no, uncertain)"
 COLUMNS = {
     "image": raw.Column("image"),
     "study": raw.Column("study_id", unique=True),
-    "patient": raw.Column("patient_id", filled=True, remedy="give every study its patient"),
+    "patient": raw.Column("patient_id", strip=True, filled=True, remedy="give every study its patient"),
     "split": raw.Column("split", values=SPLIT_NAMES, fold=True),
     "view": raw.Column("views"),
-    "findings": raw.Column("findings"),
-    "impression": raw.Column("impression"),
+    "findings": raw.Column("findings", strip=True),
+    "impression": raw.Column("impression", strip=True),
 }
 
 
@@ -106,9 +106,7 @@ def _read(path: Path, named: Mapping[str, str], label_of: Mapping[str, str], sep
     """The table under our names, checked."""
     clash = [name for name in label_of if name in FIXED or name.startswith(META)]
     if clash:
-        raise ManifestError(
-            f"{path}: a label cannot be called {clash[0]!r}; give it another name: labels={{name: column}}"
-        )
+        raise ManifestError(f"{path}: a label cannot be called {clash[0]!r}; rename it by labels={{name: column}}")
     header = raw.header_of(path, separator)
     wanted = {theirs: COLUMNS[ours] for ours, theirs in named.items()}
     for name, column in label_of.items():
@@ -120,9 +118,6 @@ def _read(path: Path, named: Mapping[str, str], label_of: Mapping[str, str], sep
     free |= {name: name for name in header if name.startswith(META) and name not in wanted}
     remedy = "Name your columns by the options columns and labels"
     table = raw.read_table(path, {**wanted, **free}, separator=separator, remedy=remedy)
-    for name in ("patient_id", "findings", "impression"):
-        if name in table:
-            table[name] = table[name].str.strip()
     if "views" in table:
         good = table["views"].str.upper().str.split(";").map(lambda names: set(names) <= {*VIEWS, ""})
         raw.check_cells(path, named.get("view", "view"), table["views"], good, f"a view is one of {', '.join(VIEWS)}")

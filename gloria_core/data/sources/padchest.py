@@ -82,8 +82,7 @@ def prepare(
         **optional,
     )
     frame = assign_splits(raw.manifest_frame(raw.group_studies(table), [*LABELS, "is_ap_view", "is_male"]), seed=seed)
-    leaks = raw.patient_leaks(frame["patient_id"], frame["split"])
-    return raw.finish(frame, source=f"manifest of {root}", seed=seed, failures=rows.failures, leaks=leaks)
+    return raw.finish(frame, source=f"manifest of {root}", seed=seed, failures=rows.failures)
 
 
 def _with_labels(table: pd.DataFrame, path: Path) -> pd.DataFrame:

@@ -35,19 +35,14 @@ HELD_OUT = {"published": 0.3, "published_detection": 10_674}
 def read_labels(path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """One row an image (its first in the file): study_id, Pneumonia; one row a box: study_id, label, x, y, w, h."""
     numbers = {"x": "x", "y": "y", "width": "w", "height": "h"}
-    columns = {
-        "patientId": raw.Column("study_id", path=True, filled=True),
-        "Target": raw.Column("target", values=["0", "1"]),
-        **numbers,
-    }
-    table = raw.read_table(path, columns)
+    name, target = raw.Column("study_id", path=True, filled=True), raw.Column("target", values=["0", "1"])
+    table = raw.read_table(path, {"patientId": name, "Target": target, **numbers})
     positive = table["target"] == "1"
     rule = "a box has x, y >= 0 and width, height > 0 in pixels; a row with Target 0 has none"
     table = raw.check_boxes(path, table, numbers, marked=positive, remedy=rule)
     alone = ~table["study_id"].duplicated(keep=False) | positive
-    raw.check_cells(
-        path, "patientId", table["study_id"], alone, "an image occurs twice without a box; keep one row of it"
-    )
+    remedy = "an image occurs twice without a box; keep one row of it"
+    raw.check_cells(path, "patientId", table["study_id"], alone, remedy)
     images = table.drop_duplicates("study_id").assign(**{LABEL: positive.astype(float)})
     return images[["study_id", LABEL]], table[positive].assign(label=LABEL)
 
@@ -113,9 +108,8 @@ def prepare(
 
 def _classes(path: Path, images: pd.DataFrame) -> list[str]:
     """The three-way class of each image; it must agree with its label."""
-    table = raw.read_table(
-        path, {"patientId": "study_id", "class": raw.Column("class", values=CLASSES)}
-    ).drop_duplicates()
+    columns = {"patientId": "study_id", "class": raw.Column("class", values=CLASSES)}
+    table = raw.read_table(path, columns).drop_duplicates()
     raw.check_cells(path, "patientId", table["study_id"], ~table["study_id"].duplicated(), "an image has two classes")
     classes = images["study_id"].map(table.set_index("study_id")["class"])
     wrong = classes.isna() | ((classes == "Lung Opacity") != (images[LABEL] == 1))
@@ -134,9 +128,8 @@ def _nih_names(root: Path) -> dict[str, str]:
         try:
             return {entry["subset_img_id"]: entry["img_id"] for entry in json.loads(path.read_text(encoding="utf-8"))}
         except (ValueError, KeyError, TypeError) as error:
-            raise ManifestError(
-                f"{path}: no list of entries with 'subset_img_id' and 'img_id' ({error!r}); download it again"
-            ) from error
+            what = "no list of entries with 'subset_img_id' and 'img_id'"
+            raise ManifestError(f"{path}: {what} ({error!r}); download it again") from error
     if path := raw.optional_file(root, "rsna_to_nih.csv", "rsna_pneumonia"):
         table = raw.read_table(path, {"patientId": raw.Column("name", unique=True), "image_index": "image"})
         return dict(zip(table["name"], table["image"], strict=True))
@@ -148,9 +141,7 @@ def _boxes(table: pd.DataFrame, boxes: pd.DataFrame, root: Path) -> list[str]:
     copies = table[table["study_id"].isin(boxes["study_id"]) & ~table["images"].str.endswith(raw.DICOM)]
     sizes = raw.file_sizes(root, copies["images"])
     if broken := [path for path, size in sizes.items() if size is None]:
-        raise ManifestError(
-            f"{root}: {broken[0]} has boxes and cannot be read ({len(broken)} such files); copy it again"
-        )
+        raise ManifestError(f"{root / broken[0]} has boxes and is unreadable ({len(broken)} such files); copy it again")
     of_study = {study: sizes[path] for study, path in zip(copies["study_id"], copies["images"], strict=True)}
     return raw.box_cells(boxes, table["study_id"], sizes=of_study)
 

@@ -39,6 +39,17 @@ PICTURE = {
 }
 
 
+RUNS = {
+    "ImageId": raw.Column("name", strip=True, path=True, filled=True),
+    "EncodedPixels": raw.Column(
+        "runs",
+        strip=True,
+        pattern=r"-1|\d+ \d+(?: \d+ \d+)*",
+        remedy="runs are pairs of whole numbers, or -1 without a finding",
+    ),
+}
+
+
 @validate_call
 def prepare(
     root: Path,
@@ -98,15 +109,8 @@ def read_runs(path: Path) -> pd.DataFrame:
     Spaces in column names and cells do not count: the released table has " EncodedPixels", and " -1" or "-1" for images
     without a finding.
     """
-    remedy = "Take train-rle.csv of stage 1 or stage_2_train.csv as Kaggle ships it"
-    cells = raw.read_table(path, {"ImageId": "name", "EncodedPixels": "runs"}, remedy=remedy).apply(
-        lambda c: c.str.strip()
-    )
-    name = raw.Column("name", path=True, filled=True).checked(path, "ImageId", cells["name"])
-    remedy = "runs are pairs of whole numbers, or -1 without a finding"
-    runs = raw.Column("runs", pattern=r"-1|\d+ \d+(?: \d+ \d+)*", remedy=remedy).checked(
-        path, "EncodedPixels", cells["runs"]
-    )
+    cells = raw.read_table(path, RUNS, remedy="Take train-rle.csv of stage 1 or stage_2_train.csv as Kaggle ships it")
+    name, runs = cells["name"], cells["runs"]
     both = name.duplicated(keep=False) & (runs == "-1")
     raw.check_cells(path, "ImageId", name, ~both, "an image without a finding occurs twice; keep one row of it")
     raw.check_cells(path, "ImageId", name, ~cells.duplicated(), "the same runs occur twice; keep one row")
@@ -115,14 +119,11 @@ def read_runs(path: Path) -> pd.DataFrame:
 
 def read_pictures(path: Path) -> pd.DataFrame:
     """One row an image of the PNG version, of the train and the test table: name, stem, positive, split."""
-    parts, test = [], path.name.replace("train", "test")
+    test = path.name.replace("train", "test")
     other = raw.optional_file(path.parent, test, "siim_pneumothorax") if test != path.name else None
     paths = {"train": path} | ({"test": other} if other else {})
-    for split, table in paths.items():
-        parts.append(
-            raw.read_table(table, PICTURE, remedy="Take the tables that come with png_images/").assign(split=split)
-        )
-    rows = pd.concat(parts)
+    remedy = "Take the tables that come with png_images/"
+    rows = pd.concat([raw.read_table(paths[split], PICTURE, remedy=remedy).assign(split=split) for split in paths])
     twice = rows["name"].duplicated().to_numpy()
     if twice.any():
         where = " and ".join(map(str, paths.values()))
