@@ -21,6 +21,9 @@ NAMES = json.loads(Path(__file__).with_name("names.json").read_text(encoding="ut
 """By dataset, the owner's name of each label."""
 
 
+ORIGINAL_PIXELS = 1024  # side of the original images of NIH, RSNA and SIIM
+
+
 def simulate(
     n_studies: int, *, size: int, seed: int, lateral: bool = False, half_with: Collection[str] = ()
 ) -> list[PhantomStudy]:
@@ -110,6 +113,12 @@ def label_cells(one: PhantomStudy) -> dict[str, str]:
     return {name: "" if np.isnan(value) else f"{value:.1f}" for name, value in one.labels.items()}
 
 
+def enlarge(pixels: np.ndarray) -> np.ndarray:
+    """The pixels, uint8 or bool, on ORIGINAL_PIXELS a side; a mask stays one."""
+    kind = Image.Resampling.NEAREST if pixels.dtype == bool else Image.Resampling.BICUBIC
+    return np.asarray(Image.fromarray(pixels).resize((ORIGINAL_PIXELS, ORIGINAL_PIXELS), kind))
+
+
 def original_box(region: Region) -> list[float]:
-    """x, y, width and height in pixels of an original with sides of 1024, as NIH and RSNA count them."""
-    return [value * (1024 / len(region.mask)) for value in region.box]
+    """x, y, width and height in pixels of an original, as NIH and RSNA count them."""
+    return [value * (ORIGINAL_PIXELS / len(region.mask)) for value in region.box]

@@ -33,7 +33,7 @@ def rsna_pneumonia(root: Path, *, n_studies: int, size: int, seed: int) -> None:
     classes, boxes = _rsna_tables(root, studies, seed)
     for name, one in zip(classes, studies, strict=True):
         about = {"ViewPosition": one.projection, "PatientSex": one.patient.sex, "PatientAge": f"{one.patient.age:03d}Y"}
-        files.write_dicom(root / f"stage_2_train_images/{name}.dcm", one.images["frontal"], **about)
+        files.write_dicom(root / f"stage_2_train_images/{name}.dcm", files.enlarge(one.images["frontal"]), **about)
     rows = [{"patientId": row["patientId"], "class": classes[row["patientId"]]} for row in boxes]  # as often as a box
     files.write_table(root / "stage_2_detailed_class_info.csv", rows)
 

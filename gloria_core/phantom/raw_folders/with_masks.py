@@ -5,11 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from gloria_core.phantom.raw_folders import files
-
-SIIM_PIXELS = 1024
 
 
 def _relative_runs(mask: np.ndarray) -> str:
@@ -25,12 +22,9 @@ def siim_pneumothorax(root: Path, *, n_studies: int, size: int, seed: int) -> No
     for i, one in enumerate(files.simulate(n_studies, size=size, seed=seed, half_with=("Pneumothorax",))):
         name = f"1.2.276.0.7230010.3.1.4.8323329.{1000 + i}.1517875{i:06d}.{100 + seed}"
         folder = f"dicom-images-train/1.2.276.0.7230010.3.1.2.{i}/1.2.276.0.7230010.3.1.3.{i}"
-        large = np.asarray(Image.fromarray(one.images["frontal"]).resize((SIIM_PIXELS, SIIM_PIXELS)))
-        files.write_dicom(root / folder / f"{name}.dcm", large, ViewPosition=one.projection, PatientSex=one.patient.sex)
-        runs = []
-        for region in files.regions_of(one, ("Pneumothorax",)):
-            full = Image.fromarray(region.mask).resize((SIIM_PIXELS, SIIM_PIXELS), Image.Resampling.NEAREST)
-            runs.append(_relative_runs(np.asarray(full)))
+        pixels, about = files.enlarge(one.images["frontal"]), {"PatientSex": one.patient.sex}
+        files.write_dicom(root / folder / f"{name}.dcm", pixels, ViewPosition=one.projection, **about)
+        runs = [_relative_runs(files.enlarge(region.mask)) for region in files.regions_of(one, ("Pneumothorax",))]
         rows += [{"ImageId": name, " EncodedPixels": f" {text}"} for text in runs or ["-1"]]
     files.write_table(root / "train-rle.csv", rows)
 
