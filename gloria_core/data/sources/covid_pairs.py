@@ -98,10 +98,8 @@ def prepare(
 def _cells(row: dict[str, str], path: Path, number: int) -> tuple[str, str]:
     """Boxes and masks of one image. Raises ManifestError where a cell is not the JSON it should be."""
     try:
-        boxes = [
-            {"label": name.replace("_", " ").title(), "xywh": box}
-            for name, *box in json.loads(row["lung_boxes"] or "[]")
-        ]
+        sides = json.loads(row["lung_boxes"] or "[]")
+        boxes = [{"label": side.replace("_", " ").title(), "xywh": box} for side, *box in sides]
         lesions = json.loads(row["lesions"] or "{}").items()
     except (ValueError, TypeError, AttributeError) as error:
         raise ManifestError(f"{path}, row {number}: boxes or masks are not JSON ({error}); repair the cell") from error

@@ -22,10 +22,7 @@ from gloria_core.data.splits import assign_splits
 
 LABEL, MASK = "Tuberculosis", "Lungs"
 HOW = "National Library of Medicine, https://data.lhncbc.nlm.nih.gov/public/Tuberculosis-Chest-X-ray-Datasets"
-SETS = {
-    "montgomery": ("MontgomerySet", r"MCUCXR_\d{4}_[01]"),
-    "shenzhen": ("ChinaSet_AllFiles", r"CHNCXR_\d{4}_[01]"),
-}
+SETS = {"montgomery": ("MontgomerySet", r"MCUCXR_\d{4}_[01]"), "shenzhen": ("ChinaSet_AllFiles", r"CHNCXR_\d{4}_[01]")}
 MASKS = {
     "left": ("", ["MontgomerySet/ManualMask/leftMask"]),
     "right": ("", ["MontgomerySet/ManualMask/rightMask"]),
