@@ -62,12 +62,10 @@ def wait_for_end(pid: int, seconds: float = 30) -> None:
         time.sleep(0.05)
 
 
-def test_a_misspelt_parameter_fails_fast(make_study):
+def test_a_misspelt_parameter_fails_before_a_kernel_starts(make_study):
     file = make_study()
     file.write_text(file.read_text().replace("grid:", "parameters: {epoch: 3}\n    grid:", 1))
-    clock = time.monotonic()
     code, _, err = study(file)
-    assert time.monotonic() - clock < 5
     assert code == 2
     assert "tiny.yaml: unknown parameter 'epoch' for 02_pretraining. Did you mean 'epochs'?" in err
     assert not (file.parents[2] / "results").exists()
@@ -112,11 +110,9 @@ def test_failure_fix_and_deletion(make_study):
     assert re.search(r"took +\d+ s and 0\.\d GiB", out)
 
     before = marks(plan)
-    clock = time.monotonic()
     code, out, _ = study(file)
     assert (code, marks(plan)) == (0, before)
     assert "0 to do" in out
-    assert time.monotonic() - clock < 5
 
 
 def test_what_makes_no_sense_is_finished(make_study, write_notebook):

@@ -1,5 +1,3 @@
-import time
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -209,10 +207,3 @@ def test_record_rows_keep_what_a_record_takes():
     y, scores = _table()
     rows = record_rows(metric_rows(y, scores, n_bootstrap=10), task="zero_shot")
     assert list(rows.columns) == ["task", "target", "metric", "value", "ci_low", "ci_high", "n"]
-
-
-def test_a_thousand_resamples_are_fast():
-    y, scores = _table(n=2000, labels="abcdefghijklmn")
-    start = time.perf_counter()
-    metric_rows(y, scores, macro=list("abcde"))
-    assert time.perf_counter() - start < 10  # about one second on a free core
