@@ -60,10 +60,13 @@ def interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float, float
 def ratio_of_sums(above: np.ndarray, below: np.ndarray) -> Statistic:
     """The statistic sum(w * above) / sum(w * below), NaN where the lower sum is zero: a mean, a share, a pooled Dice.
 
-    Shape: above, below (n, ...) -> values (b, ...)
+    Shape: above (n, ...), below of the same shape or one that broadcasts to it -> values (b, ...)
     """
     shape = above.shape[1:]
-    above, below = (np.asarray(part, dtype=float).reshape(len(part), int(np.prod(shape))) for part in (above, below))
+    above, below = (
+        np.broadcast_to(np.asarray(part, dtype=float), (len(above), *shape)).reshape(len(above), int(np.prod(shape)))
+        for part in (above, below)
+    )
 
     def statistic(weights: np.ndarray) -> np.ndarray:
         over, under = weights @ above, weights @ below
