@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gloria_core.phantom.raw_folders import with_boxes, with_labels, with_masks, with_reports
+from gloria_core.phantom.raw_folders import boxes, labels, masks, reports
 
 _FUNCTIONS = (
-    with_reports.mimic_cxr, with_reports.chexpert_plus, with_reports.openi, with_reports.padchest,
-    with_reports.covid_pairs, with_reports.cgmh, with_labels.chexpert, with_labels.chexpert_5x200, with_labels.nih,
-    with_labels.covidx, with_labels.kermany, with_labels.own_csv, with_boxes.rsna_pneumonia, with_boxes.rsna_sample,
-    with_boxes.vindr_cxr, with_boxes.object_cxr, with_boxes.ms_cxr, with_masks.siim_pneumothorax,
-    with_masks.montgomery_shenzhen, with_masks.oxford_pet,
+    reports.mimic_cxr, reports.chexpert_plus, reports.openi, reports.padchest,
+    reports.covid_pairs, reports.cgmh, labels.chexpert, labels.chexpert_5x200, labels.nih,
+    labels.covidx, labels.kermany, labels.own_csv, boxes.rsna_pneumonia, boxes.rsna_sample,
+    boxes.vindr_cxr, boxes.object_cxr, boxes.ms_cxr, masks.siim_pneumothorax,
+    masks.montgomery_shenzhen, masks.oxford_pet,
 )  # fmt: skip
 WRITERS = {function.__name__: function for function in _FUNCTIONS}
 """Name of a dataset, as in `gloria_core.data.sources` -> the function that writes its folder."""

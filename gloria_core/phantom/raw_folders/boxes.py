@@ -6,7 +6,9 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
-from gloria_core.phantom.raw_folders import files, with_labels, with_reports
+from gloria_core.phantom.raw_folders import files
+from gloria_core.phantom.raw_folders.labels import nih
+from gloria_core.phantom.raw_folders.reports import mimic_cxr
 from gloria_core.phantom.study import PhantomStudy
 
 OPACITIES = ("Pneumonia", "Lung Opacity", "Consolidation")
@@ -40,7 +42,7 @@ def rsna_pneumonia(root: Path, *, n_studies: int, size: int, seed: int) -> None:
 
 def rsna_sample(root: Path, *, n_studies: int, size: int, seed: int) -> None:
     """RSNA's boxes beside NIH's own images and table of entries."""
-    with_labels.nih(root, n_studies=n_studies, size=size, seed=seed)
+    nih(root, n_studies=n_studies, size=size, seed=seed)
     (root / "images_001/images").rename(root / "images")
     (root / "images_001").rmdir()
     studies = files.simulate(n_studies, size=size, seed=seed)
@@ -99,10 +101,10 @@ def object_cxr(root: Path, *, n_studies: int, size: int, seed: int) -> None:
 
 def ms_cxr(root: Path, *, n_studies: int, size: int, seed: int) -> None:
     """A simulated MIMIC-CXR-JPG with phrases and boxes on its images, version 1.1.0 (with splits)."""
-    with_reports.mimic_cxr(root, n_studies=n_studies, size=size, seed=seed)
+    mimic_cxr(root, n_studies=n_studies, size=size, seed=seed)
     rows = {}
     for i, one in enumerate(files.simulate(n_studies, size=size, seed=seed, lateral=True)):
-        path, ids = with_reports.mimic_image(seed, i, one, "frontal")
+        path, ids = reports.mimic_image(seed, i, one, "frontal")
         for region in files.regions_of(one, files.NAMES["ms_cxr"]):
             section, start, end = region.spans[0] if region.spans else ("impression", 0, len(one.impression))
             x, y, w, h = region.box

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from gloria_core.phantom.raw_folders import files
-from gloria_core.phantom.raw_folders.with_labels import chexpert_images
+from gloria_core.phantom.raw_folders.labels import chexpert_images
 from gloria_core.phantom.study import PhantomStudy
 
 
