@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gloria_core.phantom.raw_folders import files
 from gloria_core.phantom.raw_folders.labels import nih
-from gloria_core.phantom.raw_folders.reports import mimic_cxr
+from gloria_core.phantom.raw_folders.reports import mimic_cxr, mimic_image
 from gloria_core.phantom.study import PhantomStudy
 
 OPACITIES = ("Pneumonia", "Lung Opacity", "Consolidation")
@@ -104,7 +104,7 @@ def ms_cxr(root: Path, *, n_studies: int, size: int, seed: int) -> None:
     mimic_cxr(root, n_studies=n_studies, size=size, seed=seed)
     rows = {}
     for i, one in enumerate(files.simulate(n_studies, size=size, seed=seed, lateral=True)):
-        path, ids = reports.mimic_image(seed, i, one, "frontal")
+        path, ids = mimic_image(seed, i, one, "frontal")
         for region in files.regions_of(one, files.NAMES["ms_cxr"]):
             section, start, end = region.spans[0] if region.spans else ("impression", 0, len(one.impression))
             x, y, w, h = region.box
