@@ -64,7 +64,8 @@ def collect(study: str, *, results_root: str | Path | None = None) -> pd.DataFra
             tables.append(_metrics(folder / run["run_id"], run["fingerprint"]))
         except TableError as error:
             skipped.append({"run_id": run["run_id"], "reason": str(error)})
-    rows = pd.concat(tables[1:] or tables, ignore_index=True)
+    # a run without numbers would turn the columns of numbers into columns of objects
+    rows = pd.concat([table for table in tables if len(table)] or tables, ignore_index=True)
     rows.attrs["skipped"] = skipped
     return rows
 

@@ -35,6 +35,14 @@ def test_collect(finished):
     assert rows.attrs["skipped"] == []
 
 
+def test_a_run_without_numbers_leaves_the_others_numbers(finished):
+    path = finished.folder / finished.runs[0].run_id / "metrics.csv"
+    path.write_text(path.read_text().splitlines()[0] + "\n")
+    rows = collect("tiny", results_root=finished.folder.parent)
+    assert rows["value"].tolist() == [1, 2, 3, 4, 5]
+    assert all(rows[name].dtype.kind in "if" for name in ("value", "ci_low", "ci_high", "label_fraction", "n"))
+
+
 def test_what_is_no_success_does_not_count(finished):
     folders = [finished.folder / run.run_id for run in finished]
     (folders[0] / "run.json").unlink()
