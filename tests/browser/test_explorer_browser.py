@@ -168,9 +168,9 @@ def test_switches(open_page, file):
     page.get_by_label("Model of picture 1").select_option(index=1)
     assert (layer(page) != attention).any()
     for key in ("swapped", "difference"):
-        before = layer(page, 1)
+        before = [layer(page, picture) for picture in (0, 1)]
         page.locator(f'[data-key="swap"] [data-value="{key}"]').click()
-        assert (layer(page, 1) != before).any()
+        assert any((layer(page, picture) != before[picture]).any() for picture in (0, 1)), key
     assert page.locator(".gx-word.gx-swapped").count() > 0
     page.locator('[data-key="swap"] [data-value="written"]').click()
     before = layer(page)
