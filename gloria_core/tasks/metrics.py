@@ -17,13 +17,13 @@ import numpy as np
 import pandas as pd
 
 Metric = Literal["auroc", "auprc"]
+# Patients of each class below which a metric that compares classes has no interval: of m patients, about exp(-m) of
+# the resamples hold none. At 5 these are 0.7 %, well below the 2.5 % of a tail; at 3 they are 5 %.
 MIN_PER_CLASS = 5
-"""Patients of each class below which a metric that compares classes has no interval: of m patients, about exp(-m) of
-the resamples hold none. At 5 these are 0.7 %, well below the 2.5 % of a tail; at 3 they are 5 %."""
+# Patients below which nothing has an interval: of two, every second resample is one of them alone.
 MIN_PATIENTS = 3
-"""Patients below which nothing has an interval: of two, every second resample is one of them alone."""
+# Weights of n samples (b, n) -> values (b, ...), one for each row of weights.
 Statistic = Callable[[np.ndarray], np.ndarray]
-"""Weights of n samples (b, n) -> values (b, ...), one for each row of weights."""
 
 
 def resamples(
@@ -62,9 +62,9 @@ def ratio_of_sums(above: np.ndarray, below: np.ndarray) -> Statistic:
 
     Shape: above (n, ...), below of the same shape or one that broadcasts to it -> values (b, ...)
     """
-    shape = above.shape[1:]
+    n, *shape = above.shape
     above, below = (
-        np.broadcast_to(np.asarray(part, dtype=float), (len(above), *shape)).reshape(len(above), int(np.prod(shape)))
+        np.broadcast_to(np.asarray(part, dtype=float), (n, *shape)).reshape(n, int(np.prod(shape)))
         for part in (above, below)
     )
 
@@ -105,9 +105,10 @@ def bootstrap_rows(
     NaN bounds, and the reason in the note: with fewer than `MIN_PATIENTS` patients among the samples that count, or
     `MIN_PER_CLASS` among those of a class; for a macro of such a target. Without `groups` a sample is a patient.
     `groups`, `n_bootstrap`, `seed`: see `resamples`.
-    Columns: target, metric, value, ci_low, ci_high, n, the further columns, note. KeyError for an unknown macro target.
+    Columns: target, metric, value, ci_low, ci_high, n, positives (samples of the first of `classes`, where given),
+    patients, the further columns, note. KeyError for an unknown macro target.
     """
-    targets, metrics, columns = list(targets), list(metrics), dict(columns or {})
+    targets, columns = list(targets), dict(columns or {})
     unknown = [name for name in macro if name not in targets]
     if unknown:
         raise KeyError(f"macro label {unknown[0]!r} is not among {', '.join(map(str, targets))}")
@@ -147,31 +148,33 @@ def bootstrap_rows(
                 values = values[~np.isnan(values).all(axis=1)]
                 values = (np.nanmean if skip_undefined else np.mean)(values, axis=1)
             shown = members if len(members) == 1 else defined
-            more = [float(column[shown, m].mean()) if shown else float("nan") for column in columns.values()]
             text = f"mean over {len(defined)} of {len(members)} labels" if note is None else note[m]
             few = [reason for reason in (too_few(k, m) for k in defined) if reason]
             if few:
                 values, text = values[:0], "; ".join(part for part in (text, few[0]) if part)
-            n = int(counted[:, members, m].any(axis=1).sum())
-            rows.append((target, metric, point, *interval(values), n, *more, text))
-    return pd.DataFrame(rows, columns=["target", "metric", "value", "ci_low", "ci_high", "n", *columns, "note"])
+            samples = counted[:, members, m]
+            low, high = interval(values)
+            row = {"target": target, "metric": metric, "value": point, "ci_low": low, "ci_high": high}
+            row["n"] = int(samples.any(axis=1).sum())
+            row |= {"positives": int((samples & mask[:, members]).any(axis=1).sum()) for mask in classes[:1]}
+            row["patients"] = len(np.unique(patients[samples.any(axis=1)]))
+            row |= {name: float(column[shown, m].mean()) if shown else np.nan for name, column in columns.items()}
+            rows.append(row | {"note": text})
+    counts = ["n", *(["positives"] if classes else []), "patients"]
+    return pd.DataFrame(rows, columns=["target", "metric", "value", "ci_low", "ci_high", *counts, *columns, "note"])
 
 
+# ranking metrics of counts (b, m) of positives and negatives at the m distinct scores, in rising order
 def _auroc(positive: np.ndarray, negative: np.ndarray) -> np.ndarray:
     below = negative.cumsum(axis=1) - 0.5 * negative
-    pairs = positive.sum(axis=1) * negative.sum(axis=1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(pairs > 0, (positive * below).sum(axis=1) / pairs, np.nan)
+    return (positive * below).sum(axis=1) / (positive.sum(axis=1) * negative.sum(axis=1))
 
 
 def _auprc(positive: np.ndarray, negative: np.ndarray) -> np.ndarray:
-    true = positive[:, ::-1].cumsum(axis=1)
-    called = true + negative[:, ::-1].cumsum(axis=1)
-    precision = true / np.maximum(called, 1e-12)
-    total = positive.sum(axis=1)
-    defined = (total > 0) & (negative.sum(axis=1) > 0)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(defined, (positive[:, ::-1] * precision).sum(axis=1) / total, np.nan)
+    true, wrong = (part[:, ::-1].cumsum(axis=1) for part in (positive, negative))
+    precision = true / np.maximum(true + wrong, 1e-12)
+    found = (positive[:, ::-1] * precision).sum(axis=1) / positive.sum(axis=1)
+    return np.where(negative.sum(axis=1) > 0, found, np.nan)
 
 
 _METRICS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {"auroc": _auroc, "auprc": _auprc}
@@ -189,7 +192,8 @@ def _ranking(y: np.ndarray, scores: np.ndarray, metric: Metric) -> Statistic:
         parts = weights * positive, weights * (1.0 - positive)
         if len(starts) < len(order):
             parts = tuple(np.add.reduceat(part, starts, axis=1) for part in parts)
-        return _METRICS[metric](*parts)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return _METRICS[metric](*parts)
 
     return statistic
 
@@ -263,12 +267,3 @@ def auroc(y: Sequence[float], score: Sequence[float]) -> float:
         raise ValueError(f"targets {np.shape(y)} and scores {np.shape(score)} must have one length")
     tables = (pd.DataFrame({"y": np.asarray(values, dtype=float)}) for values in (y, score))
     return float(metric_rows(*tables, n_bootstrap=0)["value"].iloc[0])
-
-
-RECORDED = ("objective", "dataset", "task", "label_fraction", "seed", "split", "target", "metric")
-RECORDED += ("value", "ci_low", "ci_high", "n")
-
-
-def record_rows(rows: pd.DataFrame, *, task: str) -> pd.DataFrame:
-    """The columns of metric rows that a run record takes, with the task; columns for display only are left out."""
-    return rows.assign(task=task)[[name for name in RECORDED if name == "task" or name in rows.columns]]

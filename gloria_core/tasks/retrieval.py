@@ -42,8 +42,7 @@ from gloria_core.tasks.features import EncodedTexts, image_batches, inference, s
 from gloria_core.tasks.metrics import Statistic, bootstrap_rows, ratio_of_sums
 
 TIE = 1e-6
-BATCH = 256
-"""Queries that are scored at a time: with 100,000 candidates 100 MB of float32."""
+BATCH = 256  # queries that are scored at a time: with 100,000 candidates 100 MB of float32
 
 Direction = Literal["image_to_text", "text_to_image"]
 Duplicates = Literal["merged", "right", "wrong"]
@@ -143,38 +142,6 @@ def probability_of_none(marked: np.ndarray, total: np.ndarray, drawn: np.ndarray
     return result
 
 
-def search(
-    scores: Scores,
-    query_groups: np.ndarray,
-    candidate_groups: np.ndarray,
-    *,
-    k: int = 10,
-    batch_size: int = BATCH,
-) -> Ranking:
-    """Rank all C candidates for each of Q queries; relevant are candidates whose group (a number) is the query's.
-
-    Shape: query_groups (Q,), candidate_groups (C,)
-    `k` nearest are listed, or all where there are fewer. Raises ValueError for k below 1, groups of another length, or
-    a query without a relevant candidate.
-    """
-    if (len(query_groups), len(candidate_groups)) != scores.shape:
-        raise ValueError(f"{len(query_groups)} and {len(candidate_groups)} groups for scores {scores.shape}")
-    if k < 1:
-        raise ValueError(f"k is {k}; it must be at least 1")
-    groups = [torch.as_tensor(group) for group in (query_groups, candidate_groups)]
-    parts = []
-    for rows, block in scores.batches(batch_size):
-        relevant = groups[0][rows, None] == groups[1]
-        best = block.masked_fill(~relevant, -torch.inf).amax(dim=1, keepdim=True)
-        if best.isneginf().any():
-            raise ValueError(f"query {rows.start + int(best.argmin())} has no relevant candidate")
-        above, tied = _above_and_tied(block, best)
-        counts = (above, tied & ~relevant, tied & relevant, relevant)
-        parts.append((*_first(block, min(k, block.shape[1])), *(count.sum(dim=1).numpy() for count in counts)))
-    columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
-    return Ranking(*columns, queries=np.arange(scores.shape[0]), candidates=scores.shape[1])
-
-
 def label_shares(
     scores: Scores,
     labels: np.ndarray,
@@ -187,10 +154,8 @@ def label_shares(
 
     Shape: labels (C, K) of 0 and 1 -> (Q, K, len(ks)) and (Q, K)
     `patients`: of queries that are the candidates, too; images of the query's own patient are no candidates.
-    Raises ValueError for labels of another length, or a k beyond the number of candidates of a query.
+    Raises ValueError for a k beyond the number of candidates of a query.
     """
-    if len(labels) != scores.shape[1]:
-        raise ValueError(f"{len(labels)} rows of labels for {scores.shape[1]} candidates")
     numbers = None if patients is None else torch.from_numpy(pd.factorize(np.asarray(patients))[0])
     weights = torch.tensor(np.column_stack([labels, np.ones(len(labels))]), dtype=torch.float32)
     shares, overall = [], []
@@ -247,11 +212,13 @@ def rank_partners(
     direction: Direction = "image_to_text",
     duplicates: Duplicates = "merged",
     k: int = 10,
+    batch_size: int = BATCH,
 ) -> Ranking:
-    """Search among n studies with one image and one text each; `scores` are images (rows) by texts (columns).
+    """Rank all candidates for each query, among n studies with one image and one text each.
 
-    `nearest` and `queries` of the ranking are rows of the studies.
-    Raises ValueError where scores and texts differ in number.
+    `scores` are images (rows) by texts (columns). The `k` nearest are listed, or all where there are fewer. `nearest`
+    and `queries` of the ranking are rows of the studies.
+    Raises ValueError for an unknown name, or where scores and texts differ in number.
     """
     if direction not in get_args(Direction) or duplicates not in get_args(Duplicates):
         raise ValueError(
@@ -262,13 +229,19 @@ def rank_partners(
         raise ValueError(f"scores {scores.shape} and {len(texts)} texts; one image and one text a study are expected")
     studies, group = np.arange(len(texts)), text_groups(texts)
     distinct = np.unique(group, return_index=True)[1] if duplicates == "merged" else studies
-    group = studies if duplicates == "wrong" else group
+    group = torch.from_numpy(studies if duplicates == "wrong" else group)
     queries, candidates = studies, distinct
     if direction == "text_to_image":
         scores, queries, candidates = scores.T, distinct, studies
-    chosen = Scores(scores.queries[queries], scores.candidates[candidates])
-    ranking = search(chosen, group[queries], group[candidates], k=k)
-    return replace(ranking, nearest=candidates[ranking.nearest], queries=queries)
+    parts = []
+    for rows, block in Scores(scores.queries[queries], scores.candidates[candidates]).batches(batch_size):
+        relevant = group[queries[rows], None] == group[candidates]
+        best = block.masked_fill(~relevant, -torch.inf).amax(dim=1, keepdim=True)
+        above, tied = _above_and_tied(block, best)
+        counts = (above, tied & ~relevant, tied & relevant, relevant)
+        parts.append((*_first(block, min(k, block.shape[1])), *(count.sum(dim=1).numpy() for count in counts)))
+    nearest, *columns = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return Ranking(candidates[nearest], *columns, queries=queries, candidates=len(candidates))
 
 
 def recall_rows(
@@ -367,11 +340,8 @@ def precision_table(
     Metrics of image to text have plain names, others the direction as a suffix. Columns: `COLUMNS` and direction.
     A K that is not below the number of candidates is left out.
     """
-    labels, has, tables = (
-        list(targets.columns),
-        targets.to_numpy() == 1,
-        [pd.DataFrame(columns=[*COLUMNS, "direction"])],
-    )
+    labels, has = list(targets.columns), targets.to_numpy() == 1
+    tables = [pd.DataFrame(columns=[*COLUMNS, "direction"])]
     for direction, matrix in scores.items():
         other_patients = direction == "image_to_image"
         candidates = len(has) - (max(Counter(patients).values()) if other_patients else 0)
@@ -437,20 +407,17 @@ def reordered(ranking: Ranking, similarity: np.ndarray, relevant: np.ndarray) ->
 
     Shape: `similarity` and `relevant` (Q, k), of every nearest candidate.
     """
-    k = ranking.nearest.shape[1]
+    k, listed = ranking.nearest.shape[1], relevant.any(axis=1)
     order = np.argsort(-similarity, axis=1, kind="stable")
-    listed = relevant.any(axis=1)
-    best = np.where(relevant, similarity, -np.inf).max(axis=1, initial=-np.inf)
-    margin = TIE * np.maximum(1.0, np.abs(np.where(listed, best, 0.0)))
-    above = similarity > (best + margin)[:, None]
-    tied = np.abs(similarity - best[:, None]) <= margin[:, None]
+    best = np.where(relevant, similarity, -np.inf).max(axis=1, keepdims=True)
+    above, tied = (part.numpy() for part in _above_and_tied(torch.from_numpy(similarity), torch.from_numpy(best)))
     # a relevant candidate that is not among the k nearest stands behind all of them, whatever it was tied with
     behind = np.maximum(ranking.above, k)
     return replace(
         ranking,
         nearest=np.take_along_axis(ranking.nearest, order, 1),
         scores=np.take_along_axis(similarity, order, 1),
-        above=np.where(listed, (above & ~relevant).sum(1), behind),
+        above=np.where(listed, above.sum(1), behind),
         tied_irrelevant=np.where(listed, (tied & ~relevant).sum(1), ranking.above + ranking.tied_irrelevant - behind),
         tied_relevant=np.where(listed, (tied & relevant).sum(1), ranking.tied_relevant),
     )
@@ -484,11 +451,13 @@ class SearchIndex:
     contents: tuple[str, ...]
     embedding: np.ndarray
 
+    def __post_init__(self) -> None:
+        if not len(self.ids) == len(self.contents) == len(self.embedding):
+            raise ValueError(f"{len(self)} ids, {len(self.contents)} texts or paths, {len(self.embedding)} embeddings")
+
     @classmethod
     def of(cls, model: nn.Module, ids: Sequence[object], contents: Sequence[str], embedding: np.ndarray) -> SearchIndex:
         """The index of what `model` has embedded."""
-        if not len(ids) == len(contents) == len(embedding):
-            raise ValueError(f"{len(ids)} ids, {len(contents)} texts or paths, {len(embedding)} embeddings")
         return cls(fingerprint(model), tuple(map(str, ids)), tuple(map(str, contents)), embedding)
 
     def __len__(self) -> int:
@@ -537,8 +506,6 @@ def load_index(path: str | Path, model: nn.Module | None = None) -> SearchIndex:
         raise SearchIndexError(f"search index {path} cannot be opened ({error.strerror})") from None
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise SearchIndexError(f"{path} is damaged or no search index ({error}); make it again") from error
-    if not len(index.ids) == len(index.contents) == len(index.embedding):
-        raise SearchIndexError(f"{path} is damaged: its columns differ in length; make it again")
     if model is not None:
         index.check(model)
     return index

@@ -8,7 +8,6 @@ from gloria_core.tasks.metrics import (
     bootstrap_rows,
     metric_rows,
     ratio_of_sums,
-    record_rows,
     resamples,
 )
 
@@ -203,7 +202,12 @@ def test_a_resample_that_lacks_a_target_is_dropped_or_averaged_over_the_others(m
         _means(scores, known, macro=["z"])
 
 
-def test_record_rows_keep_what_a_record_takes():
-    y, scores = _table()
-    rows = record_rows(metric_rows(y, scores, n_bootstrap=10), task="zero_shot")
-    assert list(rows.columns) == ["task", "target", "metric", "value", "ci_low", "ci_high", "n"]
+def test_rows_count_samples_positives_and_patients():
+    y, scores = _table(n=40)
+    y.loc[:9, "b"] = np.nan
+    groups = np.arange(40) // 2
+    rows = metric_rows(y, scores, macro=["a", "b"], groups=groups, n_bootstrap=5).set_index("target")
+    assert rows["n"].tolist() == [40, 30, 40, 40] and rows["patients"].tolist() == [20, 15, 20, 20]
+    assert rows["positives"].tolist() == [*(y == 1).sum(), (y[["a", "b"]] == 1).any(axis=1).sum()]
+    mean = bootstrap_rows(ratio_of_sums(np.ones((4, 1, 1)), np.ones((4, 1, 1))), np.ones((4, 1)), ["a"], ["mean"])
+    assert list(mean.columns) == ["target", "metric", "value", "ci_low", "ci_high", "n", "patients", "note"]
