@@ -156,7 +156,8 @@ def bootstrap_rows(
             low, high = interval(values)
             row = {"target": target, "metric": metric, "value": point, "ci_low": low, "ci_high": high}
             row["n"] = int(samples.any(axis=1).sum())
-            row |= {"positives": int((samples & mask[:, members]).any(axis=1).sum()) for mask in classes[:1]}
+            if classes:
+                row["positives"] = int((samples & classes[0][:, members]).any(axis=1).sum())
             row["patients"] = len(np.unique(patients[samples.any(axis=1)]))
             row |= {name: float(column[shown, m].mean()) if shown else np.nan for name, column in columns.items()}
             rows.append(row | {"note": text})

@@ -21,6 +21,7 @@ from gloria_core.data.images import read_gray
 from gloria_core.data.manifest import boxes_of, finding_columns, masks_of
 from gloria_core.data.prompts import NO_FINDING, prompts_for
 from gloria_core.data.reports import sentences
+from gloria_core.tasks.annotated_images import annotations_of
 from gloria_core.tasks.features import frontal_image
 
 Span = tuple[int, int]
@@ -71,11 +72,10 @@ def phrases_from_masks(frame: pd.DataFrame, *, sections: Sequence[str] = ("impre
     """
     phrases = []
     for position, row in enumerate(frame.to_dict("records")):
-        number, image = frontal_image(row)
         grouped: dict[tuple, list[str]] = {}
-        for mask in masks_of(row):
-            for section in sections if mask.get("image", 0) == number else ():
-                spans = tuple(sorted((int(s), int(e)) for name, s, e in mask.get("spans", ()) if name == section))
+        for mask in annotations_of(row, "masks"):
+            for section in sections:
+                spans = tuple(sorted((start, end) for name, start, end in mask.get("spans", ()) if name == section))
                 if spans:
                     grouped.setdefault((mask["label"], section, spans), []).append(mask["path"])
         for (label, section, spans), paths in grouped.items():
@@ -84,7 +84,7 @@ def phrases_from_masks(frame: pd.DataFrame, *, sections: Sequence[str] = ("impre
                 raise ValueError(
                     f"study {row['study_id']}: spans {spans} do not lie in its {section} ({len(text)} long)"
                 )
-            phrases.append(Phrase(position, label, section, text, spans, image, masks=tuple(paths)))
+            phrases.append(Phrase(position, label, section, text, spans, frontal_image(row)[1], masks=tuple(paths)))
     return phrases
 
 
@@ -95,20 +95,12 @@ def phrases_from_prompts(frame: pd.DataFrame, prompts: Mapping[str, str]) -> lis
     """
     phrases = []
     for position, row in enumerate(frame.to_dict("records")):
-        number, image = frontal_image(row)
-        masks: dict[str, list[str]] = {}
-        boxes: dict[str, list[tuple]] = {}
-        for mask in masks_of(row):
-            if mask.get("image", 0) == number:
-                masks.setdefault(mask["label"], []).append(mask["path"])
-        for box in boxes_of(row):
-            if box["image"] == number and box["label"] not in masks:
-                boxes.setdefault(box["label"], []).append(tuple(box["xywh"]))
-        for label in [*masks, *boxes]:
-            if label in prompts:
-                whole = Phrase.of_text(prompts[label], label, row=position, image=image)
-                parts = {"masks": tuple(masks.get(label, ())), "boxes": tuple(boxes.get(label, ()))}
-                phrases.append(replace(whole, **parts))
+        masks, boxes = (annotations_of(row, source) for source in ("masks", "boxes"))
+        for label in dict.fromkeys(entry["label"] for entry in (*masks, *boxes) if entry["label"] in prompts):
+            paths = tuple(mask["path"] for mask in masks if mask["label"] == label)
+            frames = tuple(tuple(box["xywh"]) for box in boxes if box["label"] == label and not paths)
+            whole = Phrase.of_text(prompts[label], label, row=position, image=frontal_image(row)[1])
+            phrases.append(replace(whole, masks=paths, boxes=frames))
     return phrases
 
 
@@ -119,12 +111,13 @@ def phrases_without_region(frame: pd.DataFrame, prompts: Mapping[str, str]) -> l
     """
     phrases = []
     for position, row in enumerate(frame.to_dict("records")):
-        _, image = frontal_image(row)
+        image = frontal_image(row)[1]
         label = next((name for name in prompts if row.get(name) == 1), NO_FINDING)
-        written = [(name, row[name], sentences(row[name])[:1]) for name in ("impression", "findings")]
-        for section, text, spans in [part for part in written if part[2]][:1]:
-            phrases.append(Phrase(position, label, section, text, tuple(spans), image))
-        if not any(spans for *_, spans in written) and label in prompts:
+        section = next((name for name in ("impression", "findings") if sentences(row[name])), "")
+        if section:
+            spans = tuple(sentences(row[section])[:1])
+            phrases.append(Phrase(position, label, section, row[section], spans, image))
+        elif label in prompts:
             phrases.append(Phrase.of_text(prompts[label], label, row=position, image=image))
     return phrases
 
@@ -137,8 +130,7 @@ def choose_phrases(
     Words of reports that masks name; where there are none, prompts (`prompts_for`) of labels that have masks or boxes;
     where there are none either, sentences and prompts without a region (`Phrase.known`), to be drawn and not scored.
     """
-    rows = frame.to_dict("records")
-    annotated = [part["label"] for row in rows for part in (*masks_of(row), *boxes_of(row))]
+    annotated = [part["label"] for row in frame.to_dict("records") for part in (*masks_of(row), *boxes_of(row))]
     chosen = prompts_for(data.name, dict.fromkeys([*finding_columns(frame), *annotated]), prompt_set)
     prompts = {label: kinds["pos"][0] for label, kinds in chosen.classes.items() if kinds["pos"]}
     phrases, meaning = phrases_from_masks(frame), "words of the reports that masks name"
@@ -197,12 +189,12 @@ def whole_sentences(phrases: Sequence[Phrase]) -> list[Phrase]:
     """
     grown = []
     for phrase in phrases:
-        touched = {
-            sentence
-            for sentence in sentences(phrase.text)
-            if any(sentence[0] < end and start < sentence[1] for start, end in phrase.spans)
-        }
-        grown.append(replace(phrase, spans=tuple(sorted(touched)) or phrase.spans))
+        touched = [
+            (first, last)
+            for first, last in sentences(phrase.text)
+            if any(first < end and start < last for start, end in phrase.spans)
+        ]
+        grown.append(replace(phrase, spans=tuple(touched) or phrase.spans))
     return grown
 
 

@@ -29,10 +29,9 @@ from gloria_core.tasks.phrases import Phrase
 from gloria_core.tasks.zero_shot import Prompts, Scoring, combine, prompt_list, scores, sides, similarities
 from gloria_core.types import Behavior
 
-MIN_STUDIES = 5
-"""Positives and negatives that a finding needs in validation to have a probability."""
+MIN_STUDIES = 5  # positives and negatives that a finding needs in validation to have a probability
+# A finding stands out from this percentile among studies without it, if its odds have also risen by this factor.
 MIN_PERCENTILE, MIN_ODDS_FACTOR = 0.9, 2.0
-"""A finding stands out from this percentile among studies without it, if its odds have also risen by this factor."""
 CAUTION = "This is the output of a research model, not a diagnosis."
 
 
@@ -52,10 +51,9 @@ class Cohort:
 
     @property
     def probability_thresholds(self) -> dict[str, float]:
-        """The same for the probabilities; NaN where there are none."""
+        """The same for the probabilities, of the findings that have them."""
         probabilities = self.probabilities(self.scores).dropna(axis=1)
-        thresholds = thresholds_of(self.targets[probabilities.columns], probabilities)
-        return {label: thresholds.get(label, float("nan")) for label in self.scores}
+        return thresholds_of(self.targets[probabilities.columns], probabilities)
 
     def percentile(self, label: str, value: float) -> float:
         """Share of the validation studies without the finding that score lower, ties half; NaN without such studies."""
@@ -73,17 +71,15 @@ class Cohort:
             y, score = (table.loc[known, label].to_numpy(dtype=float) for table in (self.targets, self.scores))
             positive, negative = (y == 1).sum(), (y == 0).sum()
             if min(positive, negative) < MIN_STUDIES:
-                columns[label] = np.full(len(values), np.nan)
+                columns[label] = float("nan")
                 continue
             middle, spread = score.mean(), score.std() or 1.0
-            x = ((score - middle) / spread)[:, None]
+            x, asked = (((part - middle) / spread)[:, None] for part in (score, values))
             # Platt's targets lie between 0 and 1: each study counts as positive by this weight, as negative by the rest
             weight = np.where(y == 1, (positive + 1) / (positive + 2), 1 / (negative + 2))
-            fit = LogisticRegression(C=1e6).fit(
-                np.concatenate([x, x]), np.repeat([1, 0], len(x)), sample_weight=np.concatenate([weight, 1 - weight])
-            )
-            rising = fit.coef_[0, 0] > 0
-            columns[label] = fit.predict_proba(((values - middle) / spread)[:, None])[:, 1] if rising else y.mean()
+            both, weights = np.concatenate([x, x]), np.concatenate([weight, 1 - weight])
+            fit = LogisticRegression(C=1e6).fit(both, np.repeat([1, 0], len(x)), sample_weight=weights)
+            columns[label] = fit.predict_proba(asked)[:, 1] if fit.coef_[0, 0] > 0 else y.mean()
         return pd.DataFrame(columns, index=other.index)
 
     def decide(
@@ -181,10 +177,8 @@ def explain_image(
     _, features = next(image_batches(model, study, pixels))
     phrases = [(0, Phrase.of_text(best[label], label)) for label in chosen]
     grids = [by_kind[kind] for by_kind in phrase_maps(model, features, phrases, [kind])] if chosen else []
-    maps = {
-        label: geometry.map_to_original(grid, crop=model.config.crop) for label, grid in zip(chosen, grids, strict=True)
-    }
-    return Answer(plain_answer(table, cohort), table, gray, maps, kind or "")
+    maps = [geometry.map_to_original(grid, crop=model.config.crop) for grid in grids]
+    return Answer(plain_answer(table, cohort), table, gray, dict(zip(chosen, maps, strict=True)), kind or "")
 
 
 def plain_answer(table: pd.DataFrame, cohort: Cohort | None) -> str:
@@ -217,14 +211,10 @@ def _table(values: dict[str, float], best: dict[str, str], cohort: Cohort | None
     table.index.name = "finding"
     if cohort is None:
         return table.sort_values("score", ascending=False, kind="stable")
-    columns = {
-        "percentile": {label: cohort.percentile(label, value) for label, value in values.items()},
-        "probability": cohort.probabilities(pd.DataFrame([values])).iloc[0].to_dict(),
-        "prevalence": cohort.targets.mean().to_dict(),
-        "threshold": cohort.thresholds,
-    }
-    table = table.assign(**{name: pd.Series(column) for name, column in columns.items()})
-    odds = {name: table[name] / (1 - table[name]) for name in ("probability", "prevalence")}
+    table["percentile"] = [cohort.percentile(label, value) for label, value in values.items()]
+    table["probability"] = cohort.probabilities(pd.DataFrame([values])).iloc[0]
+    table["prevalence"], table["threshold"] = cohort.targets.mean(), pd.Series(cohort.thresholds)
+    odds = table[["probability", "prevalence"]] / (1 - table[["probability", "prevalence"]])
     table["odds_factor"] = odds["probability"] / odds["prevalence"]
     table["stands_out"] = (table["percentile"] >= MIN_PERCENTILE) & (table["odds_factor"] >= MIN_ODDS_FACTOR)
     order = ["score", "percentile", "probability", "prevalence", "odds_factor", "threshold", "stands_out", "prompt"]

@@ -35,17 +35,16 @@ from torch.nn.functional import normalize
 from gloria_core.data.prompts import NO_FINDING
 from gloria_core.data.splits import exclusive_test_set
 from gloria_core.tasks.classification.label_policy import binary_targets
-from gloria_core.tasks.features import EncodedTexts, image_batches, inference, select, text_features
+from gloria_core.tasks.features import image_batches, inference, select, text_features
 from gloria_core.tasks.metrics import Metric, auroc, bootstrap_rows, metric_rows
 from gloria_core.types import ImageFeatures, TextFeatures
 
 Scoring = Literal["max", "mean", "pair", "contrast", "against_normal"]
 Normalise = Literal["none", "cohort"]
 Similarity = Literal["objective", "global", "prior"]
+# For each label its prompts: a list, or {"pos": [...], "neg": [...]}. Other keys ("unc") are not read.
 Prompts = Mapping[str, Sequence[str] | Mapping[str, Sequence[str]]]
-"""For each label its prompts: a list, or {"pos": [...], "neg": [...]}. Other keys ("unc") are not read."""
-TEXTS_AT_A_TIME = 64
-"""Bounds the (images, texts, regions, words) block of a local similarity."""
+TEXTS_AT_A_TIME = 64  # bounds the (images, texts, regions, words) block of a local similarity
 
 
 def no_x_prompts(labels: Sequence[str]) -> dict[str, dict[str, list[str]]]:
@@ -59,13 +58,9 @@ def biovil_prompts(labels: Sequence[str]) -> dict[str, dict[str, list[str]]]:
     BioViL's pair for pneumonia (Boecking et al. 2022) as CXR-CLIP's released code has it, full stop in the first only;
     the same words are put around other findings.
     """
-    pairs = {label: (f"Findings suggesting {label.lower()}.", f"No evidence of {label.lower()}") for label in labels}
-    return {label: {"pos": [pos], "neg": [neg]} for label, (pos, neg) in pairs.items() if label != NO_FINDING}
-
-
-def observed_prompts(labels: Sequence[str]) -> dict[str, list[str]]:
-    """ "X is observed", one prompt a class (PRIOR, Cheng et al. 2023, released zero-shot code)."""
-    return {label: [f"{label} is observed"] for label in labels}
+    sentences = {"pos": "Findings suggesting {}.", "neg": "No evidence of {}"}
+    named = [label for label in labels if label != NO_FINDING]
+    return {label: {side: [text.format(label.lower())] for side, text in sentences.items()} for label in named}
 
 
 def sides(prompts: Prompts, label: str) -> tuple[Sequence[str], Sequence[str]]:
@@ -86,10 +81,8 @@ def prompt_list(prompts: Prompts) -> list[str]:
 
 def scorings_of(prompts: Prompts) -> list[Scoring]:
     """The scoring rules that have the prompts they need."""
-    negative = all(sides(prompts, label)[1] for label in prompts)
-    possible = {"max": True, "mean": True, "pair": negative, "contrast": negative}
-    possible["against_normal"] = NO_FINDING in prompts
-    return [rule for rule in possible if possible[rule]]
+    paired = ["pair", "contrast"] if all(sides(prompts, label)[1] for label in prompts) else []
+    return ["max", "mean", *paired, *(["against_normal"] if NO_FINDING in prompts else [])]
 
 
 def choose_scoring(prompts: Prompts, scoring: str = "") -> tuple[Scoring, str]:
@@ -97,13 +90,13 @@ def choose_scoring(prompts: Prompts, scoring: str = "") -> tuple[Scoring, str]:
 
     Also a sentence that says why.
     """
-    if scoring:
-        return scoring, f"scoring is {scoring}, as given"
-    if NO_FINDING in prompts:
-        return "against_normal", f"scoring is against_normal: there are prompts for {NO_FINDING}, to compare with"
-    if "contrast" in scorings_of(prompts):
-        return "contrast", f"scoring is contrast: {NO_FINDING} is no label here, and every label has negative prompts"
-    return "max", f"scoring is max: {NO_FINDING} is no label here, and not every label has negative prompts"
+    possible, reason = scorings_of(prompts), "as given"
+    if not scoring and "against_normal" in possible:
+        scoring, reason = "against_normal", f"there are prompts for {NO_FINDING}, to compare with"
+    elif not scoring:
+        scoring, every = ("contrast", "every") if "contrast" in possible else ("max", "not every")
+        reason = f"{NO_FINDING} is no label here, and {every} label has negative prompts"
+    return scoring, f"scoring is {scoring}: {reason}"
 
 
 def combine(
@@ -115,15 +108,14 @@ def combine(
     column that does not vary becomes zeros. Raises ValueError for an unknown name, a label without the prompts that its
     scoring needs, or a cohort of fewer than two studies.
     """
-    if scoring not in get_args(Scoring):
-        raise ValueError(f"unknown scoring {scoring!r}; available: {', '.join(get_args(Scoring))}")
-    if normalise not in get_args(Normalise):
-        raise ValueError(f"unknown normalise {normalise!r}; available: {', '.join(get_args(Normalise))}")
+    for name, given, known in (("scoring", scoring, Scoring), ("normalise", normalise, Normalise)):
+        if given not in get_args(known):
+            raise ValueError(f"unknown {name} {given!r}; available: {', '.join(get_args(known))}")
     if scoring == "against_normal" and NO_FINDING not in prompts:
         raise ValueError(f'scoring="against_normal" needs prompts for {NO_FINDING!r}')
     if normalise == "cohort" and len(similarity) < 2:
         raise ValueError('normalise="cohort" needs at least two studies')
-    columns = []
+    columns = {}
     for label in prompts:
         positive, negative = (similarity[list(side)].to_numpy() for side in sides(prompts, label))
         if scoring in ("contrast", "pair") and not negative.shape[1]:
@@ -138,20 +130,19 @@ def combine(
                 score = score - negative.max(axis=1)
             if scoring == "against_normal" and label != NO_FINDING:
                 score = score - similarity[list(sides(prompts, NO_FINDING)[0])].to_numpy().mean(axis=1)
-        columns.append(score)
-    scores = np.stack(columns, axis=1).astype(np.float64)
-    if normalise == "cohort":
-        deviation = scores.std(axis=0)
-        constant = deviation <= 1e-9 * np.maximum(1.0, np.abs(scores).max(axis=0))
-        scores = np.where(constant, 0.0, (scores - scores.mean(axis=0)) / np.where(constant, 1.0, deviation))
-    return pd.DataFrame(scores, index=similarity.index, columns=list(prompts))
+        columns[label] = score.astype(np.float64)
+        if normalise == "cohort":
+            centred, deviation = columns[label] - columns[label].mean(), columns[label].std()
+            constant = deviation <= 1e-9 * max(1.0, np.abs(score).max())
+            columns[label] = 0.0 * score if constant else centred / deviation
+    return pd.DataFrame(columns, similarity.index)
 
 
 def similarities(
     model: nn.Module,
     frame: pd.DataFrame,
     cache,
-    texts: EncodedTexts | Sequence[str],
+    texts: Sequence[str],
     *,
     kind: Similarity = "objective",
     batch_size: int = 64,
@@ -162,35 +153,30 @@ def similarities(
     CXR-CLIP and ConVIRT have); "prior" `zero_shot_scores` of an objective that has them, a softmax over the N texts.
     Only the regions of one batch are in memory. The similarity itself is computed in float32.
     """
-    objective, given = model.objective, texts
-    if kind not in get_args(Similarity):
-        raise ValueError(f"unknown kind {kind!r}; available: {', '.join(get_args(Similarity))}")
-    if kind == "prior" and not hasattr(objective, "zero_shot_scores"):
-        raise ValueError(
-            f'objective {model.config.objective!r} has no zero-shot scores of its own, which "prior" needs'
-        )
-    if isinstance(texts, EncodedTexts):
-        given = texts.texts
-    else:
-        texts = text_features(model, texts)
+    objective = model.objective
 
     def of_global(images: ImageFeatures, texts: TextFeatures) -> Tensor:
         image, text = (normalize(part, dim=1) for part in objective.global_embeddings(images, texts))
         return image @ text.T
 
-    compare = {"objective": objective.similarity, "global": of_global}.get(kind) or objective.zero_shot_scores
+    kinds = {"objective": objective.similarity, "global": of_global}
+    if hasattr(objective, "zero_shot_scores"):
+        kinds["prior"] = objective.zero_shot_scores
+    if kind not in kinds:
+        raise ValueError(f"{model.config.objective!r} has no similarity {kind!r}; available: {', '.join(kinds)}")
+    encoded = text_features(model, texts)
     values = np.empty((len(frame), len(texts)), dtype=np.float32)
     step = len(texts) if kind == "prior" else TEXTS_AT_A_TIME
     for rows, images in image_batches(model, frame, cache, batch_size=batch_size):
         with inference(model, "float32") as where:
             for first in range(0, len(texts), step):
                 columns = slice(first, first + step)
-                block = compare(images, select(texts.features, columns).to(where))
+                block = kinds[kind](images, select(encoded.features, columns).to(where))
                 values[rows, columns] = block.float().cpu().numpy()
     if not np.isfinite(values).all():
         row, column = np.argwhere(~np.isfinite(values))[0]
-        raise ValueError(f"similarity of study {frame['study_id'].iloc[row]} with {given[column]!r} is not finite")
-    return pd.DataFrame(values, index=pd.Index(frame["study_id"].astype(str), name="study_id"), columns=list(given))
+        raise ValueError(f"similarity of study {frame['study_id'].iloc[row]} with {texts[column]!r} is not finite")
+    return pd.DataFrame(values, index=pd.Index(frame["study_id"].astype(str), name="study_id"), columns=list(texts))
 
 
 def scores(
@@ -306,7 +292,8 @@ def multiclass(
     """One among K, as the papers do it, on the studies of the frame that have exactly one of the labels.
 
     Protocols (column `protocol`): `gloria` takes the best prompt and standardises each class over the cohort,
-    `cxr_clip` the mean of the global cosine, `prior` its own softmax of "X is observed", where the objective has one.
+    `cxr_clip` the mean of the global cosine, `prior` its own softmax of "X is observed" (its released code), where the
+    objective has one.
     Rows as `multiclass_rows`; the metrics of `gloria` have plain names, others the protocol as a suffix. Empty for
     fewer than two labels that such a study has.
     """
@@ -317,7 +304,7 @@ def multiclass(
         "cxr_clip": (positive, {"scoring": "mean", "kind": "global"}),
     }
     if hasattr(model.objective, "zero_shot_scores"):
-        protocols["prior"] = (observed_prompts(labels), {"scoring": "prior"})
+        protocols["prior"] = ({label: [f"{label} is observed"] for label in labels}, {"scoring": "prior"})
     tables = [pd.DataFrame(columns=["protocol", *MULTICLASS_COLUMNS])]
     for protocol, (written, options) in protocols.items() if (alone[labels] == 1).any().sum() > 1 else ():
         answers = scores(model, alone, cache, written, batch_size=batch_size, **options)

@@ -387,7 +387,7 @@ def test_reranking_everything_is_the_full_similarity(make_model, frame, cache, o
     options = {"direction": direction, "k": 4 if direction == "image_to_text" else 8}  # four distinct texts
     coarse = rank_partners(cosine(features.embedding, texts.embedding), texts.texts, **options)
     found = rerank(model, frame, cache, texts, coarse, direction=direction, batch_size=3)
-    full = given(similarities(model, frame, cache, texts))
+    full = given(similarities(model, frame, cache, texts.texts))
     expected = rank_partners(full, texts.texts, **options)
     np.testing.assert_allclose(found.rank, expected.rank)
     np.testing.assert_allclose(np.sort(found.scores), np.sort(expected.scores), atol=1e-5)

@@ -115,7 +115,7 @@ def test_a_score_that_is_no_evidence_gives_the_prevalence():
     np.testing.assert_allclose(constant, 0.25, atol=0.03)
     few = made(np.arange(40.0), [1.0] * (MIN_STUDIES - 1) + [0.0] * (41 - MIN_STUDIES))
     assert few.probabilities(pd.DataFrame({"A": [1.0]}))["A"].isna().all()
-    assert np.isnan(few.probability_thresholds["A"]) and few.thresholds["A"] == 0
+    assert "A" not in few.probability_thresholds and few.thresholds["A"] == 0
 
 
 def test_a_perfect_score_has_finite_probabilities():

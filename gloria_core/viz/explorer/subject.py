@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +12,12 @@ from numpy.typing import NDArray
 from gloria_core.data.dataset import PreparedDataset
 from gloria_core.data.geometry import Geometry
 from gloria_core.data.images import decode_gray, read_gray
-from gloria_core.data.manifest import boxes_of, masks_of
 from gloria_core.data.reports import ReportError, sections
+from gloria_core.tasks.annotated_images import annotations_of
 from gloria_core.tasks.features import frontal_image
 from gloria_core.tasks.phrases import Phrase, Span, region, swap_sides
 
-SWAPPED = "~swapped"
-"""Ends the name of a text whose sides were exchanged."""
+SWAPPED = "~swapped"  # ends the name of a text whose sides were exchanged
 
 
 @dataclass(frozen=True)
@@ -77,13 +76,13 @@ def study_subject(data: PreparedDataset, study: str, text: str = "") -> Subject:
     if rows.empty:
         raise KeyError(f"study {study!r} is not in the manifest of {data.name}; one is {data.frame.study_id.iloc[0]!r}")
     row = rows.iloc[0].to_dict()
-    number, path = frontal_image(row)
+    path = frontal_image(row)[1]
     image = read_gray(data.root / path)
     texts = [Text(name, name.capitalize(), row[name]) for name in ("findings", "impression") if row[name].strip()]
     if not texts and text:
         texts = [Text("prompt", "Prompt (the study has no report)", text)]
     title = f"{row['study_id']} · {data.name}, {row['split']}"
-    return Subject(image, tuple(texts), _truths(row, number, image, data.root), title, path)
+    return Subject(image, tuple(texts), _truths(row, image, data.root), title, path)
 
 
 def own_subject(image: NDArray[np.uint8] | str | Path | bytes, report: str, *, name: str = "") -> Subject:
@@ -107,29 +106,23 @@ def swapped(text: Text) -> Text | None:
     return None if other is None else Text(text.name + SWAPPED, text.title, other.text, text.own)
 
 
-def _truths(row: Mapping, number: int, image: NDArray, root: Path) -> tuple[Truth, ...]:
+def _truths(row: Mapping, image: NDArray, root: Path) -> tuple[Truth, ...]:
     """Masks that share label and words are one truth; boxes speak for the labels that have no mask."""
-    geometry = Geometry.fit(*image.shape, max(image.shape))
+    geometry, truths = Geometry.fit(*image.shape, max(image.shape)), []
     by_words: dict[tuple, list[dict]] = {}
-    for mask in masks_of(row):
-        if mask.get("image", 0) == number:
-            words = tuple(sorted((str(name), int(start), int(end)) for name, start, end in mask.get("spans", ())))
-            by_words.setdefault((mask["label"], words), []).append(mask)
+    for mask in annotations_of(row, "masks"):
+        words = tuple(sorted((name, start, end) for name, start, end in mask.get("spans", ())))
+        by_words.setdefault((mask["label"], words), []).append(mask)
     labels = [label for label, _ in by_words]
-    truths = []
     for (label, words), masks in by_words.items():
         sides = sorted({mask["side"] for mask in masks if mask.get("side")})
         name = f"{label} ({', '.join(sides)})" if labels.count(label) > 1 and sides else label
-        spans: dict[str, list[Span]] = {}
-        for text, start, end in words:
-            spans.setdefault(text, []).append((start, end))
-        phrase = Phrase(0, label, "", "", (), "", masks=tuple(mask["path"] for mask in masks))
+        spans = {text: [(start, end) for other, start, end in words if other == text] for text, *_ in words}
+        phrase = replace(Phrase.of_text("", label), masks=tuple(mask["path"] for mask in masks))
         truths.append(Truth(name, region(phrase, geometry, root), spans=spans))
-    boxes: dict[str, list[tuple[float, ...]]] = {}
-    for box in boxes_of(row):
-        if box["image"] == number and box["label"] not in labels:
-            boxes.setdefault(box["label"], []).append(tuple(float(value) for value in box["xywh"]))
-    for label, several in boxes.items():
-        phrase = Phrase(0, label, "", "", (), "", boxes=tuple(several))
-        truths.append(Truth(label, region(phrase, geometry, root), boxes=tuple(several)))
+    boxes = [box for box in annotations_of(row, "boxes") if box["label"] not in labels]
+    for label in dict.fromkeys(box["label"] for box in boxes):
+        several = tuple(tuple(map(float, box["xywh"])) for box in boxes if box["label"] == label)
+        mask = region(replace(Phrase.of_text("", label), boxes=several), geometry, root)
+        truths.append(Truth(label, mask, boxes=several))
     return tuple(truths)
