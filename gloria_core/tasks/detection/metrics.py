@@ -208,7 +208,7 @@ def evaluate(
         names,
         macro=macro,
         notes=notes,
-        classes=[np.array([[(boxes.labels == k).any() for k in range(len(labels))] for boxes in truths], dtype=bool)],
+        classes=[np.array([np.isin(range(len(labels)), b.labels) for b in truths], bool).reshape(n, len(labels))],
         groups=groups,
         n_bootstrap=n_bootstrap,
         seed=seed,
