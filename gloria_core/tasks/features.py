@@ -35,7 +35,6 @@ class Features:
     embedding, not normalised, for retrieval. Both float32.
     """
 
-    study_ids: tuple[str, ...]
     paths: tuple[str, ...]
     pooled: np.ndarray
     embedding: np.ndarray
@@ -119,15 +118,14 @@ def image_features(
     precision: Precision = "auto",
 ) -> Features:
     """Features of every study of the frame (arguments as `image_batches`)."""
-    if not len(frame):
+    if frame.empty:
         raise ValueError("no studies to encode: the frame is empty")
     pooled, embedding = [], []
     for _, images in image_batches(model, frame, cache, batch_size=batch_size, precision=precision):
         with inference(model, "float32"):
             embedding.append(model.objective.embed_images(images).float().cpu())
         pooled.append(images.pooled.cpu())
-    ids, paths = tuple(frame["study_id"].astype(str)), _frontal_paths(frame)
-    return Features(ids, paths, torch.cat(pooled).numpy(), torch.cat(embedding).numpy())
+    return Features(_frontal_paths(frame), torch.cat(pooled).numpy(), torch.cat(embedding).numpy())
 
 
 def text_features(
@@ -182,13 +180,8 @@ def _concatenated(parts: Sequence[TextFeatures]) -> TextFeatures:
     """Concatenate along texts; shorter texts are padded with zero, False, or number -1."""
     columns = {}
     for field in fields(TextFeatures):
-        tensors = [getattr(part, field.name) for part in parts]
-        if tensors[0] is None:
-            continue
-        if field.name != "sentence":  # one vector a text, the only field that is not as long as the text
-            width = max(tensor.shape[1] for tensor in tensors)
-            value = TextFeatures.PADDING.get(field.name, 0)
-            pads = [(0, 0) * (tensor.ndim - 2) + (0, width - tensor.shape[1]) for tensor in tensors]
-            tensors = [nn.functional.pad(t, pad, value=value) for t, pad in zip(tensors, pads, strict=True)]
-        columns[field.name] = torch.cat(tensors)
+        rows = [row for part in parts if (tensor := getattr(part, field.name)) is not None for row in tensor]
+        if rows:  # `sentence` has one vector a text and needs no padding
+            padding = TextFeatures.PADDING.get(field.name, 0)
+            columns[field.name] = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)
     return TextFeatures(**columns)

@@ -24,7 +24,7 @@ from gloria_core.data.images import read_gray
 from gloria_core.data.prompts import NO_FINDING
 from gloria_core.tasks.classification.decisions import decision_rows, thresholds_of
 from gloria_core.tasks.features import image_batches
-from gloria_core.tasks.maps import Kind, kinds_of, phrase_maps
+from gloria_core.tasks.maps import kinds_of, phrase_maps
 from gloria_core.tasks.phrases import Phrase
 from gloria_core.tasks.zero_shot import Prompts, Scoring, combine, prompt_list, scores, sides, similarities
 from gloria_core.types import Behavior
@@ -117,7 +117,7 @@ class Answer:
     `text`: one or two sentences. `table`: one row a finding, those that stand out first: score, percentile,
     probability, prevalence, odds_factor (odds of the probability over those of the prevalence), threshold (of highest
     F1 in validation), stands_out (bool), prompt (its best); without a cohort, score and prompt. `image`: (H, W) uint8
-    as in the file. `maps`: for the mapped findings (H, W) values in pixels of the file, NaN outside what the model saw;
+    as in the file. `maps`: for the first finding (H, W) values in pixels of the file, NaN outside what the model saw;
     empty where the objective has none. `map_kind`: "cosine", "attention" or "".
     """
 
@@ -152,16 +152,14 @@ def explain_image(
     *,
     scoring: Scoring = "against_normal",
     cohort: Cohort | None = None,
-    mapped: int = 1,
-    kind: Kind | None = None,
     behavior: Behavior = "corrected",
 ) -> Answer:
     """Scores, comparison and maps of one radiograph: a PNG, JPEG or DICOM file, or its gray values (H, W) uint8.
 
-    `cohort`: of the same prompts and scoring (`validation_cohort`); without one there are scores only. `mapped`: how
-    many findings, from the top, have a map; `kind`: of map, by default "cosine" where the model has it (the only one
-    with a sign), else "attention". `behavior`: of the resizing, as in the cache that the model was trained on.
-    A map is the mean over the words of the finding's best prompt.
+    `cohort`: of the same prompts and scoring (`validation_cohort`); without one there are scores only. `behavior`: of
+    the resizing, as in the cache that the model was trained on.
+    The first finding has a map, the mean over the words of its best prompt: the cosine where the model has it (the only
+    kind with a sign), else the attention.
     Raises ImageError for an unusable file, ValueError for a cohort of other prompts or scoring.
     """
     if cohort is not None and (cohort.scoring != scoring or dict(cohort.prompts) != dict(prompts)):
@@ -172,13 +170,13 @@ def explain_image(
     similarity = similarities(model, study, pixels, prompt_list(prompts))
     best = {label: similarity[list(sides(prompts, label)[0])].iloc[0].idxmax() for label in prompts}
     table = _table(combine(similarity, prompts, scoring=scoring).iloc[0].to_dict(), best, cohort)
-    kind = kind or next((k for k in ("cosine", "attention") if k in kinds_of(model)), None)
-    chosen = [label for label in table.index if label != NO_FINDING][:mapped] if kind else []
-    _, features = next(image_batches(model, study, pixels))
-    phrases = [(0, Phrase.of_text(best[label], label)) for label in chosen]
-    grids = [by_kind[kind] for by_kind in phrase_maps(model, features, phrases, [kind])] if chosen else []
-    maps = [geometry.map_to_original(grid, crop=model.config.crop) for grid in grids]
-    return Answer(plain_answer(table, cohort), table, gray, dict(zip(chosen, maps, strict=True)), kind or "")
+    kind = next((kind for kind in ("cosine", "attention") if kind in kinds_of(model)), "")
+    first, maps = [label for label in table.index if label != NO_FINDING][:1] if kind else [], {}
+    for label in first:
+        _, features = next(image_batches(model, study, pixels))
+        (grids,) = phrase_maps(model, features, [(0, Phrase.of_text(best[label], label))], [kind])
+        maps[label] = geometry.map_to_original(grids[kind], crop=model.config.crop)
+    return Answer(plain_answer(table, cohort), table, gray, maps, kind)
 
 
 def plain_answer(table: pd.DataFrame, cohort: Cohort | None) -> str:

@@ -20,12 +20,10 @@ from gloria_core.data.images import read_gray
 from gloria_core.tasks.maps import Kind, original_maps
 from gloria_core.tasks.phrases import Phrase, region
 from gloria_core.tasks.snapshots import MapSnapshots
-from gloria_core.viz.plots import Mark, colour_of, draw_bars, draw_mark, image_grid, new_figure, show_image, wrapped
+from gloria_core.viz.plots import Mark, colour_of, draw_bars, image_grid, new_figure, wrapped
 
-TRUTH = "#00e5ff"
-"""Colour of outlines: in no colour map used here, and bright on dark lungs and on white bone."""
-FLAT = 1e-4
-"""A map whose values differ by less than this part of the largest is shown in one colour: the rest is rounding."""
+TRUTH = "#00e5ff"  # of outlines: in no colour map used here, and bright on dark lungs and on white bone
+FLAT = 1e-4  # a map whose values differ by less than this part of the largest has one colour: the rest is rounding
 
 
 def draw_map(axis: Axes, values: np.ndarray, *, signed: bool, reach: float | None = None) -> tuple[AxesImage, str]:
@@ -68,23 +66,21 @@ def attention_row(
     for name, values in maps.items():
         if np.shape(values) != image.shape:
             raise ValueError(f"map {name!r} has {np.shape(values)} pixels, the image {image.shape}")
-    names = [name.replace("_", " ") + (f"\n{scores[name]}" if scores and name in scores else "") for name in maps]
-    titles = ["image" + ("\ntrue region outlined" if len(outlines) or len(boxes) else ""), *names]
-    titles = [wrapped(text, 34) for text in titles]
-    lines = max(text.count("\n") for text in titles)
-    height = np.clip(2.9 * image.shape[0] / image.shape[1], 1.8, 5.0) + 1.1 + 0.16 * lines
-    figure, axes = new_figure(len(titles), columns=len(titles), width=3.1, height=height)
     marks = [Mark("truth", mask=mask) for mask in outlines] + [Mark("truth", box=box) for box in boxes]
-    for axis, text, name in zip(axes, titles, [None, *maps], strict=True):
-        show_image(axis, image)
-        # titles of equal height, and a bar under the bare image too: so all images come out in one line
-        axis.set_title(text + "\n" * (lines - text.count("\n")), fontsize=9)
-        for mark in marks:
-            draw_mark(axis, mark, TRUTH)
-        if name is None:
-            _colour_bar(figure, axis, axis.images[0], "gray value\n(of the file)")
-        elif np.isfinite(maps[name]).any():
-            _colour_bar(figure, axis, *draw_map(axis, maps[name], signed=(kind or name.split()[-1]) == "cosine"))
+    names = [f"{name.replace('_', ' ')}\n{(scores or {}).get(name, '')}".strip() for name in maps]
+    titles = [wrapped(text, 30) for text in ("image" + "\ntrue region outlined" * bool(marks), *names)]
+    lines = max(text.count("\n") for text in titles)
+    # titles of equal height, and a bar under the bare image too: so all images come out in one line
+    titles = [text + "\n" * (lines - text.count("\n")) for text in titles]
+    figure = image_grid(
+        [image] * len(titles), titles, [marks] * len(titles), colours={"truth": TRUTH}, columns=len(titles), side=3.1
+    )
+    axes = figure.axes
+    figure.set_figheight(figure.get_figheight() + 0.5)  # for the colour bars
+    _colour_bar(figure, axes[0], axes[0].images[0], "gray value\n(of the file)")
+    for axis, (name, values) in zip(axes[1:], maps.items(), strict=True):
+        if np.isfinite(values).any():
+            _colour_bar(figure, axis, *draw_map(axis, values, signed=(kind or name.split()[-1]) == "cosine"))
         else:
             text = "outside what\nthe model saw"
             axis.text(0.5, 0.5, text, transform=axis.transAxes, ha="center", va="center", color="white")
@@ -115,10 +111,9 @@ def word_figure(
     phrase: Phrase,
     *,
     kind: Kind = "cosine",
-    max_words: int = 8,
 ) -> Figure:
-    """`attention_row` of the map of each word of a phrase's text, the first `max_words` words."""
-    spans = [match.span() for match in re.finditer(r"[^\W\d_]+", phrase.text)][:max_words]
+    """`attention_row` of the map of each word of a phrase's text, the first eight."""
+    spans = [match.span() for match in re.finditer(r"[^\W\d_]+", phrase.text)][:8]
     words = [replace(phrase, spans=(span,)) for span in spans]
     found = original_maps(model, frame, data.cache, words, kinds=(kind,))
     maps = {word.words: by_kind[kind] for word, by_kind in zip(words, found, strict=True)}
@@ -126,50 +121,30 @@ def word_figure(
 
 
 def snapshot_figure(snapshots: MapSnapshots, root: Path) -> Figure:
-    """`snapshot_strip` of saved training snapshots; `root` is the folder of the images."""
-    phrases, saved = snapshots.phrases, snapshots.load()
-    return snapshot_strip(
-        [read_gray(root / phrase.image) for phrase in phrases],
-        list(saved),
-        list(saved.values()),
-        titles=[f"{phrase.label}: “{phrase.words}”" for phrase in phrases],
-        outlines=[region(phrase, snapshots.cache.geometry(phrase.image), root) for phrase in phrases],
-    )
+    """Saved training snapshots, one row a phrase and one column an epoch, the truth outlined; `root`: of the images.
 
-
-def snapshot_strip(
-    images: Sequence[np.ndarray],
-    epochs: Sequence[int],
-    maps: Sequence[Sequence[np.ndarray]],
-    *,
-    titles: Sequence[str],
-    outlines: Sequence[np.ndarray] = (),
-    title: str = "Maps while training",
-) -> Figure:
-    """One row a study, one column an epoch: signed maps over the image, on one scale for the whole figure.
-
-    images: (H, W) uint8 each; maps[e][i]: (H, W) of image i after epochs[e], NaN outside the crop; outlines: the truth.
-    Raises ValueError where the numbers of images, titles and maps differ.
+    The maps are signed and on one scale for the whole figure. Raises ValueError where nothing was saved.
     """
-    fits = len(maps) == len(epochs) and all(len(row) == len(images) == len(titles) for row in maps)
-    if not epochs or not fits:
-        raise ValueError("snapshot_strip takes one title an image, and for every epoch one map an image")
-    places = [(i, e) for i in range(len(images)) for e in range(len(epochs))]
+    phrases, saved = snapshots.phrases, snapshots.load()
+    if not saved:
+        raise ValueError(f"{snapshots.folder} holds no snapshot: no epoch has ended yet, or the model has no such map")
+    images = [read_gray(root / phrase.image) for phrase in phrases]
+    outlines = [region(phrase, snapshots.cache.geometry(phrase.image), root) for phrase in phrases]
     figure = image_grid(
-        [images[i] for i, _ in places],
-        ["" if i else f"epoch {epochs[e]}" for i, e in places],
-        [[Mark("truth", mask=mask) for mask in outlines[i : i + 1]] for i, _ in places],
+        [image for image in images for _ in saved],
+        [f"epoch {epoch}" if row == 0 else "" for row in range(len(images)) for epoch in saved],
+        [[Mark("truth", mask=mask)] for mask in outlines for _ in saved],
         colours={"truth": TRUTH},
-        row_labels=titles,
-        columns=len(epochs),
+        row_labels=[f"{phrase.label}: “{phrase.words}”" for phrase in phrases],
+        columns=len(saved),
     )
-    axes = figure.axes
+    axes, maps = figure.axes, [values[row] for row in range(len(images)) for values in saved.values()]
     figure.set_figwidth(figure.get_figwidth() + 1.3)  # for the colour bar
-    reach = max(float(np.abs(values[np.isfinite(values)]).max(initial=0.0)) for row in maps for values in row)
-    for axis, (i, e) in zip(axes, places, strict=True):
-        drawn, _ = draw_map(axis, maps[e][i], signed=True, reach=reach)
+    reach = max(float(np.abs(values[np.isfinite(values)]).max(initial=0.0)) for values in maps)
+    for axis, values in zip(axes, maps, strict=True):
+        drawn, _ = draw_map(axis, values, signed=True, reach=reach)
     figure.colorbar(drawn, ax=axes, shrink=0.7, pad=0.02).set_label("cosine, one scale for all", fontsize=8)
-    figure.suptitle(f"{title} (n = {len(images)} images, {len(epochs)} epochs)", fontsize=10)
+    figure.suptitle(f"Maps while training (n = {len(images)} images, {len(saved)} epochs)", fontsize=10)
     return figure
 
 

@@ -49,85 +49,64 @@ def nearest_partners(
     direction: Direction,
     title: str = "The nearest, best first",
 ) -> Figure:
-    """`neighbours` of some studies in a ranking of `rank_partners`; texts and images are those of all studies.
+    """One row a study: the query, then its nearest in a ranking of `rank_partners`; right ones are ticked and framed.
 
-    Answers are texts for "image_to_text", and for "text_to_image" images, each with its own text. Right is what has
-    the text of the query; of identical texts the first is the query.
+    `texts` and `images`, (H, W) uint8, are those of all studies. Answers are texts for "image_to_text", and for
+    "text_to_image" images, each with its own text. Right is what has the text of the query; of identical texts the
+    first is the query. Raises ValueError for no studies.
     """
-    group = text_groups(texts)
-    queries, answers = [], []
+    if not len(studies):
+        raise ValueError("nearest_partners takes at least one study")
+    group, from_image, rows = text_groups(texts), direction == "image_to_text", []
     for study in studies:
-        from_image = direction == "image_to_text"
         same = ranking.queries == study if from_image else group[ranking.queries] == group[study]
-        row = np.flatnonzero(same)[0]
-        queries.append(Shown(f"own report: {texts[study]}", images[study]) if from_image else Shown(texts[study]))
-        answers.append(
-            [
-                Shown(texts[found], None if from_image else images[found], score, group[found] == group[study])
-                for found, score in zip(ranking.nearest[row], ranking.scores[row], strict=True)
-            ]
-        )
-    return neighbours(queries, answers, title=title)
-
-
-@dataclass(frozen=True)
-class Shown:
-    """One query or one answer: an image (H, W) uint8, a text, or both.
-
-    For an answer, its `score` and whether it is `right`, which is None for a query, and where nobody knows.
-    """
-
-    text: str = ""
-    image: np.ndarray | None = None
-    score: float | None = None
-    right: bool | None = None
-
-    def lines(self, width: int = 30, most: int = 9) -> str:
-        """The text wrapped, cut with an ellipsis after `most` lines."""
-        lines = wrapped(self.text, width).splitlines()
-        return "\n".join(lines if len(lines) <= most else [*lines[: most - 1], lines[most - 1][:-1] + "…"])
-
-
-def neighbours(
-    queries: Sequence[Shown], answers: Sequence[Sequence[Shown]], *, title: str = "The nearest, best first"
-) -> Figure:
-    """One row a query: the query, then its answers. Right answers have a tick and a thick frame.
-
-    Raises ValueError for no queries or rows of different lengths.
-    """
-    if not queries or len(queries) != len(answers) or len({len(row) for row in answers}) != 1:
-        raise ValueError("neighbours takes at least one query, and as many answers for each")
-    rows = [[query, *row] for query, row in zip(queries, answers, strict=True)]
+        nearest, scores = (table[np.flatnonzero(same)[0]] for table in (ranking.nearest, ranking.scores))
+        asked = (f"own report: {texts[study]}", images[study]) if from_image else (texts[study], None)
+        rows.append([_Cell("query", *asked)])
+        for place, (found, score) in enumerate(zip(nearest, scores, strict=True), start=1):
+            right = bool(group[found] == group[study])
+            head = f"{place}.  {score:.2f}  {'✓ right' if right else '✗'}"
+            rows[-1].append(_Cell(head, texts[found], None if from_image else images[found], right))
     # a cell with an image has its text below, one without is all text
     ratios = [
-        (2.1 if any(shown.image is not None for shown in row) else 0.4)
-        + 0.16 * max(len(shown.lines().splitlines()) for shown in row)
+        (2.1 if any(cell.image is not None for cell in row) else 0.4) + 0.16 * max(len(cell.lines) for cell in row)
         for row in rows
     ]
     columns = len(rows[0])
     figure, axes = new_figure(len(rows) * columns, columns=columns, width=2.3, height=sum(ratios) / len(rows))
     axes[0].get_gridspec().set_height_ratios(ratios)
-    for axis, (place, shown) in zip(axes, (cell for row in rows for cell in enumerate(row)), strict=True):
-        _draw(axis, shown, place)
-    known = [shown.right for row in answers for shown in row if shown.right is not None]
-    count = f", {sum(known)} of {len(known)} right" if known else ""
-    unit = "texts" if all(shown.image is None for row in answers for shown in row) else "images"
-    figure.suptitle(f"{title} (n = {len(queries)} queries, {len(answers[0])} {unit} each{count})", fontsize=11)
+    for axis, cell in zip(axes, (cell for row in rows for cell in row), strict=True):
+        cell.draw(axis)
+    right = [cell.right for row in rows for cell in row[1:]]
+    known = f"{columns - 1} {'texts' if from_image else 'images'} each, {sum(right)} of {len(right)} right"
+    figure.suptitle(f"{title} (n = {len(rows)} queries, {known})", fontsize=11)
     return figure
 
 
-def _draw(axis: Axes, shown: Shown, place: int) -> None:
-    """A query (place 0) or the answer at a place; right and wrong differ by sign, width and colour."""
-    axis.set(xticks=[], yticks=[])
-    colour = "black" if place == 0 else sns.color_palette("colorblind")[2] if shown.right else "0.75"
-    for side in axis.spines.values():
-        side.set(visible=True, color=colour, linewidth=3 if shown.right else 0.8)
-    mark = {None: "", True: "✓ right", False: "✗"}[None if shown.right is None else bool(shown.right)]
-    score = "" if shown.score is None else f"{shown.score:.2f}"
-    head = "query" if place == 0 else "  ".join(part for part in (f"{place}.", score, mark) if part)
-    axis.set_title(head, fontsize=9, fontweight="bold" if shown.right or place == 0 else "normal")
-    if shown.image is None:
-        axis.text(0.03, 0.97, shown.lines(), fontsize=7.5, va="top", ha="left", transform=axis.transAxes)
-    else:
-        show_image(axis, shown.image)
-        axis.set_xlabel(shown.lines(), fontsize=7.5)
+@dataclass(frozen=True)
+class _Cell:
+    """A query or an answer: a heading, a text, perhaps an image (H, W), and for an answer whether it is right."""
+
+    head: str
+    text: str
+    image: np.ndarray | None = None
+    right: bool | None = None
+
+    @property
+    def lines(self) -> list[str]:
+        """The text in lines of 30 characters, cut with an ellipsis after nine."""
+        lines = wrapped(self.text, 30).splitlines()
+        return lines if len(lines) <= 9 else [*lines[:8], lines[8][:-1] + "…"]
+
+    def draw(self, axis: Axes) -> None:
+        """Right and wrong differ by sign, width and colour of the frame."""
+        axis.set(xticks=[], yticks=[])
+        palette = {None: "black", True: sns.color_palette("colorblind")[2], False: "0.75"}
+        for side in axis.spines.values():
+            side.set(visible=True, color=palette[self.right], linewidth=3 if self.right else 0.8)
+        axis.set_title(self.head, fontsize=9, fontweight="normal" if self.right is False else "bold")
+        if self.image is None:
+            axis.text(0.03, 0.97, "\n".join(self.lines), fontsize=7.5, va="top", transform=axis.transAxes)
+        else:
+            show_image(axis, self.image)
+            axis.set_xlabel("\n".join(self.lines), fontsize=7.5)

@@ -15,7 +15,6 @@ from gloria_core.viz.attention import (
     control_bars,
     phrase_figure,
     snapshot_figure,
-    snapshot_strip,
     word_figure,
 )
 
@@ -144,20 +143,6 @@ def test_control_bars_show_values_in_order():
         control_bars(pd.concat([rows, rows.assign(target="Edema")]))
 
 
-def test_snapshots_share_one_scale_and_an_unseen_map_is_left_blank():
-    values, unseen = np.full(IMAGE.shape, -0.5), np.full(IMAGE.shape, np.nan)
-    figure = snapshot_strip([IMAGE, IMAGE], [0, 3], [[values / 2, unseen], [values, unseen]], titles=["a", "b"])
-    axes = _map_axes(figure)
-    assert [axis.images[1].get_clim() for axis in axes[:2]] == [(-0.5, 0.5)] * 2
-    assert [axis.get_title() for axis in axes] == ["epoch 0", "epoch 3", "", ""]
-    assert [axes[0].get_ylabel(), axes[2].get_ylabel()] == ["a", "b"]
-    figure.draw_without_rendering()
-    blank = snapshot_strip([IMAGE], [0], [[unseen]], titles=["a"])
-    assert np.isfinite(_map_axes(blank)[0].images[1].get_clim()).all()
-    with pytest.raises(ValueError, match="one title an image"):
-        snapshot_strip([IMAGE], [0, 1], [[values]], titles=["a"])
-
-
 @pytest.fixture
 def made(monkeypatch, tmp_path):
     """Data of one study of IMAGE whose map of a phrase has the value of its first character's place."""
@@ -187,12 +172,26 @@ def test_phrase_figure_has_every_map_with_its_scores(made):
 
 
 def test_word_figure_has_one_map_a_word_and_none_of_numbers(made):
-    figure = word_figure(None, made, FRAME, PHRASE, max_words=3)
+    figure = word_figure(None, made, FRAME, PHRASE)
     assert [axis.get_title().strip() for axis in _map_axes(figure)] == ["Mild", "edema", "cm"]
     assert [axis.images[1].get_array().max() for axis in _map_axes(figure)] == [0, 5, 14]
 
 
-def test_snapshot_figure_has_one_column_an_epoch(made):
-    snapshots = SimpleNamespace(phrases=[PHRASE], load=lambda: {1: [IMAGE * 0.1], 4: [IMAGE * 0.2]}, cache=made.cache)
-    figure = snapshot_figure(snapshots, made.root)
-    assert [axis.get_title() for axis in figure.axes][:2] == ["epoch 1", "epoch 4"]
+def snapshots_of(made, *maps):
+    """Snapshots of two phrases after epochs 1, 4 ...: maps[e][i] is that of phrase i."""
+    saved = {1 + 3 * number: list(values) for number, values in enumerate(maps)}
+    return SimpleNamespace(phrases=[PHRASE] * 2, load=lambda: saved, cache=made.cache, folder=made.root)
+
+
+def test_snapshots_share_one_scale_and_an_unseen_map_is_left_blank(made):
+    values, unseen = np.full(IMAGE.shape, -0.5), np.full(IMAGE.shape, np.nan)
+    figure = snapshot_figure(snapshots_of(made, (values / 2, unseen), (values, unseen)), made.root)
+    axes = _map_axes(figure)
+    assert [axis.images[1].get_clim() for axis in axes[:2]] == [(-0.5, 0.5)] * 2
+    assert [axis.get_title() for axis in axes] == ["epoch 1", "epoch 4", "", ""]
+    assert axes[0].get_ylabel() == axes[2].get_ylabel() == "Edema: “edema”"
+    figure.draw_without_rendering()
+    blank = snapshot_figure(snapshots_of(made, (unseen, unseen)), made.root)
+    assert np.isfinite(_map_axes(blank)[0].images[1].get_clim()).all()
+    with pytest.raises(ValueError, match="holds no snapshot"):
+        snapshot_figure(snapshots_of(made), made.root)

@@ -13,7 +13,7 @@ from gloria_core.tasks.retrieval import Scores, rank_partners
 from gloria_core.tasks.single_image import Answer
 from gloria_core.viz import classification
 from gloria_core.viz.detection import box_cases, iou_pair
-from gloria_core.viz.retrieval import Shown, nearest_partners, neighbours, recall_curves
+from gloria_core.viz.retrieval import nearest_partners, recall_curves
 from gloria_core.viz.segmentation import COLOURS, fit_curves, overlays
 from gloria_core.viz.zero_shot import answer_figure, wording_spread
 
@@ -111,30 +111,6 @@ def test_the_intersection_of_two_boxes_is_shaded():
 # --------------------------------------------------------------------------------------------------------- retrieval
 
 
-def test_right_answers_are_ticked_and_counted():
-    answers = [[Shown("one", score=0.9, right=True), Shown("two", score=0.5, right=False)]]
-    figure = neighbours([Shown("query text", image=IMAGE)], answers, title="T")
-    texts = texts_of(figure)
-    assert texts[0] == "T (n = 1 queries, 2 texts each, 1 of 2 right)"
-    assert "1.  0.90  ✓ right" in texts and "2.  0.50  ✗" in texts and "query" in texts and "query text" in texts
-    widths = [axis.spines["right"].get_linewidth() for axis in figure.axes if axis.spines["right"].get_visible()]
-    assert len(widths) == 3 and widths[1] > widths[2]
-    figure.canvas.draw()
-
-
-def test_images_and_unknown_answers():
-    figure = neighbours([Shown("text")], [[Shown("x", image=IMAGE), Shown("y", image=IMAGE)]])
-    assert "2 images each)" in texts_of(figure)[0] and len(figure.axes[1].images) == 1
-    long = neighbours([Shown("word " * 200)], [[Shown("x")]])
-    assert max(text.count("\n") for text in texts_of(long)) < 9 and any(text.endswith("…") for text in texts_of(long))
-
-
-@pytest.mark.parametrize(("queries", "answers"), [([], []), ([Shown("a")], []), ([Shown("a")] * 2, [[Shown("b")], []])])
-def test_unequal_rows_are_refused(queries, answers):
-    with pytest.raises(ValueError, match="at least one query"):
-        neighbours(queries, answers)
-
-
 SIMILARITY = Scores(
     torch.tensor([[0.7, 0.1, 0.8, 0.2], [0.5, 0.6, 0.5, 0.9], [0.6, 0.9, 0.6, 0.7], [0.1, 0.2, 0.3, 0.9]]), torch.eye(4)
 )
@@ -161,6 +137,22 @@ def test_partners_with_the_text_of_the_query_are_right(direction, right, query):
     assert f"{right} of 2 right" in texts[0] and any(text.startswith(query) for text in texts)
     copy = nearest_partners(ranking, [2], REPORTS, [IMAGE] * 4, direction=direction)
     assert f"{0 if direction == 'image_to_text' else 2} of 2 right" in texts_of(copy)[0]
+    shown = [len(axis.images) for axis in figure.axes]
+    assert shown == ([1, 0, 0] if direction == "image_to_text" else [0, 1, 1])
+    heads = [axis.get_title() for axis in figure.axes]
+    assert heads[0] == "query" and heads[1] == f"1.  {ranking.scores[0, 0]:.2f}  ✓ right"
+    widths = [axis.spines["right"].get_linewidth() for axis in figure.axes]
+    assert widths[1] > widths[0] and (heads[2].endswith("✗")) == (widths[2] < widths[1])
+    figure.canvas.draw()
+
+
+def test_long_texts_are_cut_and_no_study_is_refused():
+    ranking = rank_partners(SIMILARITY, REPORTS, k=1)
+    texts = ["word " * 200, *REPORTS[1:]]
+    shown = texts_of(nearest_partners(ranking, [0], texts, [IMAGE] * 4, direction="image_to_text"))
+    assert max(text.count("\n") for text in shown) < 9 and any(text.endswith("…") for text in shown)
+    with pytest.raises(ValueError, match="at least one study"):
+        nearest_partners(ranking, [], texts, [IMAGE] * 4, direction="image_to_text")
 
 
 # --------------------------------------------------------------------------------------------------------- zero-shot
