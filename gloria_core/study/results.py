@@ -4,7 +4,7 @@
     summary(rows)                                 mean, spread over seeds, number of seeds
     wide(summary(rows), index=["objective"], columns=["target"])
     paper_table(rows, published(), "GLoRIA ICCV 2021 linear probe")
-    wide(overview(rows), index=["task", "metric"], columns=["objective"])
+    wide(summary(headlines(rows)), index=["task", "metric"], columns=["objective"])
 
 Means are computed here, when they are looked at, and stored nowhere else.
 """
@@ -22,10 +22,11 @@ from gloria_core.study.paths import RUNS, read_json, repository_root
 from gloria_core.study.record import COLUMNS
 
 NUMBERS = ["label_fraction", "seed", "value", "ci_low", "ci_high", "n"]
+# What makes two numbers comparable, so that only seeds differ.
 CASE = ("dataset", "task", "split", "target", "metric", "objective", "label_fraction")
-"""What makes two numbers comparable, so that only seeds differ."""
+# Metrics that papers print as they are; all others are printed in percent.
 UNIT_METRICS = ("cnr", "miou", "pointing_game")
-"""Metrics that papers print as they are; all others are printed in percent."""
+# The one or two numbers by which a task is known.
 HEADLINES = pd.DataFrame(
     [
         ("07_zero_shot", "zero_shot", "auroc", "macro"),
@@ -40,7 +41,6 @@ HEADLINES = pd.DataFrame(
     ],
     columns=["notebook", "task", "metric", "target"],
 ).assign(split="test")
-"""The one or two numbers by which a task is known."""
 
 
 class TableError(ValueError):
@@ -81,10 +81,9 @@ def _metrics(folder: Path, fingerprint: str) -> pd.DataFrame:
         raise TableError("no run.json: not run, still running, or killed")
     if record.get("fingerprint") != fingerprint:
         raise TableError("stale: made by other code cells or other data than the plan's")
-    if record.get("status") == "not applicable":
-        raise TableError(f"not applicable: {record['error']['value']}")
     if record.get("status") != "ok":
-        raise TableError(f"status {record.get('status')!r}")
+        reason = f": {record['error']['value']}" if record.get("status") == "not applicable" else ""
+        raise TableError(f"{record.get('status')}{reason}")
     try:
         # only an empty cell is a missing value: a finding may be called "None"
         text = pd.read_csv(folder / "metrics.csv", dtype=str, keep_default_na=False)
@@ -112,8 +111,9 @@ def confounds(dataset: str, *, folder: str | Path | None = None) -> str:
     path = (Path(folder) if folder else repository_root() / "data_manifests") / f"{dataset}.md"
     if not path.is_file():
         raise TableError(f"{path} is missing: write a card for the dataset, with its confounds")
-    paragraphs = [part.strip() for part in re.split(r"\n\s*\n", path.read_text(encoding="utf-8"))]
-    named = [part for part in paragraphs if part.startswith("**Confounds")]
+    named = re.findall(
+        r"^\*\*Confounds.*?(?=\n\s*\n|\s*\Z)", path.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
     if not named:
         raise TableError(f"{path} says nothing of confounds: begin a paragraph with **Confounds.**")
     return "\n\n".join(named)
@@ -132,12 +132,9 @@ def summary(rows: pd.DataFrame, *, by: Sequence[str] = CASE) -> pd.DataFrame:
         first = repeated.iloc[0][[*by, "seed"]].to_dict()
         raise TableError(f"{len(repeated)} numbers share a case and a seed, e.g. {first}; add what differs to `by`")
     groups = rows.groupby(list(by), dropna=False, sort=False)
-    table = groups.agg(
-        mean=("value", "mean"), sd=("value", "std"), seeds=("value", "count"), n=("n", "min"),
-        ci_low=("ci_low", "first"), ci_high=("ci_high", "first"), rows=("value", "size"),
-    ).reset_index()  # fmt: skip
-    table.loc[table.pop("rows") > 1, ["ci_low", "ci_high"]] = float("nan")
-    return table
+    table = groups["value"].agg(mean="mean", sd="std", seeds="count").assign(n=groups["n"].min())
+    bounds = groups[["ci_low", "ci_high"]].first().where(groups.size() == 1)
+    return table.join(bounds).reset_index()
 
 
 def wide(
@@ -197,18 +194,12 @@ def paper_table(rows: pd.DataFrame, published_rows: pd.DataFrame, source_table: 
     macro = wanted[wanted["target"] == "macro"]
     ours = summary(macro if len(macro) else wanted)
     factor = ours["metric"].isin(UNIT_METRICS).map({True: 1.0, False: 100.0})
-    ours = ours.assign(
-        who="ours", method=ours["objective"], value=ours["mean"] * factor, sd=ours["sd"] * factor, mark="measured",
-        source="split " + ours["split"].astype(str) + ", target " + ours["target"].astype(str), note="",
-    )  # fmt: skip
+    source = "split " + ours["split"].astype(str) + ", target " + ours["target"].astype(str)
+    ours = ours.assign(who="ours", method=ours["objective"], mark="measured", source=source, note="")
+    ours = ours.assign(value=ours["mean"] * factor, sd=ours["sd"] * factor)
     protocol, numbers = ["who", "method", "dataset", "metric", "label_fraction"], ["value", "sd", "seeds", "n"]
     columns = [*protocol, *numbers, "mark", "source", "note"]
     return pd.concat([theirs, ours], ignore_index=True).reindex(columns=columns)
-
-
-def overview(rows: pd.DataFrame) -> pd.DataFrame:
-    """`summary` of the headlines; label fractions stay apart."""
-    return summary(headlines(rows))
 
 
 def headlines(rows: pd.DataFrame) -> pd.DataFrame:
@@ -242,8 +233,7 @@ def separated(rows: pd.DataFrame, *, baseline: str = "random") -> pd.DataFrame:
     other.columns = [*case, "baseline", "baseline_interval", "baseline_high"]
     table = chosen[~is_baseline].merge(other, on=case)
     table["apart"] = table["ci_low"] > table["baseline_high"]
-    columns = [*case, "label_fraction", "objective", "value", "interval", "baseline", "baseline_interval", "apart"]
-    return table[columns]
+    return table[[*case, "label_fraction", "objective", "value", "interval", *other.columns[-3:-1], "apart"]]
 
 
 def _need(table: pd.DataFrame, names: Sequence[str]) -> None:

@@ -95,17 +95,14 @@ def annotation_counts(frame: pd.DataFrame, source: Source) -> pd.DataFrame:
 
     The last column, "positive without one", counts studies whose label is 1 although there is no mask or box.
     """
-    annotated: dict[str, np.ndarray] = {}
-    for position, study in enumerate(frame.to_dict("records")):
-        for entry in annotations_of(study, source):
-            annotated.setdefault(entry["label"], np.zeros(len(frame), bool))[position] = True
-    table = {
-        label: [int((has & (frame["split"] == split)).sum()) for split in ("train", "valid", "test")]
-        + [int((~has & is_positive(frame, label)).sum())]
-        for label, has in sorted(annotated.items())
-    }
-    columns = ["train", "valid", "test", "positive without one"]
-    return pd.DataFrame.from_dict(table, orient="index", columns=columns).rename_axis("label")
+    studies = frame.to_dict("records")
+    marked = {(entry["label"], row) for row, study in enumerate(studies) for entry in annotations_of(study, source)}
+    table = pd.DataFrame(sorted(marked), columns=["label", "row"])
+    table["split"] = [studies[row]["split"] for row in table["row"]]
+    by_label = table.groupby("label")["row"]
+    counts = pd.crosstab(table["label"], table["split"]).reindex(columns=["train", "valid", "test"], fill_value=0)
+    unmarked = {name: is_positive(frame, name).sum() - is_positive(frame, name)[rows].sum() for name, rows in by_label}
+    return counts.assign(**{"positive without one": pd.Series(unmarked, dtype=int)})
 
 
 def is_positive(frame: pd.DataFrame, label: str) -> np.ndarray:

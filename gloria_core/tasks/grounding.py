@@ -20,8 +20,8 @@ from gloria_core.tasks.phrases import Phrase, another_text, region, seen, swap_s
 
 SCORES = ("cnr", "pointing_game", "mass_inside", "miou", "mdice")
 IOU_THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5)
+# A map whose values differ by less than this share of the largest one is constant: float32 has no more digits.
 CONSTANT = 1e-6
-"""A map whose values differ by less than this share of the largest one is constant: float32 has no more digits."""
 
 
 def score_map(

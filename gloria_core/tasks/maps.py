@@ -11,7 +11,7 @@ Three kinds of map, from the same word and region vectors:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -25,7 +25,7 @@ from gloria_core.tasks.phrases import Phrase
 from gloria_core.types import ImageFeatures, TextFeatures
 
 Kind = Literal["attention", "word_softmax", "cosine"]
-KINDS: tuple[Kind, ...] = ("attention", "word_softmax", "cosine")
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 def maps(objective: Objective, images: ImageFeatures, texts: TextFeatures, *, kind: Kind = "attention") -> Tensor:

@@ -20,7 +20,7 @@ from gloria_core.data.images import read_gray
 from gloria_core.tasks.maps import Kind, original_maps
 from gloria_core.tasks.phrases import Phrase, region
 from gloria_core.tasks.snapshots import MapSnapshots
-from gloria_core.viz.plots import Mark, colour_of, draw_bars, image_grid, new_figure, wrapped
+from gloria_core.viz.plots import Mark, colour_of, image_grid, intervals, new_figure, wrapped
 
 TRUTH = "#00e5ff"  # of outlines: in no colour map used here, and bright on dark lungs and on white bone
 FLAT = 1e-4  # a map whose values differ by less than this part of the largest has one colour: the rest is rounding
@@ -164,7 +164,8 @@ def control_bars(
         part = rows[rows["score"] == metric]
         pairs = list(zip(part["kind"], part["control"], strict=True))
         shades = [to_rgba(colour_of(colours[kind]), 0.35 if control else 1.0) for kind, control in pairs]
-        draw_bars(axis, np.arange(len(part)), part, colour=shades)
+        bars = {"xerr": intervals(part), "capsize": 2, "error_kw": {"linewidth": 1}}
+        axis.barh(np.arange(len(part)), part["value"], color=shades, **bars)
         axis.axvline(0.0 if metric == "cnr" else part["chance"].mean(), color="black", linestyle="--", linewidth=1)
         names = [(f"{kind}: {control}" if control else kind).replace("_", " ") for kind, control in pairs]
         axis.set_yticks(np.arange(len(part)), names if axis is axes[0] else [""] * len(names))

@@ -202,15 +202,6 @@ def intervals(rows: pd.DataFrame) -> np.ndarray:
     return np.where(rows["n"].to_numpy(dtype=float) == 1, np.nan, np.maximum([value - low, high - value], 0.0))
 
 
-def draw_bars(
-    axis: Axes, places: np.ndarray, rows: pd.DataFrame, *, colour: object, height: float = 0.8, start: float = 0.0
-) -> BarContainer:
-    """Horizontal bars from `start` to `value` with their intervals, one a row, at the places of the y axis."""
-    value = rows["value"].to_numpy(dtype=float)
-    error_bars = {"xerr": intervals(rows), "capsize": 2, "error_kw": {"linewidth": 1}}
-    return axis.barh(places, value - start, height, left=start, color=colour, **error_bars)
-
-
 def metric_bars(
     rows: pd.DataFrame, *, metric: str = "auroc", by: str = "objective", count: str = "n", title: str = ""
 ) -> Figure:
@@ -222,26 +213,27 @@ def metric_bars(
     """
     rows = rows if by == "metric" else rows[rows["metric"] == metric]
     rows = rows if by in rows else rows.assign(**{by: ""})
-    targets, names = list(dict.fromkeys(rows["target"])), list(dict.fromkeys(rows[by]))
+    names, start = list(rows[by].unique()), _CHANCE.get(metric, 0.0)
     if rows.empty or rows.duplicated(["target", by]).any():
         raise ValueError(f"metric_bars takes one row per target and {by} of metric {metric!r}, and at least one")
-    figure, (axis,) = new_figure(width=8, height=(0.22 * len(names) + 0.16) * len(targets) + 1.3)
+    table = rows.pivot(index="target", columns=by).loc[rows["target"].unique()]
+    value, errors = table["value"][names], [intervals(table.xs(name, axis=1, level=1)) for name in names]
+    figure, (axis,) = new_figure(width=8, height=(0.22 * len(names) + 0.16) * len(table) + 1.3)
     palette = [colour_of(name) for name in names] if by == "objective" else sns.color_palette("colorblind", len(names))
-    start, thickness = _CHANCE.get(metric, 0.0), 0.8 / len(names)
-    for number, (name, colour) in enumerate(zip(names, palette, strict=True)):
-        part = rows[rows[by] == name].set_index("target").reindex(targets)
-        places = np.arange(len(targets)) - 0.4 + (number + 0.5) * thickness
-        draw_bars(axis, places, part, colour=colour, height=thickness, start=start).set_label(name.replace("_", " "))
-        ends = np.nanmax([part["value"], part["ci_high"], np.full(len(part), start)], axis=0)
-        for place, value, end in zip(places, part["value"], ends, strict=True):
-            axis.text(end + 0.01, place, f"{value:.2f}" if np.isfinite(value) else "-", va="center", fontsize=8)
-        if "chance" in part:
-            axis.scatter(part["chance"], places, marker="|", color="black", s=90, zorder=3)
-    counts, unit = rows.groupby("target")[count].max(), count.replace("_", " ")
-    axis.set_yticks(range(len(targets)), [f"{target} ({unit} = {int(counts[target])})" for target in targets])
-    axis.set_ylim(len(targets) - 0.5, -0.5)
+    look = {"left": start, "color": palette, "width": 0.8, "capsize": 2, "error_kw": {"linewidth": 1}}
+    (value - start).plot.barh(ax=axis, xerr=np.array(errors), legend=False, **look)
+    for name, bars in zip(names, [group for group in axis.containers if isinstance(group, BarContainer)], strict=True):
+        bars.set_label(name.replace("_", " "))
+        texts = [f"{number:.2f}" if np.isfinite(number) else "-" for number in value[name]]
+        axis.bar_label(bars, texts, padding=2, fontsize=8)
+        if "chance" in table:
+            places = [bar.get_y() + bar.get_height() / 2 for bar in bars]
+            axis.scatter(table["chance"][name], places, marker="|", color="black", s=90, zorder=3)
+    counts, unit = table[count].max(axis=1).astype(int), count.replace("_", " ")
+    axis.set_yticks(range(len(table)), [f"{target} ({unit} = {number})" for target, number in counts.items()])
+    axis.set(ylim=(len(table) - 0.5, -0.5), ylabel="")
     axis.axvline(start, color="black", linewidth=1)
-    low = min(start - 0.1, np.nanmin(rows["ci_low"].to_numpy(dtype=float), initial=start) - 0.02) if start else 0.0
+    low = min(start - 0.1, np.nanmin(rows["ci_low"].to_numpy(dtype=float), initial=start) - 0.07) if start else 0.0
     axis.set_xlim(low, 1.08)
     hint = f"; {start:g} is chance" if start else "; black tick: chance" if "chance" in rows else ""
     axis.set_xlabel(f"{name_of(metric)}, 95 % interval{hint}")
@@ -352,15 +344,7 @@ def loss_history(history: pd.DataFrame, *, title: str = "Pretraining") -> Figure
 
 
 def label_prevalence(frame: pd.DataFrame, labels: Sequence[str], *, title: str = "Labels") -> Figure:
-    """Share of studies with each label positive, uncertain, negative and blank; the number of positives is written.
-
-    Without labels an empty figure that says so.
-    """
-    if not labels:
-        figure, (axis,) = new_figure(width=8, height=1.3)
-        axis.set(title=f"{title}: none (n = {len(frame)} studies)")
-        axis.set_axis_off()
-        return figure
+    """Share of studies with each label positive, uncertain, negative and blank; the number of positives is written."""
     values = frame[list(labels)].apply(pd.to_numeric)
     palette = sns.color_palette("colorblind")
     kinds = {"positive": values == 1, "uncertain": values == -1, "negative": values == 0, "blank": values.isna()}

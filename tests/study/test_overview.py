@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from gloria_core.study.results import HEADLINES, TableError, headlines, overview, separated
+from gloria_core.study.results import HEADLINES, TableError, headlines, separated, summary
 
 
 def row(which=0, **changes):
@@ -19,8 +19,8 @@ def frame(*rows):
 def test_only_headlines_of_the_test_split():
     rows = frame(row(1, label_fraction=0.1), row(), row(split="valid"), row(target="Edema"), row(dataset="nih not a=1"))
     assert headlines(rows)["task"].tolist() == ["zero_shot", "zero_shot", "classification"]
-    assert overview(rows)["dataset"].tolist() == ["phantom", "nih not a=1", "phantom"]
-    table = overview(frame(row(), row(seed=1, value=0.6)))
+    assert summary(headlines(rows))["dataset"].tolist() == ["phantom", "nih not a=1", "phantom"]
+    table = summary(headlines(frame(row(), row(seed=1, value=0.6))))
     assert table["mean"].tolist() == [pytest.approx(0.7)]
     with pytest.raises(TableError, match="no run has a number of any task"):
         headlines(frame(row(target="Edema")))

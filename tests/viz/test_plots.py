@@ -241,11 +241,6 @@ def test_prevalence_bars_are_the_shares():
     assert "2 positive" in texts and "0 positive" in texts and "Labels (n = 4 studies)" in texts
 
 
-def test_prevalence_without_labels():
-    figure = plots.label_prevalence(pd.DataFrame({"study_id": ["a"]}), [])
-    assert "Labels: none (n = 1 studies)" in texts_of(figure)
-
-
 def test_report_lengths_count_words_and_empty_sections():
     frame = pd.DataFrame({"findings": ["a b c", "a b c", "a"], "impression": ["", " ", ""]})
     figure = plots.report_lengths(frame)

@@ -13,10 +13,8 @@ from gloria_core.data.dataset import open_dataset
 from gloria_core.viz.explorer.subject import known_studies
 from gloria_core.viz.explorer.widget import Explorer
 
-RUNS = "GLORIA_EXPLORE"
-"""Environment variable: folder of a finished study's runs, for the page of `make explore`."""
-CHOICES = 60
-"""Test studies that can be chosen on the page."""
+RUNS = "GLORIA_EXPLORE"  # environment variable: folder of a finished study's runs, for the page of `make explore`
+CHOICES = 60  # test studies that can be chosen on the page
 
 
 def with_own_study(explorer: Explorer) -> ipywidgets.VBox:

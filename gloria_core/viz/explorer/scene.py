@@ -34,10 +34,10 @@ from gloria_core.tasks.phrases import seen
 from gloria_core.types import ImageFeatures, TextBatch
 from gloria_core.viz.explorer.subject import SWAPPED, Subject, Text, swapped
 
+# Longest side in pixels of the picture that is sent; a map is computed on the file's own pixels all the same.
 SHOWN_SIDE = 1024
-"""Longest side in pixels of the picture that is sent; a map is computed on the file's own pixels all the same."""
+# Name on screen -> matplotlib's. All keep their order for colour-blind readers; the last is for maps with a sign.
 COLOUR_MAPS = {"viridis": "viridis", "cividis": "cividis", "gray": "gray", "orange-purple": "PuOr_r"}
-"""Name on screen -> matplotlib's. All keep their order for colour-blind readers; the last is for maps with a sign."""
 
 _LETTER = {Outline.MOVETO: "M", Outline.LINETO: "L", Outline.CURVE3: "Q", Outline.CURVE4: "C", Outline.CLOSEPOLY: "Z"}
 _NORMALISATION = {"softmax": "softmax over the regions", "sigmoid": "sigmoid of each region by itself"}
@@ -119,9 +119,8 @@ class SceneMaker:
             if other is not None and len(other["words"]) == len(entry["words"]):
                 entry["swap"], other["phrases"] = other["id"], entry["phrases"]
         for number, image in enumerate(self.encoded.values()):
-            for entry, grids in zip(
-                entries.values(), _word_maps(image, encoded[number], entries.values()), strict=True
-            ):
+            maps_of_words = _word_maps(image, encoded[number], entries.values())
+            for entry, grids in zip(entries.values(), maps_of_words, strict=True):
                 key = f"{number}/{entry['id']}"
                 self.maps[key], self.shapes[key] = grids.astype("<f4").tobytes(), list(grids.shape)
                 self.scores[key] = _scores(image, grids, units(entry), self._regions[number])
@@ -129,20 +128,15 @@ class SceneMaker:
 
     def scene(self) -> dict[str, Any]:
         """Everything but the maps themselves, in JSON's types; a copy, so that two scenes can be told apart."""
-        subject = self.subject
+        subject, truths = self.subject, []
         height, width = subject.image.shape
         visible = [np.where(image.visible(), 0.0, np.nan) for image in self.encoded.values()]
-        truths = [
-            {
-                "label": truth.label,
-                "lines": [] if truth.boxes else outlines(truth.mask),
-                "boxes": [list(box) for box in truth.boxes],
-                "chance": [
-                    _rounded(score_map(visible[n], regions[i])["area"]) for n, regions in enumerate(self._regions)
-                ],
-            }
-            for i, truth in enumerate(subject.truths)
-        ]
+        for number, truth in enumerate(subject.truths):
+            masks = [regions[number] for regions in self._regions]
+            areas = [score_map(blank, mask)["area"] for blank, mask in zip(visible, masks, strict=True)]
+            lines = [] if truth.boxes else outlines(truth.mask)
+            truths.append({"label": truth.label, "lines": lines, "boxes": [list(box) for box in truth.boxes]})
+            truths[-1]["chance"] = [_rounded(area) for area in areas]
         return {
             "title": subject.title,
             "image": {"name": subject.name, "width": width, "height": height, "png": png64(subject.image)},
@@ -188,14 +182,10 @@ def _entry(text: Text, batch: TextBatch, row: int, subject: Subject) -> dict[str
         {"truth": number, "words": [w for s, e in truth.spans.get(text.name, ()) for w in words_of_span(spans, s, e)]}
         for number, truth in enumerate(subject.truths)
     ]
-    return {
-        "id": text.name,
-        "name": text.title,
-        "text": text.text,
-        "own": text.own,
+    known = {"id": text.name, "name": text.title, "text": text.text, "own": text.own, "words": chosen}
+    return known | {
         "hidden": text.name.endswith(SWAPPED),
         "swap": None,
-        "words": chosen,
         "sentences": 1 + max((sentence for *_, sentence in chosen), default=-1),
         "phrases": [phrase for phrase in phrases if phrase["words"]],
         # characters from here on lie beyond the token limit
@@ -208,20 +198,17 @@ def _word_maps(image: EncodedImage, texts: EncodedTexts, entries: Sequence[Mappi
 
     The words on screen are the first model's; another model's words are matched by their place in the text.
     """
-    by_kind = []
     with inference(image.model, "float32") as device:
-        for kind in image.kinds:
-            rows = maps(image.model.objective, image.features.to(device), texts.features.to(device), kind=kind)
-            rows = rows.float().cpu().numpy()
-            rows[~rows.any(axis=(2, 3))] = np.nan  # words that the method leaves out
-            by_kind.append(rows)
+        inputs = image.model.objective, image.features.to(device), texts.features.to(device)
+        by_kind = torch.stack([maps(*inputs, kind=kind) for kind in image.kinds]).float().cpu().numpy()
+    by_kind[~by_kind.any(axis=(3, 4))] = np.nan  # words that the method leaves out
     found = []
     for i, entry in enumerate(entries):
-        grids = np.full((len(by_kind), len(entry["words"]), *by_kind[0].shape[2:]), np.nan, dtype=np.float32)
+        grids = np.full((len(by_kind), len(entry["words"]), *by_kind.shape[3:]), np.nan, dtype=np.float32)
         for number, (start, end, _) in enumerate(entry["words"]):
-            columns = words_of_span(texts.batch.spans[i], start, end)
+            columns = [c for c in words_of_span(texts.batch.spans[i], start, end) if c < by_kind.shape[2]]
             for kind, rows in enumerate(by_kind):
-                mean = unit_map(rows, i, [column for column in columns if column < rows.shape[1]])
+                mean = unit_map(rows, i, columns)
                 if mean is not None:
                     grids[kind, number] = mean
         found.append(grids)
@@ -290,10 +277,8 @@ def formula(latex: str) -> str:
     glyphs = TextPath((0, 0), f"${latex}$", size=17.0, prop=FontProperties(math_fontfamily="cm"))
     box, parts = glyphs.get_extents(), []
     for points, code in glyphs.iter_segments(curves=True, simplify=False):
-        pairs = (
-            "" if code == Outline.CLOSEPOLY else " ".join(f"{v:.2f}" for v in (points.reshape(-1, 2) * (1, -1)).flat)
-        )
-        parts.append(_LETTER[code] + pairs)
+        pairs = [] if code == Outline.CLOSEPOLY else (points.reshape(-1, 2) * (1, -1)).flat
+        parts.append(_LETTER[code] + " ".join(f"{value:.2f}" for value in pairs))
     left, top, width, height = box.x0 - 1, -box.y1 - 1, box.width + 2, box.height + 2
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{left:.2f} {top:.2f} {width:.2f} {height:.2f}" '
