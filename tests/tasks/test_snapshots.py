@@ -6,7 +6,7 @@ import pytest
 from gloria_core.tasks.maps import original_maps
 from gloria_core.tasks.phrases import phrases_from_masks
 from gloria_core.tasks.snapshots import MapSnapshots, one_phrase_per_label
-from gloria_core.viz.attention import snapshot_strip
+from gloria_core.viz.attention import snapshot_figure
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def test_one_phrase_per_label_in_the_order_of_the_labels(frame, phrases):
     assert one_phrase_per_label([], ["Edema"], 3) == []
 
 
-def test_snapshots_are_the_maps_of_their_epochs(model, frame, cache, phrases, tmp_path):
+def test_snapshots_are_the_maps_of_their_epochs(model, frame, cache, root, phrases, tmp_path):
     snapshots = MapSnapshots(tmp_path / "maps", frame, cache, phrases, every=2)
     for epoch in (1, 2, 3, 4):
         snapshots(epoch, model)
@@ -32,6 +32,8 @@ def test_snapshots_are_the_maps_of_their_epochs(model, frame, cache, phrases, tm
     wanted = original_maps(model, frame, cache, phrases, kinds=("cosine",))
     for values, expected in zip(snapshots.load()[2], wanted, strict=True):
         np.testing.assert_allclose(values, expected["cosine"], rtol=1e-6)
+    drawn = [axis.images[1].get_array() for axis in snapshot_figure(snapshots, root).axes if len(axis.images) == 2]
+    assert [values.shape for values in drawn] == [values.shape for values in snapshots.load()[2] for _ in (2, 4, 6)]
 
 
 def test_nothing_is_saved_without_phrases_or_maps(model, frame, cache, phrases, tmp_path):
@@ -43,13 +45,3 @@ def test_nothing_is_saved_without_phrases_or_maps(model, frame, cache, phrases, 
         assert snapshots.load() == {}
     with pytest.raises(ValueError, match="at least 1"):
         MapSnapshots(tmp_path, frame, cache, phrases, every=0)
-
-
-def test_strip_has_one_scale_and_one_panel_each():
-    image, maps = np.zeros((8, 8), np.uint8), [[np.full((8, 8), 0.1)], [np.full((8, 8), -0.4)]]
-    figure = snapshot_strip([image], [1, 3], maps, titles=["Edema: “oedema”"], outlines=[np.eye(8) > 0])
-    pictures = [axis.images[1] for axis in figure.axes if len(axis.images) == 2]
-    assert [picture.get_clim() for picture in pictures] == [(-0.4, 0.4)] * 2
-    assert [axis.get_title() for axis in figure.axes][:2] == ["epoch 1", "epoch 3"]
-    with pytest.raises(ValueError, match="one map an image"):
-        snapshot_strip([image], [1], maps, titles=["a"])
