@@ -12,8 +12,6 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +19,8 @@ from transformers import PreTrainedTokenizerBase
 
 from gloria_core.checkpoints import layouts, native
 from gloria_core.checkpoints.image_models import ImageClassifier
-from gloria_core.checkpoints.model import VisionLanguageModel
+from gloria_core.checkpoints.layouts.base import Layout, Stored
+from gloria_core.checkpoints.model import ConfigError, VisionLanguageModel
 from gloria_core.checkpoints.untrusted import CONTAINER, lookup, read_state
 from gloria_core.models.image_encoder import ImageEncoder
 from gloria_core.models.key_maps import JOINED, Named
@@ -82,10 +81,12 @@ def load_pretrained(
     layout = _layout(path, tensors, stored)
     try:
         translation = layout.translate(tensors, stored)
+        if tokenizer is not None and not translation.reads_texts:
+            raise ConfigError("it has no text encoder, so a tokenizer is of no use to it")
         with torch.random.fork_rng(devices=[]):  # random values that are overwritten leave no trace
-            model = translation.build(tokenizer)
+            model = translation.network(tokenizer) if translation.reads_texts else translation.network()
     except KeyError as error:
-        raise WeightsError(f"{path} looks like {layout.NAME}, but has no tensor {error}") from error
+        raise WeightsError(f"{path} looks like {layout.name}, but has no tensor {error}") from error
     except ValueError as error:  # an architecture that is not supported
         raise WeightsError(f"{path}: {error}") from error
     report = _fill(model, translation.tensors, translation.ignored, path=path, allow_partial=allow_partial)
@@ -125,18 +126,16 @@ def _own(path: Path, tokenizer: PreTrainedTokenizerBase | None, tensors: Mapping
     return model
 
 
-def _layout(path: Path, tensors: Mapping[str, Tensor], stored: Mapping[str, Any]) -> ModuleType:
+def _layout(path: Path, tensors: Mapping[str, Tensor], stored: Stored) -> Layout:
     """The one layout that recognises the file. Raises WeightsError for none or several."""
     shapes = {name: tuple(value.shape) for name, value in tensors.items()}
-    modules = [
-        importlib.import_module(f"{layouts.__name__}.{info.name}") for info in pkgutil.iter_modules(layouts.__path__)
-    ]
-    known = [module for module in modules if hasattr(module, "recognise")]
+    names = [f"{layouts.__name__}.{info.name}" for info in pkgutil.iter_modules(layouts.__path__)]
+    known = [layout for name in names for layout in getattr(importlib.import_module(name), "LAYOUTS", ())]
     fitting = [layout for layout in known if layout.recognise(shapes, stored)]
     if len(fitting) != 1:
-        names = ", ".join(layout.NAME for layout in fitting or known)
         raise WeightsError(
-            f"{path}: {'more than one layout fits: ' if fitting else 'no known layout fits; known: '}{names}. "
+            f"{path}: {'more than one layout fits' if fitting else 'no known layout fits; known'}: "
+            f"{', '.join(layout.name for layout in fitting or known)}. "
             f"Its first tensors: {', '.join(list(tensors)[:5])}"
         )
     return fitting[0]

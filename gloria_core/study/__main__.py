@@ -74,10 +74,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _plan(given: argparse.Namespace) -> Plan:
     file = study_file(given.study)
-    overrides = dict(_assignment(text) for text in given.set)
-    if given.data:
-        overrides["data_root"] = _from_root(given.data, file)
-    return load_study(file, overrides=overrides, data_root=_from_root(os.environ.get("GLORIA_DATA", ""), file))
+    data = given.data or os.environ.get("GLORIA_DATA", "")
+    if data and not Path(data).expanduser().is_absolute():
+        # it was typed where the user is; in a plan it is relative to the repository root
+        data = os.path.relpath(Path(data).resolve(), repository_root(file.parent))
+    plan = load_study(file, overrides=dict(_assignment(text) for text in given.set), data_root=data)
+    if given.data and not any(run.parameters.get("data_root") for run in plan):
+        raise StudyError("a data folder is given, but this study simulates its images (dataset: phantom)")
+    return plan
 
 
 def _one(plan: Plan, run_id: str, threads: int | None) -> int:
@@ -103,13 +107,6 @@ def _assignment(text: str) -> tuple[str, Any]:
     if not equals or not name.isidentifier():
         raise StudyError(f"--set {text!r}: write NAME=VALUE, e.g. --set epochs=1")
     return name, parse(value)
-
-
-def _from_root(path: str, study: Path) -> str:
-    """A relative path was typed where the user is; in a plan it is relative to the repository root."""
-    if not path or Path(path).expanduser().is_absolute():
-        return path
-    return os.path.relpath(Path(path).resolve(), repository_root(study.parent))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import psutil
 
@@ -21,8 +21,8 @@ from gloria_core.study.plan import Plan, PlannedRun, StudyError
 from gloria_core.study.provenance import package_hash
 from gloria_core.study.run import EXECUTED, FINISHED, NOT_APPLICABLE, is_done, locked, package_path, status_of
 
+# Environment variable with the host and process id of a running study; its runs end when that process has ended.
 PARENT = "GLORIA_STUDY_PROCESS"
-"""Environment variable with the host and process id of a running study; its runs end when that process has ended."""
 
 
 def run_study(plan: Plan, *, cores: int = 2, force: str = "", snakemake: Sequence[str] = ()) -> int:
@@ -36,9 +36,8 @@ def run_study(plan: Plan, *, cores: int = 2, force: str = "", snakemake: Sequenc
         missing = to_do(plan, force)
         plan.check_data(missing)
         plan.write()
-        print(
-            f"study {plan.study}: {len(plan)} runs, {len(plan) - len(missing)} done, {len(missing)} to do", flush=True
-        )
+        done = len(plan) - len(missing)
+        print(f"study {plan.study}: {len(plan)} runs, {done} done, {len(missing)} to do", flush=True)
         for run in missing:  # from here on they are not done, whatever happens
             folder = plan.folder / run.run_id
             if _forced(run, force):
@@ -46,8 +45,12 @@ def run_study(plan: Plan, *, cores: int = 2, force: str = "", snakemake: Sequenc
             (folder / "run.json").unlink(missing_ok=True)
             (folder / run.stamp).unlink(missing_ok=True)
         if missing:
-            with _costs_printed():
-                _snakemake(plan, ["--cores", str(cores), *snakemake], lock)
+            began = time.monotonic()
+            _snakemake(plan, ["--cores", str(cores), *snakemake], lock)
+            records = [read_json(plan.folder / run.run_id / "run.json") for run in missing]
+            largest = max(record.get("peak_memory_mb", 0) for record in records)
+            took = duration(time.monotonic() - began)
+            print(f"  took       {took}; the largest process had {largest / 1024:.1f} GiB")
         return _report(plan)
 
 
@@ -57,13 +60,13 @@ def to_do(plan: Plan, force: str = "") -> list[PlannedRun]:
         raise StudyError(unknown("run to repeat", force, [run.run_id for run in plan], where=plan.study))
     chosen: dict[str, PlannedRun] = {}
     for run in plan:
-        if _forced(run, force) or not is_done(plan, run) or any(need in chosen for need in run.needs):
+        if _forced(run, force) or not is_done(plan, run) or not chosen.keys().isdisjoint(run.needs):
             chosen[run.run_id] = run
     return list(chosen.values())
 
 
 def _forced(run: PlannedRun, force: str) -> bool:
-    return bool(force) and (force in ("all", "1") or run.run_id.startswith(force))
+    return force == "all" or bool(force) and run.run_id.startswith(force)
 
 
 def _snakemake(plan: Plan, arguments: Sequence[str], lock: int) -> None:
@@ -73,13 +76,13 @@ def _snakemake(plan: Plan, arguments: Sequence[str], lock: int) -> None:
     """
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(PACKAGE_PARENT / "notebooks" / "Snakefile")]
     # --nolock: a killed Snakemake leaves its lock behind; ours goes with the process
-    command += ["--directory", str(plan.folder), "--nolock"]
-    command += ["--keep-going", "--rerun-incomplete", "--rerun-triggers", "input"]
+    command += ["--directory", str(plan.folder), *"--nolock --keep-going --rerun-incomplete".split()]
+    command += ["--rerun-triggers", "input", *arguments]
     environment = {"PYTHONPATH": package_path(), PARENT: f"{os.uname().nodename}:{os.getpid()}"}
     # what Snakemake says of itself goes into a file; the runs speak for themselves on standard output
     with (plan.folder / "snakemake.log").open("w", encoding="utf-8") as log:
         process = subprocess.Popen(
-            [*command, *arguments],
+            command,
             env=os.environ | environment,
             start_new_session=True,
             pass_fds=[lock],
@@ -132,28 +135,6 @@ def _end(process: subprocess.Popen[bytes], patience: float = 15) -> None:
             return
 
 
-@contextlib.contextmanager
-def _costs_printed() -> Iterator[None]:
-    """Print the time and the largest resident memory of all our processes together, looked up once a second."""
-    peak, stop, me, clock = 0, threading.Event(), psutil.Process(), time.monotonic()
-
-    def watch() -> None:
-        nonlocal peak
-        while not stop.wait(1):
-            total = 0
-            for process in (me, *me.children(recursive=True)):
-                with contextlib.suppress(psutil.Error):
-                    total += process.memory_info().rss
-            peak = max(peak, total)
-
-    threading.Thread(target=watch, daemon=True).start()
-    try:
-        yield
-    finally:
-        stop.set()
-        print(f"  took       {duration(time.monotonic() - clock)} and {peak / 2**30:.1f} GiB")
-
-
 def _report(plan: Plan) -> int:
     """Print what is not done and where everything lies; return the exit code."""
     here, package, older = os.path.relpath(plan.folder), package_hash(), 0
@@ -176,9 +157,8 @@ def _report(plan: Plan) -> int:
     for path in sorted(path for run in plan for path in (plan.folder / run.run_id).glob("tables/*")):
         print(f"  table      {os.path.relpath(path)}")
     print(f"  figures    {here}/*/figures/\n  notebooks  {here}/*/{EXECUTED}")
-    print(
-        f"study {plan.study}: " + (f"{len(unfinished)} of {len(plan)} runs are not done" if unfinished else "complete")
-    )
+    end = f"{len(unfinished)} of {len(plan)} runs are not done" if unfinished else "complete"
+    print(f"study {plan.study}: {end}")
     return 1 if unfinished else 0
 
 

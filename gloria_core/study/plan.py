@@ -43,14 +43,14 @@ from gloria_core.study.parameters import ParameterError, Parameters, unknown
 from gloria_core.study.paths import RUNS, STUDIES, repository_root
 from gloria_core.study.provenance import notebook_fingerprint, path_fingerprint
 
+# Parameters that the runner fills in, never a study file.
 FILLED = ("out", "study", "run_id")
-"""Parameters that the runner fills in, never a study file."""
 COLLECTOR = "09_paper_tables"
+# Parameters that hold the file of another run: its notebook, the file, and the parameters in which both agree.
 SOURCES = {
     "manifest": ("01_data_preparation", "manifest.csv", ("dataset",)),
     "checkpoint": ("02_pretraining", "checkpoints/best.pt", ("objective", "seed")),
 }
-"""Parameters that hold the file of another run: its notebook, the file, and the parameters in which both agree."""
 PATHS = (*SOURCES, "data_root")
 
 
@@ -199,9 +199,9 @@ def study_file(name: str, root: Path | None = None) -> Path:
 def load_study(path: str | Path, *, overrides: Mapping[str, Any] | None = None, data_root: str = "") -> Plan:
     """Read a study file and check all of it: names, types, which run reads which. Nothing is run.
 
-    `overrides` replace the value of a parameter in every notebook that has it. `data_root` fills a blank parameter of
-    that name, and a relative one lies below it; as an override it also takes the place of an absolute one. For the
-    phantom that parameter stays blank: it is simulated, not read.
+    `overrides` replace the value of a parameter in every notebook that has it. `data_root` is the user's folder of
+    datasets: it fills a blank parameter of that name, and a relative one lies below it. For the phantom that parameter
+    stays blank: it is simulated, not read.
     Raises `StudyError` or `ParameterError`; the message names file, key and the nearest name.
     """
     path, overrides = Path(path).resolve(), dict(overrides or {})
@@ -228,8 +228,6 @@ def load_study(path: str | Path, *, overrides: Mapping[str, Any] | None = None, 
                 if any(run.run_id == other.run_id for other in runs):
                     raise StudyError(f"two runs of {run.notebook} have the same parameters: {values}")
                 runs.append(run)
-        if overrides.get("data_root") and not any(run.parameters.get("data_root") for run in runs):
-            raise StudyError("a data folder is given, but this study simulates its images (dataset: phantom)")
         return Plan(path.stem, path, root, tuple(runs))
     except (StudyError, ParameterError) as error:
         raise type(error)(f"{path.name}: {error}") from None
@@ -250,20 +248,13 @@ def _combinations(
     for combination in product(*stage.grid.values()):
         given = {key: value for key, value in study.common.items() if key in parameters.types}
         given |= stage.parameters | dict(zip(stage.grid, combination, strict=True))
-        given |= {key: value for key, value in overrides.items() if key in parameters.types and key != "data_root"}
+        given |= {key: value for key, value in overrides.items() if key in parameters.types}
         values = parameters.check(given)
         if "data_root" in values:
             simulated = values.get("dataset", study.common.get("dataset", "phantom")) == "phantom"
-            place = _data_folder(values["data_root"], overrides.get("data_root", ""), data_root)
+            place = str(Path(data_root) / values["data_root"]) if data_root else values["data_root"]
             values["data_root"] = "" if simulated else place
         yield values
-
-
-def _data_folder(written: str, override: str, usual: str) -> str:
-    """Where a dataset lies: a folder that the study file names relatively lies below the one that the user names."""
-    if override:
-        return override if Path(written).is_absolute() else str(Path(override) / written)
-    return str(Path(usual) / written) if usual else written
 
 
 def _planned(
@@ -307,18 +298,16 @@ def _maker(key: str, notebook: str, values: Mapping[str, Any], above: Sequence[P
     left = [run for run in above if run.notebook == maker]
     if not left:
         raise StudyError(f"{notebook} reads a {key}, but no stage above it runs {maker}; add it or give `{key}`")
-    for name in (*same, *_differing(left)):
-        value = values.get(name)
-        if name not in values or name not in left[0].parameters or (name == "dataset" and value == ""):
+    shared = [name for name in (*same, *_differing(left)) if name in values and name in left[0].parameters]
+    for name in shared:
+        value = values[name]
+        if (name == "dataset" and value == "") or (name not in same and len(left) == 1):
             continue
-        if name in same or len(left) > 1:
-            there = dict.fromkeys(repr(run.parameters[name]) for run in left)
-            left = [run for run in left if run.parameters[name] == value]
-            if not left:
-                raise StudyError(
-                    f"{notebook} reads the {key} of {name} {value!r}, but {maker} is run for {name} "
-                    f"{', '.join(there)}; add that run to its grid"
-                )
+        there = ", ".join(dict.fromkeys(repr(run.parameters[name]) for run in left))
+        left = [run for run in left if run.parameters[name] == value]
+        if not left:
+            wanted = f"{notebook} reads the {key} of {name} {value!r}, but {maker} is run for {name} {there}"
+            raise StudyError(f"{wanted}; add that run to its grid")
     if len(left) > 1:
         raise StudyError(
             f"{notebook} could read the {key} of {len(left)} runs of {maker}, which differ in "

@@ -39,8 +39,8 @@ Task = Literal[
     "data", "pretraining", "zero_shot", "classification", "grounding", "segmentation", "detection", "retrieval"
 ]
 Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+# Columns that are filled from the parameters of the notebook where a number does not have its own.
 FROM_PARAMETERS = ("objective", "dataset", "label_fraction", "seed")
-"""Columns that are filled from the parameters of the notebook where a number does not have its own."""
 
 
 class RecordError(ValueError):
@@ -94,8 +94,8 @@ class MetricRow(BaseModel):
         return self.model_dump(exclude={"value", "ci_low", "ci_high", "n"})
 
 
+# Columns of metrics.csv, in order.
 COLUMNS = tuple(MetricRow.model_fields)
-"""Columns of metrics.csv, in order."""
 
 
 @dataclass
@@ -113,28 +113,13 @@ class Run:
     rows: list[MetricRow] = field(default_factory=list)
     started: float = field(default_factory=time.time)
 
-    def metric(
-        self,
-        *,
-        task: str,
-        target: str,
-        metric: str,
-        value: float,
-        ci_low: float | None = None,
-        ci_high: float | None = None,
-        n: int | None = None,
-        split: str = "test",
-        label_fraction: float | None = None,
-        seed: int | None = None,
-    ) -> None:
-        """Record one number; `label_fraction` and `seed` come from the parameters of the notebook unless given.
+    def metric(self, **number: Any) -> None:
+        """Record one number by the names of `COLUMNS`: `task`, `target`, `metric`, `value`, and what else is known of it.
 
-        The same number twice raises in a study; in a notebook opened by hand the newer replaces the older.
-        Raises `RecordError`.
+        `label_fraction` and `seed` come from the parameters of the notebook unless given. The same number twice raises
+        in a study; in a notebook opened by hand the newer replaces the older. Raises `RecordError`.
         """
-        case = {"task": task, "target": target, "metric": metric, "split": split}
-        number = {"value": value, "ci_low": ci_low, "ci_high": ci_high, "n": n}
-        self._add({**case, **number, "label_fraction": label_fraction, "seed": seed})
+        self._add(number)
 
     def metrics(self, rows: pd.DataFrame, *, task: str = "", **columns: Any) -> pd.DataFrame:
         """Record a table of metrics, one number a row, and return what was recorded, to be shown.

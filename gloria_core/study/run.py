@@ -10,7 +10,7 @@ and its metrics.csv can be read. Everything else leaves another status, or, when
 | failed         | a cell raised; executed.ipynb holds the traceback                                     |
 | died           | the kernel was gone, most often for want of memory                                    |
 | timeout        | longer than the `minutes` of the study file                                           |
-| no_kernel      | the kernel did not start, three times                                                 |
+| no_kernel      | the kernel did not start                                                              |
 | incomplete     | all cells ran, but an output is an error or metrics.csv is missing or unreadable      |
 
 A run that was killed or failed keeps its folder: a training finds its checkpoint there and goes on. A run that is
@@ -23,7 +23,6 @@ import contextlib
 import fcntl
 import json
 import os
-import random
 import shutil
 import signal
 import tempfile
@@ -34,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import papermill
-from nbclient.exceptions import CellTimeoutError, DeadKernelError
+from nbclient.exceptions import DeadKernelError
 from traitlets.config import Config
 
 from gloria_core.data.files import atomic_write, content_hash, file_hash
@@ -45,13 +44,11 @@ from gloria_core.study.record import COLUMNS, NotApplicable, peak_memory_mb
 
 EXECUTED = "executed.ipynb"
 NOT_APPLICABLE = "not applicable"
+# Statuses after which a run is not repeated; the runs that need it may follow.
 FINISHED = ("ok", NOT_APPLICABLE)
-"""Statuses after which a run is not repeated; the runs that need it may follow."""
-START_ATTEMPTS = 3
 START_SECONDS = 90
-
-Outcome = tuple[str, dict[str, Any] | None]
-"""A status and, when it is not "ok", the error for run.json: name, value, and the n of `In [n]` in executed.ipynb."""
+# A status other than "ok" and the error for run.json: name, value, and the n of `In [n]` in executed.ipynb.
+Fault = tuple[str, dict[str, Any]]
 
 
 class TimeLimitError(Exception):
@@ -78,18 +75,8 @@ def run_one(plan: Plan, run_id: str, *, threads: int | None = None) -> dict[str,
         record |= provenance(plan.root)  # of the code that is about to run
         record["started"] = datetime.now(UTC).isoformat(timespec="seconds")
         clock = time.monotonic()
-        status, error = _unmet(plan, run)
-        if status == "ok":
-            status, error = execute(
-                plan.root,
-                run.notebook,
-                folder / EXECUTED,
-                for_kernel(run.parameters),
-                threads=threads or run.threads,
-                minutes=run.minutes,
-            )
-        if status == "ok":
-            status, error = _complete(folder, run_id)
+        fault = _unmet(plan, run) or execute(plan, run, threads=threads or run.threads) or _incomplete(folder, run_id)
+        status, error = fault or ("ok", None)
         notes = read_json(folder / "notes.json")  # written by the notebook
         given = run.parameters.get("manifest")
         manifest = plan.root / given if given else folder / "manifest.csv"
@@ -107,14 +94,14 @@ def run_one(plan: Plan, run_id: str, *, threads: int | None = None) -> dict[str,
     return record
 
 
-def _unmet(plan: Plan, run: PlannedRun) -> Outcome:
-    """ "ok", or "not applicable" with the reason of the first run that this one needs and that is not applicable."""
+def _unmet(plan: Plan, run: PlannedRun) -> Fault | None:
+    """ "not applicable" with the reason of the first run that this one needs and that is not applicable."""
     for need in run.needs if run.notebook != COLLECTOR else ():
         record = read_json(plan.folder / need / "run.json")
         if record["status"] == NOT_APPLICABLE:
             reason = f"it needs {need}, which is not applicable: {record['error']['value']}"
-            return NOT_APPLICABLE, _error(NotApplicable.__name__, reason, None)
-    return "ok", None
+            return NOT_APPLICABLE, _error(NotApplicable.__name__, reason)
+    return None
 
 
 def status_of(plan: Plan, run: PlannedRun) -> str:
@@ -153,55 +140,42 @@ def locked(folder: Path, what: str) -> Iterator[int]:
         yield lock.fileno()
 
 
-def execute(
-    root: Path, notebook: str, executed: Path, parameters: Mapping[str, Any], *, threads: int, minutes: int = 0
-) -> Outcome:
-    """Run notebooks/<notebook>.ipynb of the repository `root`; the copy with outputs goes to `executed`, cell by cell.
+def execute(plan: Plan, run: PlannedRun, *, threads: int) -> Fault | None:
+    """Run the notebook of `run`; the copy with outputs goes to executed.ipynb in its folder, cell by cell.
 
-    The kernel works in notebooks/ and may use `threads` threads. After `minutes` it is ended (0: no limit). Only a
-    kernel that did not start is tried again; a notebook that failed would fail again.
+    The kernel works in notebooks/ and may use `threads` threads. After the minutes of the run it is ended (0: no limit).
     """
-    for attempt in range(1, START_ATTEMPTS + 1):
-        executed.unlink(missing_ok=True)
-        with contextlib.chdir(root), _environment(threads) as private, _time_limit(minutes * 60):
-            status, error = _attempt(notebook, executed.relative_to(root), parameters, private, minutes)
-        if status != "no_kernel":
-            break
-        if attempt < START_ATTEMPTS:
-            time.sleep(random.uniform(0.5, 2.0) * attempt)  # kernels that start at the same time may collide
-    return status, error
-
-
-def _error(name: str, value: str, cell: int | None) -> dict[str, Any]:
-    return {"name": name, "value": value, "cell": cell}
-
-
-def _attempt(notebook: str, executed: Path, parameters: Mapping[str, Any], private: str, minutes: int) -> Outcome:
+    executed = plan.folder / run.run_id / EXECUTED
     try:
-        papermill.execute_notebook(
-            f"notebooks/{notebook}.ipynb",
-            str(executed),
-            parameters=dict(parameters),
-            kernel_name="python3",
-            language="python",
-            cwd="notebooks",
-            log_output=False,
-            progress_bar=False,
-            start_timeout=START_SECONDS,
-            # sockets are files in a folder of this run: many kernels starting at once cannot collide over a port, and
-            # no other user of the machine can listen
-            config=Config({"KernelManager": {"transport": "ipc", "ip": f"{private}/kernel"}}),
-        )
+        with contextlib.chdir(plan.root), _environment(threads) as private, _time_limit(run.minutes * 60):
+            papermill.execute_notebook(
+                f"notebooks/{run.notebook}.ipynb",
+                str(executed.relative_to(plan.root)),
+                parameters=for_kernel(run.parameters),
+                kernel_name="python3",
+                language="python",
+                cwd="notebooks",
+                log_output=False,
+                progress_bar=False,
+                start_timeout=START_SECONDS,
+                # sockets are files in a folder of this run: kernels that start together cannot collide over a port, and
+                # no other user of the machine can listen
+                config=Config({"KernelManager": {"transport": "ipc", "ip": f"{private}/kernel"}}),
+            )
     except papermill.PapermillExecutionError as error:
         status = NOT_APPLICABLE if error.ename == NotApplicable.__name__ else "failed"
         return status, _error(error.ename, error.evalue, error.exec_count)
-    except (TimeLimitError, CellTimeoutError):
-        return "timeout", _error("TimeLimitError", f"longer than {minutes} minutes", _cells_begun(executed))
+    except TimeLimitError as error:
+        return "timeout", _error("TimeLimitError", str(error), _cells_begun(executed))
     except Exception as error:  # what jupyter raises for a kernel that does not start is spread over many types
         begun = _cells_begun(executed)
         hint = " (out of memory?)" if isinstance(error, DeadKernelError) else ""
         return "died" if begun else "no_kernel", _error(type(error).__name__, f"{error}{hint}", begun)
-    return "ok", None
+    return None
+
+
+def _error(name: str, value: str, cell: int | None = None) -> dict[str, Any]:
+    return {"name": name, "value": value, "cell": cell}
 
 
 def _cells_begun(executed: Path) -> int | None:
@@ -215,7 +189,7 @@ def _time_limit(seconds: int) -> Iterator[None]:
     """Raise `TimeLimitError` in here after so many seconds; 0 means no limit. Main thread only."""
 
     def ring(signum: int, frame: object) -> None:
-        raise TimeLimitError
+        raise TimeLimitError(f"longer than {seconds // 60} minutes")
 
     signal.signal(signal.SIGALRM, ring)
     signal.alarm(seconds)
@@ -232,9 +206,9 @@ def _environment(threads: int) -> Iterator[str]:
     short = "/tmp" if Path("/tmp").is_dir() else None
     with tempfile.TemporaryDirectory(prefix="run-", dir=short, ignore_cleanup_errors=True) as private:
         before = dict(os.environ)
-        os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads)))
-        os.environ.update({"IPYTHONDIR": private, "JUPYTER_RUNTIME_DIR": private, "JUPYTER_PREFER_ENV_PATH": "1"})
-        os.environ["PYTHONPATH"] = package_path()
+        os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
+        os.environ |= {"IPYTHONDIR": private, "JUPYTER_RUNTIME_DIR": private, "JUPYTER_PREFER_ENV_PATH": "1"}
+        os.environ |= {"PYTHONPATH": package_path()}
         try:
             yield private
         finally:
@@ -274,8 +248,8 @@ def _clear(plan: Plan, run: PlannedRun) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def _complete(folder: Path, run_id: str) -> Outcome:
-    """Whether a notebook that ended shows no error and left its metrics."""
+def _incomplete(folder: Path, run_id: str) -> Fault | None:
+    """What a notebook that ended lacks: it shows an error, or left no metrics."""
     for cell in read_json(folder / EXECUTED)["cells"]:
         for output in cell.get("outputs", []):
             if output["output_type"] == "error":
@@ -285,5 +259,5 @@ def _complete(folder: Path, run_id: str) -> Outcome:
         if header != ",".join(COLUMNS) or not all(row.startswith(f"{run_id},") for row in rows):
             raise ValueError(f"header {header!r}, or rows of another run")
     except (OSError, ValueError) as error:
-        return "incomplete", _error("RecordError", f"metrics.csv: {error}; does the notebook call run.finish()?", None)
-    return "ok", None
+        return "incomplete", _error("RecordError", f"metrics.csv: {error}; does the notebook call run.finish()?")
+    return None

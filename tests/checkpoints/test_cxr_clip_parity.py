@@ -245,7 +245,7 @@ def test_settings_of_the_file():
         "model": {"text_encoder": {"pooling": "bos", "name": "some/bert"}, "projection_head": {"name": "linear"}},
         "base": {"image_size": 256, "text_max_length": 77},
     }
-    config = cxr_clip.translate(names_of("resnet"), stored).config
+    config = cxr_clip.LAYOUTS[0].translate(names_of("resnet"), stored).config
     assert config.objective_options == {
         "icl_weight": 0.0,
         "tcl_weight": 0.25,
@@ -255,21 +255,21 @@ def test_settings_of_the_file():
     }
     assert (config.crop, config.max_tokens, config.text_encoder) == (256, 77, "some/bert")
     assert config.image_encoder == "resnet18"
-    assert cxr_clip.translate(names_of("resnet"), {}).config.objective_options["tcl_weight"] == 0.5
+    assert cxr_clip.LAYOUTS[0].translate(names_of("resnet"), {}).config.objective_options["tcl_weight"] == 0.5
 
 
 def test_pooling_of_the_fork_is_told_from_its_data():
     swin = names_of("swin")
-    assert cxr_clip.translate(swin, {}).config.image_pooling == "first_token"
-    assert cxr_clip.translate(swin, {"data_train": {"c": {"name": "chexpert"}}}).config.image_pooling == "first_token"
-    assert cxr_clip.translate(swin, CGMH).config.image_pooling == "mean"
-    assert cxr_clip.translate(swin, {"data_valid": CGMH["data_train"]}).config.image_pooling == "mean"
-    assert cxr_clip.translate(names_of("resnet"), CGMH).config.image_pooling == "default"
+    assert cxr_clip.LAYOUTS[0].translate(swin, {}).config.image_pooling == "first_token"
+    assert cxr_clip.LAYOUTS[0].translate(swin, {"data_train": {"c": {"name": "chexpert"}}}).config.image_pooling == "first_token"
+    assert cxr_clip.LAYOUTS[0].translate(swin, CGMH).config.image_pooling == "mean"
+    assert cxr_clip.LAYOUTS[0].translate(swin, {"data_valid": CGMH["data_train"]}).config.image_pooling == "mean"
+    assert cxr_clip.LAYOUTS[0].translate(names_of("resnet"), CGMH).config.image_pooling == "default"
 
 
 def test_our_own_file_keeps_bert_without_its_pooler(tmp_path):
     """Published weights with one layer have a pooler elsewhere; here it would be a tensor that no loss reaches."""
-    translation = cxr_clip.translate(names_of("resnet"), {})
+    translation = cxr_clip.LAYOUTS[0].translate(names_of("resnet"), {})
     config = replace(translation.config, image_encoder="resnet_tiny")
     model = assemble(config, translation.text, None).eval()
     again = native.load(native.save(tmp_path / "model.pt", model))
@@ -281,17 +281,17 @@ def test_our_own_file_keeps_bert_without_its_pooler(tmp_path):
 
 def test_what_is_not_supported():
     with pytest.raises(ConfigError, match="'mlp'; only linear"):
-        cxr_clip.translate(names_of("swin"), {"model": {"projection_head": {"name": "mlp"}}})
+        cxr_clip.LAYOUTS[0].translate(names_of("swin"), {"model": {"projection_head": {"name": "mlp"}}})
     deeper = names_of("swin") | {"image_encoder.image_encoder.encoder.layers.2.blocks.6.x": torch.zeros(1)}
     with pytest.raises(WeightsError, match=r"Swin of the sizes \(96, 4, 2, 2, 7, 2\); known: swin_tiny"):
-        cxr_clip.translate(deeper, {})
+        cxr_clip.LAYOUTS[0].translate(deeper, {})
     other = {name: value for name, value in names_of("resnet").items() if not name.startswith("image_encoder.")}
     with pytest.raises(WeightsError, match="none that is known"):
-        cxr_clip.translate(other, {})
+        cxr_clip.LAYOUTS[0].translate(other, {})
 
 
 def test_files_of_other_methods_are_not_recognised():
     shapes = {name: tuple(value.shape) for name, value in names_of("swin").items()}
-    assert cxr_clip.recognise(shapes, {})
+    assert cxr_clip.LAYOUTS[0].recognise(shapes, {})
     for name in ("logit_scale", "image_projection.projection.weight", "text_projection.projection.weight"):
-        assert not cxr_clip.recognise({key: shape for key, shape in shapes.items() if key != name}, {})
+        assert not cxr_clip.LAYOUTS[0].recognise({key: shape for key, shape in shapes.items() if key != name}, {})

@@ -101,7 +101,7 @@ def golden_params(*methods: str) -> list:
 def load(layout, path: Path, state: dict[str, torch.Tensor], stored: dict, **options) -> tuple[torch.nn.Module, dict]:
     """The model of a published file, which is then deleted, and for each name in the file the place in the model."""
     places = {}
-    for ours, (theirs, _) in layout.translate(state, stored).tensors.items():
+    for ours, (theirs, _) in layout.LAYOUTS[0].translate(state, stored).tensors.items():
         names = theirs.split(JOINED)
         places |= {name: (ours, part, len(names)) for part, name in enumerate(names)}
     model = load_pretrained(path, **options)

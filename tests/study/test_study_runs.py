@@ -20,7 +20,7 @@ import pytest
 from gloria_core.study import run as kernel
 from gloria_core.study.plan import load_study
 from gloria_core.study.results import collect
-from gloria_core.study.run import TimeLimitError, _complete, _time_limit, for_kernel, is_done, run_one, status_of
+from gloria_core.study.run import TimeLimitError, _incomplete, _time_limit, for_kernel, is_done, run_one, status_of
 
 COMMAND = [sys.executable, "-m", "gloria_core.study"]
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,6 +68,8 @@ def test_a_misspelt_parameter_fails_before_a_kernel_starts(make_study):
     code, _, err = study(file)
     assert code == 2
     assert "tiny.yaml: unknown parameter 'epoch' for 02_pretraining. Did you mean 'epochs'?" in err
+    code, _, err = study("plan", make_study(), "--data", file.parent)
+    assert code == 2 and "this study simulates its images" in err
     assert not (file.parents[2] / "results").exists()
 
 
@@ -107,7 +109,7 @@ def test_failure_fix_and_deletion(make_study):
     assert all(is_done(plan, run) for run in plan)
     kept = {name for name, mark in marks(plan).items() if before.get(name) == mark}
     assert kept == {data, gloria}
-    assert re.search(r"took +\d+ s and 0\.\d GiB", out)
+    assert re.search(r"took +\d+ s; the largest process had 0\.\d GiB", out)
 
     before = marks(plan)
     code, out, _ = study(file)
@@ -219,26 +221,6 @@ def test_a_repeated_run_starts_in_an_empty_folder(make_study, write_notebook):
     assert "".join(printed[0]).strip() == "False"
 
 
-def test_only_a_kernel_that_did_not_start_is_tried_again(monkeypatch, tmp_path):
-    calls = []
-
-    def attempt(*_):
-        calls.append(outcomes[len(calls)])
-        return calls[-1], None
-
-    monkeypatch.setattr(kernel, "_attempt", attempt)
-    monkeypatch.setattr(kernel.time, "sleep", lambda seconds: None)
-    for outcomes, tried in (
-        (["no_kernel", "ok"], 2),
-        (["failed", "ok"], 1),
-        (["died", "ok"], 1),
-        (["no_kernel"] * 4, 3),
-    ):
-        calls.clear()
-        status, _ = kernel.execute(tmp_path, "02_pretraining", tmp_path / "executed.ipynb", {}, threads=1)
-        assert (status, len(calls)) == (outcomes[tried - 1], tried)
-
-
 def test_a_kernel_gets_its_share_and_no_more(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "16")
     monkeypatch.delenv("IPYTHONDIR", raising=False)
@@ -255,15 +237,15 @@ def test_ok_needs_more_than_an_end(tmp_path):
     """A notebook that ended without run.finish(), or that shows an error, is incomplete."""
     cell = {"cell_type": "code", "execution_count": 3, "metadata": {}, "outputs": [], "source": ""}
     (tmp_path / "executed.ipynb").write_text(json.dumps({"cells": [cell]}))
-    status, error = _complete(tmp_path, "a")
+    status, error = _incomplete(tmp_path, "a")
     assert (status, "run.finish()" in error["value"]) == ("incomplete", True)
     header = "run_id,notebook,objective,dataset,task,label_fraction,seed,split,target,metric,value,ci_low,ci_high,n\n"
     (tmp_path / "metrics.csv").write_text(header + "b" + "," * 13 + "\n")
-    assert _complete(tmp_path, "a")[0] == "incomplete"
-    assert _complete(tmp_path, "b") == ("ok", None)
+    assert _incomplete(tmp_path, "a")[0] == "incomplete"
+    assert _incomplete(tmp_path, "b") is None
     cell["outputs"] = [{"output_type": "error", "ename": "KeyError", "evalue": "x"}]
     (tmp_path / "executed.ipynb").write_text(json.dumps({"cells": [cell]}))
-    assert _complete(tmp_path, "b") == ("incomplete", {"name": "KeyError", "value": "x", "cell": 3})
+    assert _incomplete(tmp_path, "b") == ("incomplete", {"name": "KeyError", "value": "x", "cell": 3})
 
 
 def test_time_limit():

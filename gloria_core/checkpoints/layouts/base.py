@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
+import torch
 from torch import Tensor, nn
-from transformers import BertConfig, PreTrainedTokenizerBase
+from transformers import BertConfig
 
 from gloria_core.checkpoints.model import ConfigError, ModelConfig, assemble
 from gloria_core.models.key_maps import Named, Shapes, count, network_name, timm_names
@@ -15,46 +18,80 @@ from gloria_core.models.key_maps import Named, Shapes, count, network_name, timm
 # Of every published BERT; the number of heads cannot be read from shapes.
 HEAD_WIDTH = 64
 TRUNK, BERT = "image_encoder.trunk.", "text_encoder.bert."
+CLINICAL_BERT = "emilyalsentzer/Bio_ClinicalBERT"
 # Regular expressions for the start of their names -> the start of ours, or None for a tensor that has no place.
 Rules = Iterable[tuple[str, str | None]]
+# The configuration that a file holds, as plain values.
+Stored = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Translation:
     """A published file in our terms.
 
-    `tensors`: our name -> (their name, tensor in our shape). `ignored`: their names that have no place in the model,
-    each for a reason that the layout's file states. `origin`: name of the format.
+    Attributes:
+        origin: name of the format
+        network: makes what the file holds, with random values; it takes a tokenizer where it reads texts
+        tensors: our name -> (their name, tensor in our shape)
+        ignored: their names that have no place in the model, each for a reason that the layout's file states
+        reads_texts: whether there is a text encoder
     """
 
     origin: str
-    config: ModelConfig
-    text: BertConfig
+    network: Callable[..., nn.Module]
     tensors: Named
     ignored: list[str]
-
-    def build(self, tokenizer: PreTrainedTokenizerBase | None) -> nn.Module:
-        """The model with random values."""
-        return assemble(self.config, self.text, tokenizer)
+    reads_texts: bool = False
 
 
 @dataclass(frozen=True)
-class ImageTranslation:
-    """A published file without a text encoder. `network` makes what it holds, with random values.
+class Layout:
+    """One format.
 
-    `origin`, `tensors`, `ignored`: as in `Translation`.
+    Attributes:
+        name: what people call it, for messages
+        recognise: whether the tensors of a file (names -> shapes) and its stored configuration are of this layout, from
+            names that no other layout has
+        translate: the architecture to build and the place of every tensor; raises KeyError for a tensor that the
+            architecture cannot be read without, and ValueError for one that is not supported
     """
 
-    origin: str
-    network: Callable[[], nn.Module]
-    tensors: Named
-    ignored: list[str]
+    name: str
+    recognise: Callable[[Shapes, Stored], bool]
+    translate: Callable[[Mapping[str, Tensor], Stored], Translation]
 
-    def build(self, tokenizer: PreTrainedTokenizerBase | None) -> nn.Module:
-        """The model with random values. Raises ConfigError for a tokenizer, which nothing here could use."""
-        if tokenizer is not None:
-            raise ConfigError("it has no text encoder, so a tokenizer is of no use to it")
-        return self.network()
+
+def whole_model(
+    name: str,
+    marks: Iterable[str],
+    rules: Callable[[Iterable[str], Stored], Rules],
+    config: Callable[[Named, Stored], dict[str, Any]],
+    *,
+    origin: Callable[[Stored], str] | None = None,
+    without_types: str = "",
+) -> Layout:
+    """The layout of image encoder, text encoder and objective together.
+
+    Each of `marks`, regular expressions, fits the start of a tensor's name. `rules` are made from their names and the
+    stored configuration, `config` from our tensors: the fields of `ModelConfig` that differ between layouts. `origin`:
+    where the name of the format depends on the file. `without_types`: why the text encoder has no table of token types;
+    it is then two rows of zeros.
+    """
+
+    def translate(tensors: Mapping[str, Tensor], stored: Stored) -> Translation:
+        named, ignored = renamed(tensors, rules(tensors, stored))
+        if without_types:
+            width = named[f"{BERT}embeddings.word_embeddings.weight"][1].shape[1]
+            named[f"{BERT}embeddings.token_type_embeddings.weight"] = (without_types, torch.zeros(2, width))
+        common = {"behavior": "published", "image_encoder": image_encoder_name(named), "text_encoder": CLINICAL_BERT}
+        model = ModelConfig.from_dict({**common, **config(named, stored)})
+        network = partial(assemble, model, bert_architecture(named))
+        return Translation(origin(stored) if origin else name, network, named, ignored, reads_texts=True)
+
+    def recognise(shapes: Shapes, stored: Stored) -> bool:
+        return all(any(re.match(mark, theirs) for theirs in shapes) for mark in marks)
+
+    return Layout(name, recognise, translate)
 
 
 def renamed(tensors: Mapping[str, Tensor], rules: Rules) -> tuple[Named, list[str]]:
@@ -90,11 +127,8 @@ def image_encoder_name(named: Named) -> str:
     return network_name(shapes_of(named, TRUNK))
 
 
-def bert_architecture(named: Named, *, token_types: int | None = None) -> BertConfig:
-    """Configuration of the text encoder, read from the shapes of its tensors.
-
-    `token_types`: their number where the file has no table of them.
-    """
+def bert_architecture(named: Named) -> BertConfig:
+    """Configuration of the text encoder, read from the shapes of its tensors."""
     shapes = shapes_of(named, BERT)
     vocabulary, width = shapes["embeddings.word_embeddings.weight"]
     if width % HEAD_WIDTH:
@@ -106,5 +140,5 @@ def bert_architecture(named: Named, *, token_types: int | None = None) -> BertCo
         num_attention_heads=width // HEAD_WIDTH,
         intermediate_size=shapes["encoder.layer.0.intermediate.dense.weight"][0],
         max_position_embeddings=shapes["embeddings.position_embeddings.weight"][0],
-        type_vocab_size=token_types or shapes["embeddings.token_type_embeddings.weight"][0],
+        type_vocab_size=shapes["embeddings.token_type_embeddings.weight"][0],
     )

@@ -19,14 +19,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
-from gloria_core.checkpoints.layouts.base import Translation, bert_architecture, image_encoder_name, renamed
-from gloria_core.checkpoints.model import ConfigError, ModelConfig
+from gloria_core.checkpoints.layouts.base import CLINICAL_BERT, Stored, image_encoder_name, whole_model
+from gloria_core.checkpoints.model import ConfigError
 from gloria_core.checkpoints.untrusted import lookup
-from gloria_core.models.key_maps import Named, Shapes
+from gloria_core.models.key_maps import Named
 
-NAME = "CXR-CLIP"
+# A logit scale beside a linear projection of each modality.
+MARKS = (r"logit_scale$", r"image_projection\.projection\.weight$", r"text_projection\.projection\.weight$")
 RULES = (
     # a buffer that current transformers no longer store, and BERT's pooler, which the released code never uses
     (r"text_encoder\.text_encoder\.(embeddings\.position_ids|pooler\.)", None),
@@ -38,59 +37,42 @@ RULES = (
 )
 
 
-def recognise(shapes: Shapes, stored: Mapping[str, Any]) -> bool:
-    """A logit scale beside a linear projection of each modality."""
-    marks = {"logit_scale", "image_projection.projection.weight", "text_projection.projection.weight"}
-    return marks <= set(shapes)
-
-
-def translate(tensors: Mapping[str, Tensor], stored: Mapping[str, Any]) -> Translation:
-    """See `gloria_core.checkpoints.layouts`."""
-    named, ignored = renamed(tensors, RULES)
-    return Translation(NAME, _config(named, stored), bert_architecture(named), named, ignored)
-
-
-def _is_fork(stored: Mapping[str, Any]) -> bool:
+def _is_fork(stored: Stored) -> bool:
     """Whether it was trained on the data set that only CXR-CLIP-CGMH has."""
     parts = [lookup(stored, part, default={}) for part in ("data_train", "data_valid")]
     sets = [data for part in parts if isinstance(part, Mapping) for data in part.values()]
     return any(isinstance(data, Mapping) and data.get("name") == "cgmh" for data in sets)
 
 
-def _config(named: Named, stored: Mapping[str, Any]) -> ModelConfig:
+def _config(named: Named, stored: Stored) -> dict[str, Any]:
     head = lookup(stored, "model.projection_head.name", default="linear")
     if head != "linear":
         raise ConfigError(
             f"its projection heads are {head!r}; only linear ones, as in the published files, are supported"
         )
-    encoder = image_encoder_name(named)
-    swin = encoder == "swin_tiny"
-    pooling = "default"
-    if swin:
-        pooling = "mean" if _is_fork(stored) else "first_token"
+    swin = image_encoder_name(named) == "swin_tiny"
     text_pooling = lookup(stored, "model.text_encoder.pooling", default="eos")
     side = lookup(stored, "base.image_size", default=224)
-    return ModelConfig.from_dict(
-        {
-            "objective": "cxr_clip",
-            "behavior": "published",
-            "objective_options": {
-                "icl_weight": lookup(stored, "loss.cxr_clip.i2i_weight", default=1.0),
-                "tcl_weight": lookup(stored, "loss.cxr_clip.t2t_weight", default=0.5),
-                "label_smoothing": lookup(stored, "loss.cxr_clip.label_smoothing", default=0.0),
-                "projection_dim": len(named["objective.image_head.weight"][1]),
-                "text_pooling": {"bos": "cls"}.get(text_pooling, text_pooling),
-            },
-            "image_encoder": encoder,
-            "image_pooling": pooling,
-            "norm": "half" if swin else "imagenet",
-            "region_stage": "layer4",
-            "text_encoder": lookup(stored, "model.text_encoder.name", default="emilyalsentzer/Bio_ClinicalBERT"),
-            "last_layers": 1,
-            "text_pieces": "mean",
-            "image_size": side,
-            "crop": side,
-            "max_tokens": lookup(stored, "base.text_max_length", default=256),
-            "text_section": "both",
-        }
-    )
+    return {
+        "objective": "cxr_clip",
+        "objective_options": {
+            "icl_weight": lookup(stored, "loss.cxr_clip.i2i_weight", default=1.0),
+            "tcl_weight": lookup(stored, "loss.cxr_clip.t2t_weight", default=0.5),
+            "label_smoothing": lookup(stored, "loss.cxr_clip.label_smoothing", default=0.0),
+            "projection_dim": len(named["objective.image_head.weight"][1]),
+            "text_pooling": {"bos": "cls"}.get(text_pooling, text_pooling),
+        },
+        "image_pooling": "default" if not swin else "mean" if _is_fork(stored) else "first_token",
+        "norm": "half" if swin else "imagenet",
+        "region_stage": "layer4",
+        "text_encoder": lookup(stored, "model.text_encoder.name", default=CLINICAL_BERT),
+        "last_layers": 1,
+        "text_pieces": "mean",
+        "image_size": side,
+        "crop": side,
+        "max_tokens": lookup(stored, "base.text_max_length", default=256),
+        "text_section": "both",
+    }
+
+
+LAYOUTS = (whole_model("CXR-CLIP", MARKS, lambda names, stored: RULES, _config),)

@@ -24,15 +24,22 @@ from typing import Any
 from torch import Tensor
 
 from gloria_core.checkpoints.image_models import ImageClassifier, unet
-from gloria_core.checkpoints.layouts.base import TRUNK, ImageTranslation, image_encoder_name, renamed, shapes_of
+from gloria_core.checkpoints.layouts.base import (
+    TRUNK,
+    Layout,
+    Stored,
+    Translation,
+    image_encoder_name,
+    renamed,
+    shapes_of,
+)
 from gloria_core.checkpoints.model import ConfigError
 from gloria_core.models.image_encoder import ImageEncoder
-from gloria_core.models.key_maps import Named, Shapes, is_one_network, network_name, timm_names
+from gloria_core.models.key_maps import Named, is_one_network, network_name, timm_names
 
 ENCODER = "image encoder alone (torchvision, timm, transformers)"
 CLASSIFIER = "fine-tuned classifier (GLoRIA, gloria-Extended, CXR-CLIP)"
 UNET = "U-Net (GLoRIA, gloria-Extended)"
-NAME = f"{ENCODER}, {CLASSIFIER}, {UNET}"
 
 CLASSIFIER_RULES = (
     # GLoRIA's embedders, which its classifier never calls, and the class weights of a loss
@@ -46,36 +53,21 @@ UNET_RULES = ((r"(model\.)?loss\.", None), (r"model\.", ""))
 UNET_MARKS = {"encoder.conv1.weight", "decoder.blocks.0.conv1.0.weight", "segmentation_head.0.weight"}
 
 
-def recognise(shapes: Shapes, stored: Mapping[str, Any]) -> bool:
-    """Whether all tensors are one network's, perhaps with its classifier, or a fine-tuned classifier's or U-Net's."""
-    return is_one_network(shapes) or _is_classifier(shapes) or _is_unet(shapes)
-
-
-def translate(tensors: Mapping[str, Tensor], stored: Mapping[str, Any]) -> ImageTranslation:
-    """See `gloria_core.checkpoints.layouts`."""
-    if _is_unet(tensors):
-        return _unet(tensors)
-    if _is_classifier(tensors):
-        return _classifier(tensors)
-    named, ignored = timm_names({name: (name, value) for name, value in tensors.items()})
-    # published numbers before speed: no channels-last memory order
-    network = partial(ImageEncoder, network_name(shapes_of(named)), channels_last=False, **_input_channels(named, ""))
-    return ImageTranslation(ENCODER, network, {f"trunk.{name}": pair for name, pair in named.items()}, ignored)
-
-
-def _is_classifier(names: Mapping[str, Any]) -> bool:
+def _is_classifier(names: Mapping[str, Any], stored: Stored) -> bool:
     """A head named `classifier` beside an image encoder, and no text encoder."""
     names = {name.removeprefix("model.") for name in names}
     has = [any(name.startswith(start) for name in names) for start in ("classifier.", "text_encoder.")]
     return has == [True, False] and any(name.startswith(("img_encoder.", "image_encoder.")) for name in names)
 
 
-def _is_unet(names: Mapping[str, Any]) -> bool:
-    """Encoder, decoder and segmentation head of the library's names, on a ResNet."""
-    return {name.removeprefix("model.") for name in names} >= UNET_MARKS
+def _encoder(tensors: Mapping[str, Tensor], stored: Stored) -> Translation:
+    named, ignored = timm_names({name: (name, value) for name, value in tensors.items()})
+    # published numbers before speed: no channels-last memory order
+    network = partial(ImageEncoder, network_name(shapes_of(named)), channels_last=False, **_input_channels(named, ""))
+    return Translation(ENCODER, network, {f"trunk.{name}": pair for name, pair in named.items()}, ignored)
 
 
-def _classifier(tensors: Mapping[str, Tensor]) -> ImageTranslation:
+def _classifier(tensors: Mapping[str, Tensor], stored: Stored) -> Translation:
     named, ignored = renamed(tensors, CLASSIFIER_RULES)
     head = named.get("classifier.weight")
     if head is None or head[1].ndim != 2:
@@ -91,17 +83,25 @@ def _classifier(tensors: Mapping[str, Tensor]) -> ImageTranslation:
         **_input_channels(named, TRUNK),
     )
     ours = {name.replace(TRUNK, "img_encoder.trunk.", 1): pair for name, pair in named.items()}
-    return ImageTranslation(CLASSIFIER, lambda: ImageClassifier(encoder(), classes), ours, ignored)
+    return Translation(CLASSIFIER, lambda: ImageClassifier(encoder(), classes), ours, ignored)
 
 
-def _unet(tensors: Mapping[str, Tensor]) -> ImageTranslation:
+def _unet(tensors: Mapping[str, Tensor], stored: Stored) -> Translation:
     named, ignored = renamed(tensors, UNET_RULES)
     name, classes = network_name(shapes_of(named, "encoder.")), len(named["segmentation_head.0.weight"][1])
     network = partial(unet, name, classes=classes, **_input_channels(named, "encoder."))
-    return ImageTranslation(UNET, network, named, ignored)
+    return Translation(UNET, network, named, ignored)
 
 
 def _input_channels(named: Named, prefix: str) -> dict[str, int]:
     """Channels of the images that the network reads, as its argument."""
     firsts = ("conv1.weight", "features.conv0.weight", "conv_stem.weight", "patch_embed.proj.weight")
     return {"in_channels": next(named[prefix + name][1].shape[1] for name in firsts if prefix + name in named)}
+
+
+LAYOUTS = (
+    Layout(ENCODER, lambda shapes, stored: is_one_network(shapes), _encoder),
+    Layout(CLASSIFIER, _is_classifier, _classifier),
+    # encoder, decoder and segmentation head of the library's names, on a ResNet
+    Layout(UNET, lambda shapes, stored: {name.removeprefix("model.") for name in shapes} >= UNET_MARKS, _unet),
+)

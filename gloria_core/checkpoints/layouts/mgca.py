@@ -13,18 +13,15 @@ because the released text encoder has none. What the file holds and the model do
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from gloria_core.checkpoints.layouts.base import BERT, Translation, bert_architecture, image_encoder_name, renamed
-from gloria_core.checkpoints.model import ModelConfig
+from gloria_core.checkpoints.layouts.base import CLINICAL_BERT, TRUNK, Rules, Stored, shapes_of, whole_model
 from gloria_core.checkpoints.untrusted import lookup
-from gloria_core.models.key_maps import Named, Shapes
+from gloria_core.models.key_maps import Named, count
 
-NAME = "MGCA (Lightning)"
+# Both encoders with projection heads of their own.
+MARKS = (r"img_encoder(_q)?\.global_embed\.head\.0\.weight$", r"text_encoder(_q)?\.global_embed\.head\.0\.weight$")
 RULES = (
     (r"text_encoder(_q)?\.model\.(embeddings\.position_ids$|.*\.crossattention\.)", None),
     (r"img_encoder(_q)?\.model\.", "image_encoder.trunk."),
@@ -40,87 +37,56 @@ RULES = (
 NO_TYPES = "(zeros, for the token types that the released encoder lacks)"
 
 
-def recognise(shapes: Shapes, stored: Mapping[str, Any]) -> bool:
-    """Both encoders with projection heads of their own, with or without the suffix `_q`."""
-    names = {name.replace("_encoder_q.", "_encoder.") for name in shapes}
-    return {"img_encoder.global_embed.head.0.weight", "text_encoder.global_embed.head.0.weight"} <= names
+def _rules(names: Iterable[str], stored: Stored) -> Rules:
+    """Parts that these options do not build have no place; the ConVIRT baseline is a file without prototypes."""
+    words, both = lookup(stored, "use_local_atten", default=False), lookup(stored, "bidirectional", default=True)
+    convirt = not any(name.startswith("prototype_layer.") for name in names)
+    unused = {
+        r"word_local_atten_layer\.": not words,
+        r"patch_local_atten_layer\.": not (words and both),
+        r"(img|text)_encoder(_q)?\.local_embed\.": convirt or lookup(stored, "lambda_2", default=1.0) == 0,
+        r"prototype_layer\.": lookup(stored, "lambda_3", default=1.0) == 0,
+    }
+    return *((part, None) for part, is_unused in unused.items() if is_unused), *RULES
 
 
-def translate(tensors: Mapping[str, Tensor], stored: Mapping[str, Any]) -> Translation:
-    """See `gloria_core.checkpoints.layouts`."""
-    named, ignored = renamed(tensors, RULES)
-    options = _options(named, stored)
-    unused = tuple(f"objective.{part}." for part in _unused_parts(options))
-    ignored += [theirs for name, (theirs, _) in named.items() if name.startswith(unused)]
-    named = {name: pair for name, pair in named.items() if not name.startswith(unused)}
-    text = bert_architecture(named, token_types=2)
-    named[f"{BERT}embeddings.token_type_embeddings.weight"] = (NO_TYPES, torch.zeros(2, text.hidden_size))
-    return Translation(NAME, _config(named, stored, options, text.num_hidden_layers), text, named, ignored)
-
-
-def _unused_parts(options: Mapping[str, Any]) -> list[str]:
-    """Parts of the objective that these options do not build."""
-    unused = []
-    if not options["use_local_attention"]:
-        unused += ["word_attention", "patch_attention"]
-    if not options["bidirectional"]:
-        unused += ["patch_attention"]
-    if not options["weights"]["cta"]:
-        unused += ["region_head", "word_head"]
-    if not options["weights"]["cpa"]:
-        unused += ["prototypes"]
-    return unused
-
-
-def _options(named: Named, stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of the objective; the widths from shapes, the rest as stored, else as released."""
-    hidden, dim = (len(named[f"objective.image_head.{layer}.weight"][1]) for layer in (0, 3))
-    widths = {"dim": dim, "hidden": hidden}
-    temperature = lookup(stored, "softmax_temperature", default=0.07)
-    if "objective.prototypes.weight" not in named:  # the ConVIRT baseline
-        return {
-            **widths,
-            "temperatures": {"ita": temperature},
-            "weights": {"ita": 1.0, "cta": 0.0, "cpa": 0.0},
-            "use_local_attention": False,
-            "bidirectional": True,
-        }
-    return {
-        **widths,
-        "n_prototypes": len(named["objective.prototypes.weight"][1]),
+def _config(named: Named, stored: Stored) -> dict[str, Any]:
+    """Widths from shapes, the rest as stored, else as released. The ConVIRT baseline has the first term alone."""
+    shapes = shapes_of(named)
+    convirt = not any(name.startswith(("objective.region_head.", "objective.prototypes.")) for name in named)
+    options = {
+        "dim": shapes["objective.image_head.3.weight"][0],
+        "hidden": shapes["objective.image_head.0.weight"][0],
         "temperatures": {
-            "ita": temperature,
+            "ita": lookup(stored, "softmax_temperature", default=0.07),
             "cta": lookup(stored, "local_temperature", default=0.1),
             "cpa": lookup(stored, "proto_temperature", default=0.2),
         },
         "weights": {
-            name: lookup(stored, f"lambda_{number}", default=1.0)
-            for number, name in enumerate(("ita", "cta", "cpa"), start=1)
+            term: 0.0 if convirt and number > 1 else lookup(stored, f"lambda_{number}", default=1.0)
+            for number, term in enumerate(("ita", "cta", "cpa"), start=1)
         },
         "freeze_prototypes_epochs": lookup(stored, "freeze_prototypes_epochs", default=1),
         "use_local_attention": lookup(stored, "use_local_atten", default=False),
         "bidirectional": lookup(stored, "bidirectional", default=True),
     }
+    if "objective.prototypes.weight" in shapes:
+        options["n_prototypes"] = shapes["objective.prototypes.weight"][0]
+    return {
+        "objective": "mgca",
+        "objective_options": options,
+        "region_stage": "layer3",
+        "resize_to": None if f"{TRUNK}cls_token" in named else 299,
+        "text_encoder": lookup(stored, "bert_type", default=CLINICAL_BERT),
+        "last_layers": 1,
+        "text_depth": count(named, "text_encoder.bert.encoder.layer."),
+        "text_positions": "zero",
+        "image_size": 256,
+        "crop": 224,
+        "norm": "half",
+        "max_tokens": 112,
+        "text_section": "both",
+    }
 
 
-def _config(named: Named, stored: Mapping[str, Any], options: dict[str, Any], depth: int) -> ModelConfig:
-    encoder = image_encoder_name(named)
-    return ModelConfig.from_dict(
-        {
-            "objective": "mgca",
-            "behavior": "published",
-            "objective_options": options,
-            "image_encoder": encoder,
-            "region_stage": "layer3",
-            "resize_to": None if encoder.startswith("vit") else 299,
-            "text_encoder": lookup(stored, "bert_type", default="emilyalsentzer/Bio_ClinicalBERT"),
-            "last_layers": 1,
-            "text_depth": depth,
-            "text_positions": "zero",
-            "image_size": 256,
-            "crop": 224,
-            "norm": "half",
-            "max_tokens": 112,
-            "text_section": "both",
-        }
-    )
+LAYOUTS = (whole_model("MGCA (Lightning)", MARKS, _rules, _config, without_types=NO_TYPES),)

@@ -9,24 +9,15 @@ The file does not say how pixels were normalised: by mean 0.4755 and deviation 0
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
-from gloria_core.checkpoints.layouts.base import (
-    TRUNK,
-    Translation,
-    bert_architecture,
-    image_encoder_name,
-    renamed,
-    shapes_of,
-)
-from gloria_core.checkpoints.model import ConfigError, ModelConfig
+from gloria_core.checkpoints.layouts.base import TRUNK, Stored, shapes_of, whole_model
+from gloria_core.checkpoints.model import ConfigError
 from gloria_core.models.heads import PUBLISHED_SIDE
-from gloria_core.models.key_maps import Named, Shapes, count
+from gloria_core.models.key_maps import Named, count
 
-NAME = "PRIOR"
+# A bank of sentence prototypes beside an image decoder.
+MARKS = (r"sentence_bank\.embed\.weight$", r"image_decoder\.output_head\.0\.weight$")
 RULES = (
     (r"(text_encoder\.encoder|sentence_decoder)\.embeddings\.position_ids$", None),  # no longer stored by transformers
     (r"global_text_projection\.", None),  # made and never used: texts are pooled from their sentences
@@ -53,18 +44,7 @@ RULES = (
 )
 
 
-def recognise(shapes: Shapes, stored: Mapping[str, Any]) -> bool:
-    """A bank of sentence prototypes beside an image decoder."""
-    return {"sentence_bank.embed.weight", "image_decoder.output_head.0.weight"} <= set(shapes)
-
-
-def translate(tensors: Mapping[str, Tensor], stored: Mapping[str, Any]) -> Translation:
-    """See `gloria_core.checkpoints.layouts`."""
-    named, ignored = renamed(tensors, RULES)
-    return Translation(NAME, _config(named), bert_architecture(named), named, ignored)
-
-
-def _config(named: Named) -> ModelConfig:
+def _config(named: Named, stored: Stored) -> dict[str, Any]:
     """Everything that shapes tell; the rest is the released configuration."""
     shapes = shapes_of(named)
     n_prototypes, dim = shapes["objective.bank.prototypes"]
@@ -73,23 +53,23 @@ def _config(named: Named) -> ModelConfig:
         raise ConfigError(
             f"its attention pool has {regions} positions; only {PUBLISHED_SIDE} x {PUBLISHED_SIDE} are known"
         )
-    return ModelConfig(
-        objective="prior",
-        behavior="published",
-        objective_options={
+    return {
+        "objective": "prior",
+        "objective_options": {
             "embed_dim": dim,
             "n_prototypes": n_prototypes,
             "n_queries": shapes["objective.report_decoder.queries"][1],
             "decoder_layers": count(shapes, "objective.report_decoder.bert.encoder.layer."),
         },
-        image_encoder=image_encoder_name(named),
-        region_stage="layer4",
-        text_encoder="emilyalsentzer/Bio_ClinicalBERT",
-        last_layers=1,
-        image_size=224,
-        crop=224,
-        norm="prior",
-        channels=shapes[f"{TRUNK}conv1.weight"][1],
-        max_tokens=256,
-        text_section="both",
-    )
+        "region_stage": "layer4",
+        "last_layers": 1,
+        "image_size": 224,
+        "crop": 224,
+        "norm": "prior",
+        "channels": shapes[f"{TRUNK}conv1.weight"][1],
+        "max_tokens": 256,
+        "text_section": "both",
+    }
+
+
+LAYOUTS = (whole_model("PRIOR", MARKS, lambda names, stored: RULES, _config),)
