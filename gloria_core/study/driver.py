@@ -66,7 +66,7 @@ def to_do(plan: Plan, force: str = "") -> list[PlannedRun]:
 
 
 def _forced(run: PlannedRun, force: str) -> bool:
-    return force == "all" or bool(force) and run.run_id.startswith(force)
+    return force == "all" or (force != "" and run.run_id.startswith(force))
 
 
 def _snakemake(plan: Plan, arguments: Sequence[str], lock: int) -> None:
@@ -76,7 +76,7 @@ def _snakemake(plan: Plan, arguments: Sequence[str], lock: int) -> None:
     """
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(PACKAGE_PARENT / "notebooks" / "Snakefile")]
     # --nolock: a killed Snakemake leaves its lock behind; ours goes with the process
-    command += ["--directory", str(plan.folder), *"--nolock --keep-going --rerun-incomplete".split()]
+    command += ["--directory", str(plan.folder), "--nolock", "--keep-going", "--rerun-incomplete"]
     command += ["--rerun-triggers", "input", *arguments]
     environment = {"PYTHONPATH": package_path(), PARENT: f"{os.uname().nodename}:{os.getpid()}"}
     # what Snakemake says of itself goes into a file; the runs speak for themselves on standard output

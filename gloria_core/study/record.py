@@ -114,7 +114,7 @@ class Run:
     started: float = field(default_factory=time.time)
 
     def metric(self, **number: Any) -> None:
-        """Record one number by the names of `COLUMNS`: `task`, `target`, `metric`, `value`, and what else is known of it.
+        """Record one number by the names of `COLUMNS`: `task`, `target`, `metric`, `value`, and what else is known.
 
         `label_fraction` and `seed` come from the parameters of the notebook unless given. The same number twice raises
         in a study; in a notebook opened by hand the newer replaces the older. Raises `RecordError`.

@@ -143,7 +143,7 @@ def locked(folder: Path, what: str) -> Iterator[int]:
 def execute(plan: Plan, run: PlannedRun, *, threads: int) -> Fault | None:
     """Run the notebook of `run`; the copy with outputs goes to executed.ipynb in its folder, cell by cell.
 
-    The kernel works in notebooks/ and may use `threads` threads. After the minutes of the run it is ended (0: no limit).
+    The kernel works in notebooks/ and may use `threads` threads. It is ended after the minutes of the run (0: never).
     """
     executed = plan.folder / run.run_id / EXECUTED
     try:

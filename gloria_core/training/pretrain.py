@@ -14,7 +14,7 @@ import math
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -29,24 +29,17 @@ from gloria_core.checkpoints import native
 from gloria_core.checkpoints.model import VisionLanguageModel
 from gloria_core.data.dataset import Collate, StudyDataset, make_loader
 from gloria_core.data.files import atomic_write
+from gloria_core.training import resume
 from gloria_core.training.config import PretrainConfig
 from gloria_core.training.distributed import GlobalBatch
 from gloria_core.training.precision import choose_precision
 from gloria_core.training.progress import Progress
-from gloria_core.training.resume import (
-    TrainingError,
-    TrainingState,
-    all_random_states,
-    check_same_run,
-    random_state,
-    run_identity,
-    set_random_state,
-)
+from gloria_core.training.resume import TrainingError, TrainingState
 from gloria_core.training.schedule import learning_rate, make_optimizer
 from gloria_core.types import Batch
 
+# Steps in a row that float16 may skip while it looks for its loss scale.
 MAX_OVERFLOWS = 20
-"""Steps in a row that float16 may skip while it looks for its loss scale."""
 
 
 def pretrain(
@@ -99,41 +92,36 @@ def pretrain(
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@dataclass
 class Pretraining:
     """The model, optimiser and state of one call of `pretrain`."""
 
-    def __init__(
-        self,
-        model: VisionLanguageModel,
-        train: StudyDataset,
-        valid: StudyDataset,
-        config: PretrainConfig,
-        folder: Path,
-        accelerator: Accelerator,
-        precision: str,
-    ) -> None:
-        self.model, self.train, self.valid, self.config, self.folder = model, train, valid, config, folder
-        self.collate, self.accelerator, self.precision = model.collate(), accelerator, precision
-        self.device, self.main = accelerator.device, accelerator.is_main_process
+    model: VisionLanguageModel
+    train: StudyDataset
+    valid: StudyDataset
+    config: PretrainConfig
+    folder: Path
+    accelerator: Accelerator
+    precision: str
+
+    def __post_init__(self) -> None:
+        model, config, accelerator, size = self.model, self.config, self.accelerator, self.config.batch_size
+        self.collate, self.device, self.main = model.collate(), accelerator.device, accelerator.is_main_process
         self.rank, self.processes = accelerator.process_index, accelerator.num_processes
-        size = config.batch_size
-        if len(train) < size:
-            raise TrainingError(f"{len(train)} training studies do not fill one batch of {size}: lower batch_size")
+        if len(self.train) < size:
+            raise TrainingError(f"{len(self.train)} training studies do not fill one batch of {size}: lower batch_size")
         if size % self.processes:
             raise TrainingError(f"{self.processes} processes cannot share a batch_size of {size}: choose a multiple")
-        self.steps_per_epoch = len(train) // size
-        self.identity = run_identity(config, model.config, train, valid, precision=precision, processes=self.processes)
+        self.steps_per_epoch = len(self.train) // size
+        self.identity = resume.run_identity(
+            config, model.config, self.train, self.valid, precision=self.precision, processes=self.processes
+        )
         self.state, self.overflows, self.clock = TrainingState(), 0, time.monotonic()
         self.stage_starts = model.objective.plan(config.epochs)
         self.stage_rates = model.objective.stage_rates() or (1.0,) * len(self.stage_starts)
         model.to(self.device, memory_format=torch.channels_last)
-        optimizer = make_optimizer(
-            model,
-            config.optimizer,
-            learning_rate=config.learning_rate,
-            betas=config.betas,
-            weight_decay=config.weight_decay,
-        )
+        settings = {name: getattr(config, name) for name in ("learning_rate", "betas", "weight_decay")}
+        optimizer = make_optimizer(model, config.optimizer, **settings)
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.forward = GlobalBatch(model)
         self.parallel, self.optimizer = accelerator.prepare(self.forward, optimizer)
@@ -205,10 +193,10 @@ class Pretraining:
             world_size=self.processes,
             skip_batches=state.batch,
         )
-        before = random_state(self.device)
+        before = resume.random_state(self.device)
         batches = iter(loader)  # may draw a seed for its workers, which the undisturbed run drew only once
         if state.batch:
-            set_random_state(before, self.device)
+            resume.set_random_state(before, self.device)
         self.clock = time.monotonic()
         for batch in batches:
             values = self._step(batch)
@@ -315,7 +303,7 @@ class Pretraining:
             "state": asdict(self.state),
             "optimizer": self.optimizer.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
-            "random": all_random_states(self.device),
+            "random": resume.all_random_states(self.device),
         }
         if self.main:
             native.save(self.folder / "last.pt", self.model, training_state=training_state)
@@ -331,7 +319,7 @@ class Pretraining:
             return
         content = native.read(last)
         saved = content["training_state"]
-        check_same_run(saved["run"], self.identity, last)
+        resume.check_same_run(saved["run"], self.identity, last)
         self.state = TrainingState(**saved["state"])
         if self.state.batch:
             # before the weights: what the objective does as this epoch starts was done before they were saved
@@ -341,7 +329,7 @@ class Pretraining:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
         self._write_history()
-        set_random_state(saved["random"][self.rank], self.device)
+        resume.set_random_state(saved["random"][self.rank], self.device)
 
 
 def best_losses(history: pd.DataFrame, *, since: int = 0) -> pd.DataFrame:

@@ -239,13 +239,18 @@ def names_of(encoder):
 CGMH = {"data_train": {"cgmh": {"name": "cgmh", "data_type": "imagetext"}}}
 
 
+def translated(tensors, stored):
+    """The configuration and the text architecture."""
+    return cxr_clip.LAYOUTS[0].translate(tensors, stored).network.args
+
+
 def test_settings_of_the_file():
     stored = {
         "loss": {"cxr_clip": {"i2i_weight": 0.0, "t2t_weight": 0.25, "label_smoothing": 0.1}},
         "model": {"text_encoder": {"pooling": "bos", "name": "some/bert"}, "projection_head": {"name": "linear"}},
         "base": {"image_size": 256, "text_max_length": 77},
     }
-    config = cxr_clip.LAYOUTS[0].translate(names_of("resnet"), stored).config
+    config = translated(names_of("resnet"), stored)[0]
     assert config.objective_options == {
         "icl_weight": 0.0,
         "tcl_weight": 0.25,
@@ -255,23 +260,23 @@ def test_settings_of_the_file():
     }
     assert (config.crop, config.max_tokens, config.text_encoder) == (256, 77, "some/bert")
     assert config.image_encoder == "resnet18"
-    assert cxr_clip.LAYOUTS[0].translate(names_of("resnet"), {}).config.objective_options["tcl_weight"] == 0.5
+    assert translated(names_of("resnet"), {})[0].objective_options["tcl_weight"] == 0.5
 
 
 def test_pooling_of_the_fork_is_told_from_its_data():
     swin = names_of("swin")
-    assert cxr_clip.LAYOUTS[0].translate(swin, {}).config.image_pooling == "first_token"
-    assert cxr_clip.LAYOUTS[0].translate(swin, {"data_train": {"c": {"name": "chexpert"}}}).config.image_pooling == "first_token"
-    assert cxr_clip.LAYOUTS[0].translate(swin, CGMH).config.image_pooling == "mean"
-    assert cxr_clip.LAYOUTS[0].translate(swin, {"data_valid": CGMH["data_train"]}).config.image_pooling == "mean"
-    assert cxr_clip.LAYOUTS[0].translate(names_of("resnet"), CGMH).config.image_pooling == "default"
+    assert translated(swin, {})[0].image_pooling == "first_token"
+    assert translated(swin, {"data_train": {"c": {"name": "chexpert"}}})[0].image_pooling == "first_token"
+    assert translated(swin, CGMH)[0].image_pooling == "mean"
+    assert translated(swin, {"data_valid": CGMH["data_train"]})[0].image_pooling == "mean"
+    assert translated(names_of("resnet"), CGMH)[0].image_pooling == "default"
 
 
 def test_our_own_file_keeps_bert_without_its_pooler(tmp_path):
     """Published weights with one layer have a pooler elsewhere; here it would be a tensor that no loss reaches."""
-    translation = cxr_clip.LAYOUTS[0].translate(names_of("resnet"), {})
-    config = replace(translation.config, image_encoder="resnet_tiny")
-    model = assemble(config, translation.text, None).eval()
+    config, text = translated(names_of("resnet"), {})
+    config = replace(config, image_encoder="resnet_tiny")
+    model = assemble(config, text, None).eval()
     again = native.load(native.save(tmp_path / "model.pt", model))
     assert model.text_encoder.bert.pooler is None
     assert again.text_encoder.bert.pooler is None

@@ -16,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter  # noqa: F401 - imported once 
 
 from gloria_core.checkpoints import native
 from gloria_core.training import pretrain as loop
+from gloria_core.training import resume
 from gloria_core.training.pretrain import pretrain
 from gloria_core.training.resume import TrainingError, check_same_run, random_state, set_random_state
 
@@ -94,7 +95,7 @@ def assert_same_run(folder, reference):
 def test_dropout_is_at_work(undisturbed, tmp_path):
     """Otherwise the tests below would not see the random state."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "set_random_state", lambda *_: None)
+        patch.setattr(resume, "set_random_state", lambda *_: None)
         assert in_child(tmp_path, kill=at_call(loop.Pretraining, "_step", 4)) == -signal.SIGKILL
         assert in_child(tmp_path) == 0
     with pytest.raises(AssertionError):

@@ -24,15 +24,8 @@ from typing import Any
 from torch import Tensor
 
 from gloria_core.checkpoints.image_models import ImageClassifier, unet
-from gloria_core.checkpoints.layouts.base import (
-    TRUNK,
-    Layout,
-    Stored,
-    Translation,
-    image_encoder_name,
-    renamed,
-    shapes_of,
-)
+from gloria_core.checkpoints.layouts import base
+from gloria_core.checkpoints.layouts.base import TRUNK, Layout, Stored, Translation
 from gloria_core.checkpoints.model import ConfigError
 from gloria_core.models.image_encoder import ImageEncoder
 from gloria_core.models.key_maps import Named, is_one_network, network_name, timm_names
@@ -63,16 +56,18 @@ def _is_classifier(names: Mapping[str, Any], stored: Stored) -> bool:
 def _encoder(tensors: Mapping[str, Tensor], stored: Stored) -> Translation:
     named, ignored = timm_names({name: (name, value) for name, value in tensors.items()})
     # published numbers before speed: no channels-last memory order
-    network = partial(ImageEncoder, network_name(shapes_of(named)), channels_last=False, **_input_channels(named, ""))
+    network = partial(
+        ImageEncoder, network_name(base.shapes_of(named)), channels_last=False, **_input_channels(named, "")
+    )
     return Translation(ENCODER, network, {f"trunk.{name}": pair for name, pair in named.items()}, ignored)
 
 
 def _classifier(tensors: Mapping[str, Tensor], stored: Stored) -> Translation:
-    named, ignored = renamed(tensors, CLASSIFIER_RULES)
+    named, ignored = base.renamed(tensors, CLASSIFIER_RULES)
     head = named.get("classifier.weight")
     if head is None or head[1].ndim != 2:
         raise ConfigError(f"its head is not linear (it has {', '.join(n for n in tensors if 'classifier' in n)})")
-    name, classes = image_encoder_name(named), len(head[1])
+    name, classes = base.image_encoder_name(named), len(head[1])
     resizes = any(theirs.removeprefix("model.").startswith("img_encoder.model.") for theirs in tensors)
     encoder = partial(
         ImageEncoder,
@@ -87,8 +82,8 @@ def _classifier(tensors: Mapping[str, Tensor], stored: Stored) -> Translation:
 
 
 def _unet(tensors: Mapping[str, Tensor], stored: Stored) -> Translation:
-    named, ignored = renamed(tensors, UNET_RULES)
-    name, classes = network_name(shapes_of(named, "encoder.")), len(named["segmentation_head.0.weight"][1])
+    named, ignored = base.renamed(tensors, UNET_RULES)
+    name, classes = network_name(base.shapes_of(named, "encoder.")), len(named["segmentation_head.0.weight"][1])
     network = partial(unet, name, classes=classes, **_input_channels(named, "encoder."))
     return Translation(UNET, network, named, ignored)
 
