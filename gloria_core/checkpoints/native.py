@@ -75,11 +75,6 @@ def load(path: str | Path, *, map_location: str | torch.device | None = None) ->
     return model.to(map_location).eval()
 
 
-def load_training_state(path: str | Path) -> dict[str, Any] | None:
-    """What was given to `save` as `training_state`, on the CPU; None where there was none."""
-    return read(path)["training_state"]
-
-
 def read(path: str | Path) -> dict[str, Any]:
     """The content of a checkpoint file as plain values and CPU tensors. Raises WeightsError."""
     if not str(path):

@@ -193,16 +193,13 @@ def _zipped_pickle(path: Path) -> bytes:
         return archive.read(main[0])
 
 
-_UNFINISHED = object()
-
-
 def plain(value: object, done: dict[int, tuple[object, Any]] | None = None) -> Any:
     """Stubs and containers -> dicts, lists and scalars.
 
     omegaconf's nodes give their content, NumPy's scalars and arrays their numbers, paths and types of PyTorch their
     names, `argparse.Namespace` a dict; other objects and tensors become None. `done` holds the containers seen so far
     by their `id`, so that a small file cannot unfold into an endless value.
-    Raises ValueError for a container that holds itself.
+    Raises RecursionError for a container that holds itself.
     """
     if value is None or isinstance(value, str | bool | int | float):
         return value
@@ -212,7 +209,6 @@ def plain(value: object, done: dict[int, tuple[object, Any]] | None = None) -> A
         return None
     done = {} if done is None else done
     if id(value) not in done:
-        done[id(value)] = (value, _UNFINISHED)
         if isinstance(value, Stub):
             converted = _plain_stub(value, done)
         elif isinstance(value, Mapping):
@@ -222,10 +218,7 @@ def plain(value: object, done: dict[int, tuple[object, Any]] | None = None) -> A
         else:
             converted = [plain(item, done) for item in value]
         done[id(value)] = (value, converted)
-    converted = done[id(value)][1]
-    if converted is _UNFINISHED:
-        raise ValueError("its configuration holds itself")
-    return converted
+    return done[id(value)][1]
 
 
 def _plain_stub(stub: Stub, done: dict[int, tuple[object, Any]]) -> Any:

@@ -59,7 +59,7 @@ class StudyError(ValueError):
 
 
 class Resources(BaseModel):
-    """What a run may use: processor threads, a time limit, and on a cluster memory and GPUs; 0 is not stated."""
+    """What a run may use: processor threads, and on a cluster minutes, memory and GPUs; 0 is not stated."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     threads: PositiveInt = 1

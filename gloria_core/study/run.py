@@ -9,7 +9,6 @@ and its metrics.csv can be read. Everything else leaves another status, or, when
 | not applicable | a cell raised `NotApplicable`, or a run that this one needs did; finished, no numbers |
 | failed         | a cell raised; executed.ipynb holds the traceback                                     |
 | died           | the kernel was gone, most often for want of memory                                    |
-| timeout        | longer than the `minutes` of the study file                                           |
 | no_kernel      | the kernel did not start                                                              |
 | incomplete     | all cells ran, but an output is an error or metrics.csv is missing or unreadable      |
 
@@ -24,7 +23,6 @@ import fcntl
 import json
 import os
 import shutil
-import signal
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -49,10 +47,6 @@ FINISHED = ("ok", NOT_APPLICABLE)
 START_SECONDS = 90
 # A status other than "ok" and the error for run.json: name, value, and the n of `In [n]` in executed.ipynb.
 Fault = tuple[str, dict[str, Any]]
-
-
-class TimeLimitError(Exception):
-    """The run took longer than the study file allows."""
 
 
 def run_one(plan: Plan, run_id: str, *, threads: int | None = None) -> dict[str, Any]:
@@ -143,11 +137,11 @@ def locked(folder: Path, what: str) -> Iterator[int]:
 def execute(plan: Plan, run: PlannedRun, *, threads: int) -> Fault | None:
     """Run the notebook of `run`; the copy with outputs goes to executed.ipynb in its folder, cell by cell.
 
-    The kernel works in notebooks/ and may use `threads` threads. It is ended after the minutes of the run (0: never).
+    The kernel works in notebooks/ and may use `threads` threads.
     """
     executed = plan.folder / run.run_id / EXECUTED
     try:
-        with contextlib.chdir(plan.root), _environment(threads) as private, _time_limit(run.minutes * 60):
+        with contextlib.chdir(plan.root), _environment(threads) as private:
             papermill.execute_notebook(
                 f"notebooks/{run.notebook}.ipynb",
                 str(executed.relative_to(plan.root)),
@@ -165,8 +159,6 @@ def execute(plan: Plan, run: PlannedRun, *, threads: int) -> Fault | None:
     except papermill.PapermillExecutionError as error:
         status = NOT_APPLICABLE if error.ename == NotApplicable.__name__ else "failed"
         return status, _error(error.ename, error.evalue, error.exec_count)
-    except TimeLimitError as error:
-        return "timeout", _error("TimeLimitError", str(error), _cells_begun(executed))
     except Exception as error:  # what jupyter raises for a kernel that does not start is spread over many types
         begun = _cells_begun(executed)
         hint = " (out of memory?)" if isinstance(error, DeadKernelError) else ""
@@ -182,21 +174,6 @@ def _cells_begun(executed: Path) -> int | None:
     """The n of `In [n]` that was at work when the end came; None when no cell had begun."""
     cells = [cell for cell in read_json(executed).get("cells", []) if cell["cell_type"] == "code"]
     return sum(cell["metadata"].get("papermill", {}).get("start_time") is not None for cell in cells) or None
-
-
-@contextlib.contextmanager
-def _time_limit(seconds: int) -> Iterator[None]:
-    """Raise `TimeLimitError` in here after so many seconds; 0 means no limit. Main thread only."""
-
-    def ring(signum: int, frame: object) -> None:
-        raise TimeLimitError(f"longer than {seconds // 60} minutes")
-
-    signal.signal(signal.SIGALRM, ring)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
 
 
 @contextlib.contextmanager

@@ -368,8 +368,7 @@ def validation_loader(
     """
     data = copy.copy(data)
     data.set_epoch(0)
-    size, count = config.batch_size, len(data)
-    batches = [list(range(begin, min(begin + size, count))) for begin in range(0, count, size)]
+    batches = [part.tolist() for part in torch.arange(len(data)).split(config.batch_size)]
     return DataLoader(
         data,
         batch_sampler=batches[rank::world_size],

@@ -240,7 +240,7 @@ def test_values_that_unfold_without_end(tmp_path):
     loop: dict = {}
     loop["self"] = loop
     torch.save({"state_dict": {"a": torch.zeros(1)}, "hyper_parameters": loop}, tmp_path / "loop.ckpt")
-    with pytest.raises(WeightsError, match="holds itself"):
+    with pytest.raises(WeightsError, match=r"loop\.ckpt.*recursion"):
         read_state(tmp_path / "loop.ckpt")
     deep: list = []
     for _ in range(3000):

@@ -31,7 +31,7 @@ def test_everything_comes_back(model, tmp_path):
         assert torch.equal(value, again.state_dict()[name])
     ours, theirs = tokenize(model.tokenizer, TEXTS), tokenize(again.tokenizer, TEXTS)
     assert torch.equal(ours.input_ids, theirs.input_ids)
-    loaded = native.load_training_state(path)
+    loaded = native.read(path)["training_state"]
     assert loaded["epoch"] == 2
     assert loaded["history"] == [(1, 0.5)]
     torch.optim.AdamW(again.parameters()).load_state_dict(loaded["optimizer"])
@@ -50,7 +50,7 @@ def test_the_model_is_put_on_the_gpu_if_there_is_one(model, tmp_path, monkeypatc
 
 
 def test_no_training_state_is_none(model, tmp_path):
-    assert native.load_training_state(native.save(tmp_path / "a.pt", model)) is None
+    assert native.read(native.save(tmp_path / "a.pt", model))["training_state"] is None
 
 
 def test_loading_leaves_the_global_random_state(model, tmp_path):

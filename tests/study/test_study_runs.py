@@ -15,12 +15,10 @@ import time
 from functools import partial
 from pathlib import Path
 
-import pytest
-
 from gloria_core.study import run as kernel
 from gloria_core.study.plan import load_study
 from gloria_core.study.results import collect
-from gloria_core.study.run import TimeLimitError, _incomplete, _time_limit, for_kernel, is_done, run_one, status_of
+from gloria_core.study.run import _incomplete, for_kernel, is_done, run_one, status_of
 
 COMMAND = [sys.executable, "-m", "gloria_core.study"]
 ROOT = Path(__file__).resolve().parents[2]
@@ -246,14 +244,6 @@ def test_ok_needs_more_than_an_end(tmp_path):
     cell["outputs"] = [{"output_type": "error", "ename": "KeyError", "evalue": "x"}]
     (tmp_path / "executed.ipynb").write_text(json.dumps({"cells": [cell]}))
     assert _incomplete(tmp_path, "b") == ("incomplete", {"name": "KeyError", "value": "x", "cell": 3})
-
-
-def test_time_limit():
-    with pytest.raises(TimeLimitError), _time_limit(1):
-        time.sleep(30)
-    with _time_limit(0):
-        pass
-    assert signal.alarm(0) == 0
 
 
 def test_paths_for_the_kernel():

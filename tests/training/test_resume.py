@@ -85,7 +85,7 @@ def assert_same_run(folder, reference):
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs), name
     ours, theirs = (pd.read_csv(path / "history.csv").drop(columns=TIMES) for path in (folder, reference))
     pd.testing.assert_frame_equal(ours, theirs, check_exact=True)
-    ours, theirs = (native.load_training_state(path / "last.pt") for path in (folder, reference))
+    ours, theirs = (native.read(path / "last.pt")["training_state"] for path in (folder, reference))
     for number, state in theirs["optimizer"]["state"].items():
         assert all(torch.equal(ours["optimizer"]["state"][number][key], value) for key, value in state.items())
     assert torch.equal(ours["random"][0]["torch"], theirs["random"][0]["torch"])
