@@ -23,23 +23,21 @@ from typing import ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
+# `published` repeats the authors' released code, quirks included; `corrected` is the default for new training.
 Behavior = Literal["published", "corrected"]
-"""`published` repeats the authors' released code, quirks included; `corrected` is the default for new training."""
 
 
 class _Movable:
-    """Gives a dataclass of tensors `to(device)`; other fields are left alone."""
+    """Gives a dataclass of tensors `to(device)`; other fields are left alone.
+
+    `PADDING`: what axis 1 of a field is lengthened with, where that is not zero.
+    """
 
     PADDING: ClassVar[dict[str, int]] = {}
-    """What axis 1 of a field is lengthened with, where that is not zero."""
 
     def to(self, device: torch.device | str) -> Self:
-        moved = {}
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if isinstance(value, Tensor | _Movable):
-                moved[item.name] = value.to(device)
-        return replace(self, **moved)
+        values = ((item.name, getattr(self, item.name)) for item in fields(self))
+        return replace(self, **{name: value.to(device) for name, value in values if hasattr(value, "to")})
 
 
 @dataclass(frozen=True)
@@ -156,8 +154,7 @@ class Needs:
 
     `views`, `texts`: images and texts per study. `cls_attention`: attention of the class token to the patches, where
     the image encoder has one. `token_attention`: `TextFeatures.cls_attention`. `sentence`: `TextFeatures.sentence` is
-    read; without it no pooler of BERT's is made. `pixels`: the images themselves, as a
-    target.
+    read; without it no pooler of BERT's is made. `pixels`: the images themselves, as a target.
     """
 
     views: int = 1

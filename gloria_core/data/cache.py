@@ -1,7 +1,7 @@
 """Decoded images in one memory-mapped file, so that training reads bytes instead of decoding files every epoch.
 
 A cache holds every image of a frame, resized to one size, as uint8 (size, size). Its name KEY depends on the image
-paths, the size, the behavior and the format version, never on the root folder. It consists of two files:
+paths, the size and the format version, never on the root folder. It consists of two files:
 
     KEY.u8      one row for each image: a record (done flag, checksum, original size, length and time of the image
                 file) and the pixels. The file has its full length from the start; any process may write any row.
@@ -36,22 +36,23 @@ import sys
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
-from typing import BinaryIO, Literal
+from pathlib import Path
+from typing import Annotated, BinaryIO, Self
 
 import numpy as np
 import pandas as pd
 import yaml
 from numpy.typing import NDArray
+from pydantic import ConfigDict, Field, PositiveInt, validate_call
 from tqdm import tqdm
 
 from gloria_core.data import sources
 from gloria_core.data.files import atomic_write, content_hash
 from gloria_core.data.geometry import Geometry
 from gloria_core.data.images import ImageError, decode_gray, read_bytes
-from gloria_core.types import Behavior
+from gloria_core.data.manifest import ExcludedRows, Failure, OnError, listed, path_problem, shorten
 
-FORMAT = 2
+FORMAT, BEHAVIOR = 2, "corrected"  # of the file, of the geometry
 COMMAND = "python -m gloria_core.data.cache"
 
 _RECORD = np.dtype(
@@ -60,7 +61,6 @@ _RECORD = np.dtype(
 _DONE = (1).to_bytes(4, "little")
 _PIXELS_AT, _PAGE = 64, 4096  # bytes
 _BLOCK = 128  # images between two syncs to disk
-_LISTED = 10  # studies with bad images spelled out in an error; the rest is counted
 
 
 class CacheError(ValueError):
@@ -72,46 +72,45 @@ def image_paths(frame: pd.DataFrame) -> list[str]:
     return sorted({path for cell in frame["images"] for path in cell.split(";")})
 
 
-def cache_key(paths: Sequence[str], size: int, *, behavior: Behavior = "corrected") -> str:
+def cache_key(paths: Sequence[str], size: int) -> str:
     """16 hex digits that name the cache of these sorted paths at this size; the same under every root folder."""
-    return content_hash([FORMAT, size, behavior, list(paths)])
+    return content_hash([FORMAT, size, BEHAVIOR, list(paths)])
 
 
 class ImageCache:
     """Read access to a finished cache; `build` makes or finds one. Pickles as a path, so workers open their own map.
 
     Attributes:
-        index: path of KEY.json; size: side of the squares in pixels; behavior: that of the geometry
-        paths: the cached image paths, sorted; `bad`: image path -> why it cannot be used
+        index: path of KEY.json; size: side of the squares in pixels
+        paths: the cached image paths, sorted; bad: image path -> why it cannot be used
     """
 
     def __init__(self, index: str | Path) -> None:
         """Open the cache of this index file. Raises: CacheError if it is missing, damaged or of another version."""
         self.index = Path(index)
+        remedy = f"Delete {self.index} and build the cache again"
         try:
             body = json.loads(self.index.read_bytes())
-            version, self.size, self.behavior = body["format"], body["size"], body["behavior"]
-            listed, self.bad = body["paths"], body["bad"]
-            intact = version != FORMAT or self.index.stem == cache_key(listed, self.size, behavior=self.behavior)
+            version, self.size, listed, self.bad = (body[name] for name in ("format", "size", "paths", "bad"))
+            if version == FORMAT and self.index.stem != cache_key(listed, self.size):
+                raise ValueError("it does not belong to its name")
         except FileNotFoundError:
             raise CacheError(f"{self.index}: no such image cache. Make it with ImageCache.build") from None
-        except (ValueError, KeyError, TypeError):
-            intact = False
-        self._remedy = f"Delete {self.index} and build the cache again"
-        if not intact:
-            raise CacheError(f"{self.index}: the index is damaged (it does not belong to its name). {self._remedy}")
+        except (ValueError, KeyError, TypeError) as error:
+            raise CacheError(f"{self.index}: the index is damaged ({error}). {remedy}") from None
         if version != FORMAT:
-            raise CacheError(f"{self.index}: cache format {version}, this version reads {FORMAT}. {self._remedy}")
+            raise CacheError(f"{self.index}: cache format {version}, this version reads {FORMAT}. {remedy}")
         file, dtype = self.index.with_suffix(".u8"), _row_type(self.size)
         expected = len(listed) * dtype.itemsize
         if not file.exists() or file.stat().st_size != expected:
             state = f"has {file.stat().st_size} bytes instead of {expected}" if file.exists() else "is missing"
-            raise CacheError(f"{file}: the pixel file {state}. {self._remedy}")
+            raise CacheError(f"{file}: the pixel file {state}. {remedy}")
         self._rows = np.memmap(file, dtype, mode="r", shape=(len(listed),))
         self._row_of = {path: row for row, path in enumerate(listed) if path not in self.bad}
         self.paths: tuple[str, ...] = tuple(self._row_of)
 
     @classmethod
+    @validate_call(config=ConfigDict(arbitrary_types_allowed=True))
     def build(
         cls,
         frame: pd.DataFrame,
@@ -119,11 +118,10 @@ class ImageCache:
         *,
         size: int,
         folder: str | Path,
-        behavior: Behavior = "corrected",
         workers: int = 2,
-        on_error: Literal["raise", "exclude"] = "raise",
+        on_error: OnError = "raise",
         progress: bool = True,
-    ) -> ImageCache:
+    ) -> Self:
         """The cache of a frame's images: opened if there is a valid one in `folder`, made or completed otherwise.
 
         Images whose files have changed since (length or time) are decoded again, in place. `workers` are threads:
@@ -135,25 +133,21 @@ class ImageCache:
             CacheError: the cache in `folder` is damaged.
             ValueError: unknown options, or a frame without images.
         """
-        if on_error not in ("raise", "exclude"):
-            raise ValueError(f"on_error={on_error!r} is unknown: use 'raise' or 'exclude'")
         paths = image_paths(frame)
-        index = Path(folder) / f"{cache_key(paths, size, behavior=behavior)}.json"
+        index = Path(folder) / f"{cache_key(paths, size)}.json"
         if index.exists():
             bad = cls(index).bad
         # a finished cache of somebody else's, on a read-only disk, is taken as it is
         if not index.exists() or os.access(folder, os.W_OK):
-            bad = fill(paths, root, size=size, folder=folder, behavior=behavior, workers=workers, progress=progress)
+            bad = fill(paths, root, size=size, folder=folder, workers=workers, progress=progress)
         if len(bad) == len(paths):
             raise ImageError(f"none of the {len(paths)} images under {root} can be used: {next(iter(bad.values()))}")
         if bad and on_error == "raise":
-            excluded = _excluded(frame, bad)
-            lines = [f"  study {item['study_id']}, row {item['row']}: {item['reason']}" for item in excluded[:_LISTED]]
-            if len(excluded) > _LISTED:
-                lines.append(f"  ... and {len(excluded) - _LISTED} more studies")
-            lines.append("Repair them and build again (what is done is kept), or use on_error='exclude'.")
-            raise ImageError("\n".join([f"{len(bad)} of {len(paths)} images under {root} cannot be used:", *lines]))
-        content = json.dumps({"format": FORMAT, "size": size, "behavior": behavior, "paths": paths, "bad": bad})
+            raise ImageError(
+                f"{len(bad)} of {len(paths)} images under {root} cannot be used:\n{listed(_failures(frame, bad))}\n"
+                "Repair them and build again (what is done is kept), or use on_error='exclude'."
+            )
+        content = json.dumps({"format": FORMAT, "size": size, "behavior": BEHAVIOR, "paths": paths, "bad": bad})
         if not index.exists() or index.read_text() != content:
             atomic_write(index, content)
         return cls(index)
@@ -165,11 +159,9 @@ class ImageCache:
     def __reduce__(self) -> tuple:
         return ImageCache, (self.index,)
 
-    def image(self, path: str) -> NDArray[np.uint8]:
+    def __getitem__(self, path: str) -> NDArray[np.uint8]:
         """One image by path. Shape: (size, size) uint8, read-only. Raises: CacheError for an unknown path."""
         return np.asarray(self._rows["pixels"][self._row(path)])
-
-    __getitem__ = image
 
     def rows(self, paths: Sequence[str]) -> NDArray[np.uint8]:
         """Several images, copied. Shape: (len(paths), size, size) uint8."""
@@ -178,25 +170,13 @@ class ImageCache:
     def geometry(self, path: str) -> Geometry:
         """How the original pixels of an image lie in its square."""
         record = self._rows["record"][self._row(path)]
-        return Geometry.fit(int(record["height"]), int(record["width"]), self.size, behavior=self.behavior)
+        return Geometry.fit(int(record["height"]), int(record["width"]), self.size, behavior=BEHAVIOR)
 
     def usable(self, frame: pd.DataFrame) -> pd.DataFrame:
-        """The frame without studies that have an unusable image; what was left out is added to attrs["excluded"].
-
-        Raises: CacheError if an image is neither cached nor known as unusable.
-        """
-        for path in image_paths(frame):
-            if path not in self.bad:
-                self._row(path)
+        """The frame without studies that have an unusable image; what was left out is added to attrs["excluded"]."""
         kept = frame[[not any(path in self.bad for path in cell.split(";")) for cell in frame["images"]]].copy()
-        kept.attrs["excluded"] = [*frame.attrs.get("excluded", []), *_excluded(frame, self.bad)]
+        kept.attrs["excluded"] = [*frame.attrs.get("excluded", []), *ExcludedRows.of(_failures(frame, self.bad))]
         return kept
-
-    def verify(self) -> None:
-        """Compare all images with the checksums of the build. Raises: CacheError naming the first that differs."""
-        for path, row in self._row_of.items():
-            if not _intact(self._rows[row]):
-                raise CacheError(f"image {path!r} in {self.index} is damaged. {self._remedy}")
 
     def _row(self, path: str) -> int:
         if path in self._row_of:
@@ -205,15 +185,15 @@ class ImageCache:
         raise CacheError(f"image {path!r} is not in the cache {self.index.name}: {reason}. Build one for this frame")
 
 
+@validate_call
 def fill(
-    paths: Sequence[str],
-    root: str | Path,
+    paths: Annotated[list[str], Field(min_length=1)],
+    root: Path,
     *,
-    size: int,
-    folder: str | Path,
-    behavior: Behavior = "corrected",
+    size: PositiveInt,
+    folder: Path,
     shard: tuple[int, int] = (1, 1),
-    workers: int = 2,
+    workers: PositiveInt = 2,
     progress: bool = True,
 ) -> dict[str, str]:
     """Decode what is missing of shard (k, n), the k-th of every n of the sorted `paths`, into the cache's row file.
@@ -221,13 +201,8 @@ def fill(
     Returns path -> reason of the images of the shard that cannot be used. `ImageCache.build` finishes the cache.
     Raises: ValueError without paths, or for a size or number of workers below 1.
     """
-    if not paths:
-        raise ValueError("the frame has no images: an image cache needs at least one row")
-    if size < 1 or workers < 1:
-        raise ValueError(f"size={size} and workers={workers} must both be at least 1")
-    root, dtype, bad = Path(root), _row_type(size), {}
-    target = Path(folder) / f"{cache_key(paths, size, behavior=behavior)}.u8"
-    target.parent.mkdir(parents=True, exist_ok=True)
+    dtype, bad, target = _row_type(size), {}, folder / f"{cache_key(paths, size)}.u8"
+    folder.mkdir(parents=True, exist_ok=True)
     target.touch()
     with target.open("r+b") as file, ThreadPoolExecutor(workers) as pool:
         file.truncate(len(paths) * dtype.itemsize)
@@ -247,7 +222,7 @@ def fill(
         with tqdm(total=len(todo), desc="decode images", unit=" images", mininterval=5, disable=hidden) as bar:
             for block in blocks:
                 missing = [row for row in block if not rows["record"]["done"][row]]
-                jobs = [pool.submit(_decode, root, paths[row], dtype, behavior) for row in missing]
+                jobs = [pool.submit(_decode, root, paths[row], dtype) for row in missing]
                 done = {}
                 for row, job in zip(missing, jobs, strict=True):
                     try:
@@ -308,17 +283,14 @@ def _is_current(row: np.void, source: Path, *, check: bool) -> bool:
     return (status.st_size, status.st_mtime_ns) == (record["bytes"], record["mtime_ns"])
 
 
-def _decode(root: Path, path: str, dtype: np.dtype, behavior: Behavior) -> NDArray:
+def _decode(root: Path, path: str, dtype: np.dtype) -> NDArray:
     """One image file to its row (), done flag not set. Raises ImageError."""
-    if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
-        raise ImageError(f"{path}: leads out of the root folder. Write paths relative to it, without '..'")
+    if problem := path_problem(path):
+        raise ImageError(f"path {path!r} {problem}")
     file, row = root / path, np.zeros((), dtype)
     data = read_bytes(file, name=path)
     image = decode_gray(data, path)
-    try:
-        row["pixels"] = Geometry.fit(*image.shape, dtype["pixels"].shape[0], behavior=behavior).apply(image)
-    except ValueError as error:
-        raise ImageError(f"{path}: {error}") from None
+    row["pixels"] = Geometry.fit(*image.shape, dtype["pixels"].shape[0], behavior=BEHAVIOR).apply(image)
     row["record"] = (0, 0, *image.shape, len(data), file.stat().st_mtime_ns)
     row["record"]["crc"] = _checksum(row)
     return row
@@ -333,35 +305,31 @@ def _write(file: BinaryIO, dtype: np.dtype, content: dict[int, bytes]) -> None:
     os.fsync(file.fileno())
 
 
-def _excluded(frame: pd.DataFrame, bad: dict[str, str]) -> list[dict]:
-    """Studies with a bad image, in the form of the manifest's exclusions; the CSV's header is row 1."""
-    excluded = []
+def _failures(frame: pd.DataFrame, bad: dict[str, str]) -> list[Failure]:
+    """Studies with a bad image. A frame cut from a manifest keeps its integer labels: the rows of the CSV."""
+    failures = []
     for place, (label, study, cell) in enumerate(zip(frame.index, frame["study_id"], frame["images"], strict=True)):
         reasons = [bad[path] for path in cell.split(";") if path in bad]
         if reasons:
-            # a frame cut from a manifest keeps its integer labels, and with them the row of the CSV
             row = (int(label) if isinstance(label, int | np.integer) else place) + 2
-            excluded.append({"study_id": study, "row": row, "column": "images", "reason": "; ".join(reasons)})
-    return excluded
+            failures.append(Failure(study, row, "images", shorten(cell), "; ".join(reasons)))
+    return failures
 
 
 def parse_shard(text: str) -> tuple[int, int]:
     """ "2/8" -> (2, 8). Raises ArgumentTypeError unless it is k/n with 1 <= k <= n."""
     match = re.fullmatch(r"(\d+)/(\d+)", text.strip())
-    number, count = (int(match[1]), int(match[2])) if match else (0, 0)
-    if not 1 <= number <= count:
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
         raise argparse.ArgumentTypeError(f"{text!r} is not k/n with 1 <= k <= n: 2/8 is the second of eight")
-    return number, count
+    return int(match[1]), int(match[2])
 
 
 def _parse_option(text: str) -> tuple[str, object]:
-    name, equals, value = text.partition("=")
     try:
-        if equals:
-            return name.strip(), yaml.safe_load(value) if value else ""
-    except yaml.YAMLError:
-        raise argparse.ArgumentTypeError(f"the value of {text!r} cannot be read; put quotes around text") from None
-    raise argparse.ArgumentTypeError(f"{text!r} must be written name=value")
+        name, value = text.split("=", maxsplit=1)
+        return name.strip(), yaml.safe_load(value) if value else ""
+    except (ValueError, yaml.YAMLError):
+        raise argparse.ArgumentTypeError(f"{text!r} must be name=value, and text with signs in quotes") from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -380,15 +348,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     number, count = given.shard
     try:
         paths = image_paths(sources.prepare(given.dataset, given.data_root, dict(given.option)))
-        bad = fill(
-            paths, given.data_root, size=given.size, folder=given.folder, shard=given.shard, workers=given.workers
-        )
+        options = {name: getattr(given, name) for name in ("size", "folder", "shard", "workers")}
+        bad = fill(paths, given.data_root, **options)
+        total = len(paths[number - 1 :: count])
+        if bad and len(bad) == total:
+            raise ImageError(f"none of the {total} images can be used: {next(iter(bad.values()))}")
     except (ValueError, TypeError) as error:  # ManifestError and ImageError are ValueErrors
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    total = len(paths[number - 1 :: count])
-    if bad and len(bad) == total:
-        print(f"error: none of the {total} images can be used: {next(iter(bad.values()))}", file=sys.stderr)
         return 2
     unusable = f", {len(bad)} cannot be used" if bad else ""
     print(f"shard {number}/{count}: {total - len(bad):,} images{unusable}, in {given.folder}")

@@ -10,8 +10,8 @@ import pandas as pd
 
 from gloria_core.data.manifest import ManifestError, masks_of, write_manifest
 
+# Columns by which a list may name studies: their id, or the path of one of their images (CheXpert's is `Path`).
 LISTS = ("study_id", "images", "Path", "path", "image")
-"""Columns by which a list may name studies: their id, or the path of one of their images (CheXpert's is `Path`)."""
 
 
 def copy_studies(frame: pd.DataFrame, root: str | Path, target: str | Path, *, listed: pd.DataFrame) -> pd.DataFrame:

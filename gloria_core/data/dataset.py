@@ -14,7 +14,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -150,12 +150,6 @@ def _relative(path: Path, folder: Path) -> str:
     return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
 
 
-class Images(Protocol):
-    """What the dataset asks of an image cache: the gray image of a path as (size, size) uint8."""
-
-    def image(self, path: str) -> np.ndarray: ...
-
-
 @dataclass(frozen=True)
 class StudyItem:
     """One study as the workers hand it over.
@@ -183,8 +177,8 @@ class StudyDataset(Dataset[StudyItem]):
         are taken, frontals first; with it, random ones.
     texts: texts per study. With text="both" and sentence="all" they are its sections in random order, each once as long
         as the study has them (CXR-CLIP); otherwise independent draws.
-    augmented_texts, prompts, n_negative: other wordings, and reports for studies without text; see `StudyTexts`. They
-        are drawn anew for every text and epoch; without augmentation reports from labels are the fixed ones.
+    augmented_texts, prompts: other wordings, and reports for studies without text; see `StudyTexts`. They are drawn
+        anew for every text and epoch; without augmentation reports from labels are the fixed ones.
     augment: False centre crop; "crop" random crop, as GLoRIA (256 -> 224); True random crop and a mild jitter of
         brightness and contrast. Never a flip: reports say left and right.
     labels: label columns in this order; by default all of the manifest.
@@ -198,7 +192,7 @@ class StudyDataset(Dataset[StudyItem]):
     def __init__(
         self,
         frame: pd.DataFrame,
-        cache: SkipValidation[Images],
+        cache: SkipValidation[ImageCache],
         *,
         crop: PositiveInt,
         text: Literal["impression", "findings", "both"] = "impression",
@@ -210,7 +204,6 @@ class StudyDataset(Dataset[StudyItem]):
         labels: Sequence[str] | None = None,
         augmented_texts: bool = False,
         prompts: PromptSet | None = None,
-        n_negative: int = 0,
     ) -> None:
         self.frame = frame.reset_index(drop=True)
         self.cache, self.crop, self.seed, self.epoch = cache, crop, seed, 0
@@ -224,13 +217,7 @@ class StudyDataset(Dataset[StudyItem]):
         self._images = self.frame["images"].str.split(";").tolist()
         self._views = self.frame["views"].str.split(";").tolist()
         self._texts = StudyTexts(
-            self.frame,
-            text=text,
-            sentence=sentence,
-            augmented=augmented_texts,
-            prompts=prompts,
-            n_negative=n_negative,
-            fixed=augment is False,
+            self.frame, text=text, sentence=sentence, augmented=augmented_texts, prompts=prompts, fixed=augment is False
         )
 
     def __len__(self) -> int:
@@ -268,7 +255,7 @@ class StudyDataset(Dataset[StudyItem]):
         return (numbers + repeats * missing)[: self.views]
 
     def _image(self, path: str, rng: np.random.Generator) -> np.ndarray:
-        image = np.asarray(self.cache.image(path))
+        image = np.asarray(self.cache[path])
         margin = image.shape[0] - self.crop
         if margin < 0:
             raise ValueError(f"crop={self.crop} is larger than the cached images ({image.shape[0]} px)")

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
+from pydantic import ConfigDict, validate_call
 from pydicom import Dataset, dcmread
 from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_windowing
 from pydicom.sequence import Sequence
@@ -82,7 +83,8 @@ def decode_gray(data: bytes, name: str | Path) -> NDArray[np.uint8]:
     raise ImageError(f"{name}: not a PNG, JPEG or DICOM file (it begins with {start!r}): export or {_COPY_AGAIN}")
 
 
-def to_tensor(images: NDArray[np.uint8] | Tensor, *, channels: int = 3, norm: Norm = "half") -> Tensor:
+@validate_call(config=ConfigDict(arbitrary_types_allowed=True))
+def to_tensor(images: np.ndarray | Tensor, *, channels: Literal[1, 3] = 3, norm: Norm = "half") -> Tensor:
     """Gray bytes to what an encoder takes: scaled to [0, 1], repeated over channels, normalised.
 
     "half" is (v - 0.5) / 0.5, GLoRIA's default; "imagenet" the three channels' mean and deviation; "prior" the mean and
@@ -94,10 +96,6 @@ def to_tensor(images: NDArray[np.uint8] | Tensor, *, channels: int = 3, norm: No
     pixels = torch.tensor(images) if isinstance(images, np.ndarray) else images
     if pixels.dtype != torch.uint8 or pixels.ndim < 2:
         raise ValueError(f"to_tensor takes uint8 images (..., H, W), got {pixels.dtype} {tuple(pixels.shape)}")
-    if channels not in (1, 3):
-        raise ValueError(f"channels={channels}: a gray image becomes 1 or 3 channels")
-    if norm not in _MEAN_STD:
-        raise ValueError(f"norm={norm!r} is unknown: use 'half', 'imagenet' or 'prior'")
     if norm == "imagenet" and channels != 3:
         raise ValueError("norm='imagenet' has three means: use channels=3, or norm='half' for one channel")
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in _MEAN_STD[norm])

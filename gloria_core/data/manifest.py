@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -30,6 +30,7 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     field_validator,
+    validate_call,
 )
 
 from gloria_core.data.files import atomic_write, existing, file_hash
@@ -69,20 +70,18 @@ class ManifestError(ValueError):
 # ------------------------------------------------------------------------------------------------------ the schema
 
 
+_PATH_PROBLEMS = {
+    r"\s|.*\s\Z|\Z": "is empty or has spaces around it",
+    r".*\\": "has a backslash; write folders with /",
+    r"[/~]|.:": "is absolute; give it relative to the dataset's root",
+    r"(.*/)?\.\.(/|$)": "escapes the root with '..'; give a path below the dataset's root",
+    r"(.*/)?\.?(/|$)": "is not in plain form; write it without '.' and double slashes",
+}
+
+
 def path_problem(path: str) -> str | None:
     """Why `path` is no plain relative posix path below the root, or None if it is one."""
-    if not path or path != path.strip():
-        return "is empty or has spaces around it"
-    if "\\" in path:
-        return "has a backslash; write folders with /"
-    if path.startswith("/") or path[1:2] == ":" or path.startswith("~"):
-        return "is absolute; give it relative to the dataset's root"
-    parts = path.split("/")
-    if ".." in parts:
-        return "escapes the root with '..'; give a path below the dataset's root"
-    if "." in parts or "" in parts:
-        return "is not in plain form; write it without '.' and double slashes"
-    return None
+    return next((problem for pattern, problem in _PATH_PROBLEMS.items() if re.match(pattern, path, re.DOTALL)), None)
 
 
 def _plain_path(path: str) -> str:
@@ -187,8 +186,7 @@ def masks_of(row: Mapping[str, Any]) -> list[dict]:
 # -------------------------------------------------------------------------------------------------------- failures
 
 
-@dataclass(frozen=True)
-class Failure:
+class Failure(NamedTuple):
     """One bad cell. `row` counts as in a spreadsheet: the header is row 1, the first study row 2."""
 
     study_id: str
@@ -225,16 +223,18 @@ def shorten(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def listed(failures: Sequence[Failure]) -> str:
+    """The first failures in the order of their rows, one a line, and how many more there are."""
+    lines = [f"  {failure}" for failure in sorted(failures, key=lambda failure: failure.row)]
+    more = [f"  and {len(lines) - _FAILURES_SHOWN} more"] if len(lines) > _FAILURES_SHOWN else []
+    return "\n".join([*lines[:_FAILURES_SHOWN], *more])
+
+
 def raise_failures(failures: Sequence[Failure], *, source: str) -> None:
     """Raise one ManifestError that lists the first failures and counts the others; nothing to do without failures."""
-    if not failures:
-        return
-    ordered = sorted(failures, key=lambda failure: failure.row)
-    lines = [f"{source}: {len(ordered)} problem{'s' if len(ordered) > 1 else ''} in the manifest"]
-    lines += [f"  {failure}" for failure in ordered[:_FAILURES_SHOWN]]
-    if len(ordered) > _FAILURES_SHOWN:
-        lines.append(f"  and {len(ordered) - _FAILURES_SHOWN} more")
-    raise ManifestError("\n".join(lines))
+    if failures:
+        title = f"{source}: {len(failures)} problem{'s'[: len(failures) > 1]} in the manifest"
+        raise ManifestError(f"{title}\n{listed(failures)}")
 
 
 def _failure(frame: pd.DataFrame, position: int, column: str, reason: str) -> Failure:
@@ -254,12 +254,10 @@ def _find_failures(frame: pd.DataFrame) -> list[Failure]:
             where = "".join(f"[{part!r}]" for part in inside) + ": " if inside else ""
             text = fault["msg"].removeprefix("Value error, ")
             reasons.setdefault((position, column), f"{where}{text}; {Row.model_fields[column].description}")
+    rule = "a label is 1 (present), 0 (absent), -1 (uncertain) or blank; name a column of other data meta_<name>"
     for column in label_columns(frame):
         good = frame[column].isna() | frame[column].isin([1, 0, -1])
-        for position in np.flatnonzero(~good):
-            reasons[position, column] = (
-                "a label is 1 (present), 0 (absent), -1 (uncertain) or blank; name a column of other data meta_<name>"
-            )
+        reasons |= {(position, column): rule for position in np.flatnonzero(~good)}
     patients = frame["patient_id"].where(frame["patient_id"] != "")
     splits = frame["split"].where(frame["split"].isin(SPLITS))
     ranks = pd.to_numeric(frame["label_rank"], errors="coerce")
@@ -334,7 +332,8 @@ def validate(frame: pd.DataFrame, *, source: str) -> pd.DataFrame:
     return _typed(clean)
 
 
-def read_manifest(path: Path | str, *, root: Path | str | None = None, on_error: OnError = "raise") -> pd.DataFrame:
+@validate_call
+def read_manifest(path: Path, *, root: Path | None = None, on_error: OnError = "raise") -> pd.DataFrame:
     """Read and check a manifest; with `root`, also that every image and mask file exists.
 
     on_error="exclude" leaves out the rows that fail and lists them in `frame.attrs["excluded"]` as dicts of
@@ -342,14 +341,11 @@ def read_manifest(path: Path | str, *, root: Path | str | None = None, on_error:
     index + 2 is always the row of the CSV. A missing column cannot be excluded and raises.
     Raises ManifestError; FileNotFoundError where there is no such file.
     """
-    if on_error not in ("raise", "exclude"):
-        raise ValueError(f"on_error must be 'raise' or 'exclude', not {on_error!r}")
-    path = Path(path)
     frame = _canonical(_read_text(path), str(path))
     failures = _find_failures(frame)
     if root is not None:
         bad_paths = {failure.row - 2 for failure in failures if failure.column in ("images", "masks")}
-        failures += _missing_files(frame, Path(root), skip=bad_paths)
+        failures += _missing_files(frame, root, skip=bad_paths)
     if on_error == "raise":
         raise_failures(failures, source=str(path))
     good = frame.drop(index={failure.row - 2 for failure in failures})
@@ -377,10 +373,9 @@ def _read_text(path: Path) -> pd.DataFrame:
     try:
         with path.open(encoding="utf-8-sig", newline="") as handle:
             rows = list(csv.reader(handle, strict=True))
-    except csv.Error as error:
-        raise ManifestError(f'{path}: not a table ({error}); close every quote, write " in a text as ""') from error
-    except UnicodeDecodeError as error:
-        raise ManifestError(f"{path}: not UTF-8 ({error}); save the file as UTF-8") from error
+    except (csv.Error, UnicodeDecodeError) as error:
+        remedy = 'save it as UTF-8, close every quote, write " in a text as ""'
+        raise ManifestError(f"{path}: not a table ({error}); {remedy}") from error
     while rows and not rows[-1]:
         rows.pop()
     if not rows:

@@ -5,19 +5,23 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-PACKAGE = "package:"
-"""What a parameter begins with that names a pip package instead of a file or a hub model."""
+PACKAGE = "package:"  # what a parameter begins with that names a pip package instead of a file or a hub model
 
 
-def installed_folder(package: str) -> Path:
-    """Folder of an installed Python package, found without importing it. Raises ModuleNotFoundError with the remedy."""
+class PackageError(ValueError):
+    """A pip package is not installed or lacks the files that are wanted; the message names the remedy."""
+
+
+def package_folder(package: str, *names: str) -> Path:
+    """The outermost folder of an installed package that holds all these files, found without importing the package.
+
+    Raises PackageError.
+    """
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError(f"weight package {package!r} is not installed; remedy: pip install {package}")
-    return Path(next(iter(spec.submodule_search_locations)))
-
-
-def folder_with(package: str, *names: str) -> Path | None:
-    """The outermost folder of an installed package that holds all these files, None where no folder does."""
-    found = sorted(installed_folder(package).rglob(names[0]), key=lambda path: len(path.parts))
-    return next((path.parent for path in found if all((path.parent / name).is_file() for name in names)), None)
+        raise PackageError(f"weight package {package!r} is not installed; remedy: pip install {package}")
+    first = Path(next(iter(spec.submodule_search_locations))).rglob(names[0])
+    for folder in sorted((path.parent for path in first), key=lambda folder: len(folder.parts)):
+        if all((folder / name).is_file() for name in names):
+            return folder
+    raise PackageError(f"package {package!r} holds no folder with {' and '.join(names)}")

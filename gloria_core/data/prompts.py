@@ -28,8 +28,7 @@ from gloria_core.data.files import did_you_mean
 Kind = Literal["pos", "neg", "unc"]
 KINDS = Kind.__args__
 NO_FINDING = "No Finding"
-FROM_LABELS = "labels"
-"""Name of the prompt set that `prompts_for` makes from the names of labels."""
+FROM_LABELS = "labels"  # name of the prompt set that `prompts_for` makes from the names of labels
 _FOLDER = resources.files("gloria_core.data") / "prompt_sets"
 
 
@@ -124,12 +123,11 @@ def report_from_labels(
     *,
     rng: np.random.Generator | None = None,
     n_negative: int = 0,
-    deterministic: bool = False,
 ) -> str:
     """A report that says what the labels say: a sentence for each finding that is 1, one for each that is -1, and
     for `n_negative` of those that are 0.
 
-    Random (training): sentences and their order are drawn from `rng`. Deterministic (evaluation): the first sentence
+    Random (training): sentences and their order are drawn from `rng`. Without `rng` (evaluation): the first sentence
     of each finding that is present, in the order of `labels`; no negatives, nothing uncertain. If nothing is to be
     said, the sentence of "No Finding". Columns that begin with `is_`, and "No Finding" itself, are not spoken of.
     Raises PromptError for a label that the set does not know or that lacks the kind of sentence.
@@ -137,23 +135,15 @@ def report_from_labels(
     Two choices differ from the released code: a training report is never empty (there it is, for a study without
     labels), and negatives are drawn from findings known to be absent (there, also from unknown ones).
     """
-    if not deterministic and rng is None:
-        raise ValueError("give a random generator `rng`, or deterministic=True")
     spoken = [name for name in labels if not name.startswith("is_") and name != NO_FINDING]
     present, absent, uncertain = ([name for name in spoken if labels[name] == value] for value in (1, 0, -1))
-    if deterministic:
-        uncertain = []
-    if deterministic or not n_negative:
-        absent = []
-    elif absent:
-        chosen = sorted(rng.choice(len(absent), size=min(n_negative, len(absent)), replace=False))
-        absent = [absent[i] for i in chosen]
-    if not present and not uncertain:
-        present = [NO_FINDING]
-    wanted = [(name, kind) for kind, names in zip(KINDS, (present, absent, uncertain), strict=True) for name in names]
-    choices = [zero_shot_prompts(prompts, name, kind=kind) for name, kind in wanted]
-    if deterministic:
-        return " ".join(choice[0] for choice in choices)
+    if rng is None:
+        return " ".join(zero_shot_prompts(prompts, name)[0] for name in present or [NO_FINDING])
+    # without negatives nothing is drawn for them
+    count = min(n_negative, len(absent))
+    absent = [absent[i] for i in sorted(rng.choice(len(absent), size=count, replace=False))] if count else []
+    said = {"pos": present if present or uncertain else [NO_FINDING], "neg": absent, "unc": uncertain}
+    choices = [zero_shot_prompts(prompts, name, kind=kind) for kind, names in said.items() for name in names]
     sentences = [choice[int(rng.integers(len(choice)))] for choice in choices]
     return " ".join(sentences[i] for i in rng.permutation(len(sentences)))
 

@@ -484,9 +484,9 @@ def label_texts(
     for study, split, row in zip(frame["study_id"], frame["split"], values, strict=True):
         key = hashlib.blake2b(f"{seed}|{study}".encode(), digest_size=8).digest()
         rng = np.random.default_rng(int.from_bytes(key)) if split == "train" else None
-        options = {"deterministic": True} if rng is None else {"rng": rng, "n_negative": n_negative}
         try:
-            yield report_from_labels(dict(zip(labels, row, strict=True)), prompts, **options), rng
+            known = dict(zip(labels, row, strict=True))
+            yield report_from_labels(known, prompts, rng=rng, n_negative=n_negative), rng
         except PromptError as error:
             raise PromptError(f"study {study}: {error}") from error
 

@@ -225,6 +225,8 @@ def legacy_cap_len(text: str) -> int:
     return len(text) - text.count("[")
 
 
+# ----------------------------------------------------------------------------------------- the texts of a dataset
+
 # Column of a section's other wording, such as its translation to another language and back.
 AUGMENTED = "meta_{section}_augmented"
 
@@ -234,13 +236,14 @@ class StudyTexts:
 
     text: the section that is read; "both" has findings and impression, or whichever of them has text.
     sentence: "all" the section whole, "random" one sentence of it, "published" one sentence by GLoRIA's released rule.
+        A text of which that rule leaves nothing ("Normal.") is read whole, as it is.
     augmented: read a section in its other wording (columns `meta_findings_augmented`, `meta_impression_augmented`) half
         of the time, where the study has one; a section that is shown twice is shown in both wordings.
-    prompts: studies whose section is empty get a report from their labels (`report_from_labels`), with `n_negative`
-        absent findings; `fixed` takes the deterministic one, which has no negatives.
+    prompts: studies whose section is empty get a report from their labels (`report_from_labels`), drawn anew for every
+        text, or with `fixed` the deterministic one.
 
     Raises: ReportError naming studies without text (with `prompts`: without labels either), PromptError for a label
-    that lacks a sentence some study may need, ValueError for options that do not go together.
+    that lacks a sentence some study may need, ValueError where no section has another wording.
     """
 
     def __init__(
@@ -251,62 +254,48 @@ class StudyTexts:
         sentence: Literal["all", "random", "published"],
         augmented: bool = False,
         prompts: PromptSet | None = None,
-        n_negative: int = 0,
         fixed: bool = False,
     ) -> None:
         columns = ("findings", "impression") if text == "both" else (text,)
-        self.sentence, self.prompts, self.n_negative, self.fixed = sentence, prompts, n_negative, fixed
-        if sentence == "published" and (augmented or prompts is not None):
-            raise ValueError("sentence='published' cuts reports only; it takes no augmented_texts and no prompts")
+        self.sentence, self.prompts, self.fixed = sentence, prompts, fixed
         self._sections = _wordings(frame, columns, augmented=augmented)
-        self._labels: dict[int, dict[str, float]] = {}
-        if prompts is None:
-            remedy = "use text='both', or exclude them" if len(columns) == 1 else "give them text or exclude them"
-            _refuse_empty(self._sections, frame, f"the {' and '.join(columns)} of", remedy)
-        else:
-            names = finding_columns(frame)
-            values = frame[names].to_numpy(float)
-            empty = [i for i, row in enumerate(self._sections) if not row]
-            self._labels = {i: dict(zip(names, values[i].tolist(), strict=True)) for i in empty}
-            labelled = ~np.isnan(values).all(axis=1)
-            known = [bool(row) or labelled[i] for i, row in enumerate(self._sections)]
-            _refuse_empty(known, frame, "text and labels of", "give them either, or exclude them")
-            self._check_prompts()
-        if sentence == "published":
-            self._sections = [
-                [(one, "") for own, _ in row for one in published_sentences(own, word_limit=5) if one]
-                for row in self._sections
-            ]
-            remedy = "exclude them, or use sentence='random'"
-            _refuse_empty(self._sections, frame, "after GLoRIA's cleaning the text of", remedy)
+        names = finding_columns(frame) if prompts else []
+        values = frame[names].to_numpy(float)
+        empty = [i for i, sections in enumerate(self._sections) if not sections]
+        self._labels = {i: dict(zip(names, values[i].tolist(), strict=True)) for i in empty}
+        unknown = [i for i in empty if np.isnan(values[i]).all()]
+        if unknown:
+            listed = ", ".join(frame["study_id"].iloc[unknown[:5]].astype(str)) + (", ..." if unknown[5:] else "")
+            what = " or ".join([*columns, *(["label"] if prompts else [])])
+            remedy = "exclude them" if text == "both" else "use text='both', or exclude them"
+            raise ReportError(f"no {what} in {len(unknown)} studies (study_id {listed}); {remedy}")
+        self._check_prompts()
 
     def draw(self, index: int, count: int, rng: np.random.Generator) -> list[tuple[str, tuple[Span, ...]]]:
         """`count` texts of study `index`, each with the spans of its sentences."""
-        return [self._cut(text, rng) for text in self._whole(index, count, rng)]
+        return [self._cut(sections, rng) for sections in self._whole(index, count, rng)]
 
-    def _whole(self, index: int, count: int, rng: np.random.Generator) -> Iterator[str]:
-        """The texts before a sentence is cut from them, one after the other: cutting draws from `rng`, too."""
+    def _whole(self, index: int, count: int, rng: np.random.Generator) -> Iterator[list[str]]:
+        """The sections of each text before a sentence is cut from them, one after the other: cutting draws, too."""
         sections = self._sections[index]
         if sections and self.sentence == "all" and count > 1:
             order, other = rng.permutation(len(sections)).tolist(), {}
             for number in (order * count)[:count]:
                 other[number] = not other[number] if number in other else rng.random() < 0.5
                 own, second = sections[number]
-                yield second if second and other[number] else own
+                yield [second if second and other[number] else own]
             return
         for _ in range(count):
-            if not sections:
-                yield report_from_labels(
-                    self._labels[index], self.prompts, rng=rng, n_negative=self.n_negative, deterministic=self.fixed
-                )
-            elif self.sentence == "published":
-                yield sections[rng.integers(len(sections))][0]
+            if sections:
+                yield [second if second and rng.random() < 0.5 else own for own, second in sections]
             else:
-                # a blank line ends a sentence, so no sentence runs across sections
-                yield "\n\n".join(second if second and rng.random() < 0.5 else own for own, second in sections)
+                yield [report_from_labels(self._labels[index], self.prompts, rng=None if self.fixed else rng)]
 
-    def _cut(self, text: str, rng: np.random.Generator) -> tuple[str, tuple[Span, ...]]:
+    def _cut(self, sections: list[str], rng: np.random.Generator) -> tuple[str, tuple[Span, ...]]:
+        text = "\n\n".join(sections)  # a blank line ends a sentence, so no sentence runs across sections
         if self.sentence == "published":
+            cleaned = [one for own in sections for one in published_sentences(own, word_limit=5) if one] or [text]
+            text = cleaned[rng.integers(len(cleaned))]
             return text, ((0, len(text)),)
         spans = sentences(text)
         if self.sentence == "random":
@@ -316,11 +305,11 @@ class StudyTexts:
 
     def _check_prompts(self) -> None:
         """Raise PromptError now for a sentence that would be missing in the middle of an epoch."""
-        kinds = {1.0: "pos"} if self.fixed else {1.0: "pos", -1.0: "unc"} | ({0.0: "neg"} if self.n_negative else {})
+        kinds = {1.0: "pos"} if self.fixed else {1.0: "pos", -1.0: "unc"}
         needed = set()
         for labels in self._labels.values():
             said = {(name, kinds[value]) for name, value in labels.items() if value in kinds and name != NO_FINDING}
-            needed |= said if any(kind != "neg" for _, kind in said) else said | {(NO_FINDING, "pos")}
+            needed |= said or {(NO_FINDING, "pos")}
         for name, kind in sorted(needed):
             zero_shot_prompts(self.prompts, name, kind=kind)
 
@@ -332,7 +321,7 @@ def _wordings(frame: pd.DataFrame, columns: tuple[str, ...], *, augmented: bool)
         raise ValueError(f"augmented_texts: the manifest has no column {' or '.join(names)}")
     rows: list[list[tuple[str, str]]] = [[] for _ in range(len(frame))]
     for column, name in zip(columns, names, strict=True):
-        texts = frame.reindex(columns=[column, name] if augmented else [column]).fillna("").astype(str)
+        texts = frame.reindex(columns=[column, name]).fillna("").astype(str)
         others = texts[name] if augmented else [""] * len(frame)
         for row, study, own, other in zip(rows, frame["study_id"], texts[column], others, strict=True):
             if own.strip():
@@ -340,11 +329,3 @@ def _wordings(frame: pd.DataFrame, columns: tuple[str, ...], *, augmented: bool)
             elif other.strip():
                 raise ReportError(f"study {study}: {name} has text, but {column} is empty; give it or clear {name}")
     return rows
-
-
-def _refuse_empty(rows: Sequence[object], frame: pd.DataFrame, what: str, remedy: str) -> None:
-    """Raise ReportError naming the studies whose entry of `rows` is empty or False."""
-    empty = [str(study) for row, study in zip(rows, frame["study_id"], strict=True) if not row]
-    if empty:
-        listed = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
-        raise ReportError(f"{what} {len(empty)} studies is empty (study_id {listed}); {remedy}")

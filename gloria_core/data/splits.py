@@ -35,12 +35,12 @@ SURE_EDGE = 0.01  # the subset of this fraction holds every label at least once 
 
 GOLDEN_RATIO = 0.6180339887498949
 
+# What cannot be done without studies in a split, and what to do instead.
 WITHOUT = {
     "train": "no training study: nothing can be trained on it; score the checkpoint of another dataset",
     "valid": "no validation study: pretraining keeps its last epoch; another split rule or more patients may give some",
     "test": "no test study: nothing can be scored on it; score its checkpoints on the test split of another dataset",
 }
-"""What cannot be done without studies in a split, and what to do instead."""
 
 
 def assign_splits(

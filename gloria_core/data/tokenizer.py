@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -19,9 +18,10 @@ from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import WordPiece
 from tokenizers.trainers import WordPieceTrainer
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast
 
-from gloria_core.data.packages import PACKAGE, folder_with
+from gloria_core.data.packages import PACKAGE, package_folder
 from gloria_core.data.reports import ReportError, Span, sentences
 from gloria_core.types import TextBatch
 
@@ -75,18 +75,12 @@ def load_tokenizer(name_or_path: str | Path, *, lowercase: bool = True) -> PreTr
     `lowercase` applies where a bare vocabulary is read, and to Bio_ClinicalBERT, whose cased vocabulary the papers use
     with lower-cased text.
 
-    Raises: TokenizerError naming the remedy when nothing can be loaded, or when `[CLS]`, `[SEP]`, `[PAD]` or `[UNK]`
-    is missing.
+    Raises: TokenizerError (or PackageError) naming the remedy when nothing can be loaded, or when `[CLS]`, `[SEP]`,
+    `[PAD]` or `[UNK]` is missing.
     """
     path = Path(name_or_path)
     if str(name_or_path).startswith(PACKAGE):
-        package = str(name_or_path).removeprefix(PACKAGE)
-        try:
-            path = folder_with(package, "vocab.txt")
-        except ModuleNotFoundError as error:
-            raise TokenizerError(str(error)) from None
-        if path is None:
-            raise TokenizerError(f"package {package!r} holds no vocabulary (vocab.txt)")
+        path = package_folder(str(name_or_path).removeprefix(PACKAGE), "vocab.txt")
     if path.is_dir() and not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         if not (path / "vocab.txt").is_file():
             raise TokenizerError(f"{path} has neither tokenizer.json, tokenizer_config.json nor vocab.txt")
@@ -178,11 +172,10 @@ def tokenize(
         n_words = max(encoded.word_ids, default=-1) + 1
         word_spans = [encoded.word_to_chars(word) for word in range(n_words)]
         limits = sentences(text) if sentence_spans is None else sentence_spans[number]
-        begins = [start for start, _ in limits]
-        sentence_of = []
-        for start, _ in word_spans:
-            sentence = bisect_right(begins, start) - 1
-            sentence_of.append(sentence if sentence >= 0 and start < limits[sentence][1] else -1)
+        sentence_of = [
+            next((number for number, (begin, end) in enumerate(limits) if begin <= start < end), -1)
+            for start, _ in word_spans
+        ]
         rows.append(
             (
                 [tokenizer.cls_token_id, *encoded.ids, tokenizer.sep_token_id],
@@ -193,7 +186,10 @@ def tokenize(
         words.append((tokenizer.cls_token, *(text[a:b] for a, b in word_spans), tokenizer.sep_token))
         spans.append(((0, 0), *word_spans, (0, 0)))
     fills = (tokenizer.pad_token_id, -1, -1)
-    ids, word_ids, sentence_ids = (_pad([row[part] for row in rows], fill) for part, fill in enumerate(fills))
+    ids, word_ids, sentence_ids = (
+        pad_sequence([torch.tensor(row[part]) for row in rows], batch_first=True, padding_value=fill)
+        for part, fill in enumerate(fills)
+    )
     return TextBatch(
         input_ids=ids,
         attention_mask=(word_ids >= 0).long(),
@@ -204,11 +200,6 @@ def tokenize(
         words=tuple(words),
         spans=tuple(spans),
     )
-
-
-def _pad(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
-    width = max(map(len, rows), default=0)
-    return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], dtype=torch.long).view(len(rows), width)
 
 
 def vocabulary_list(tokenizer: PreTrainedTokenizerFast) -> list[str]:

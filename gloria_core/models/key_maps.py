@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from gloria_core.models.weights import WeightsError
 
 JOINED = " + "  # between the names of tensors that are one of ours
 Shapes = Mapping[str, tuple[int, ...]]
+Rules = tuple[tuple[str, str], ...]  # regular expressions, and what they become in timm's names
 # Our name -> (name in the file, or the names of three joined tensors; tensor).
 Named = dict[str, tuple[str, Tensor]]
 # What may stand before all names of a file that holds one network.
@@ -22,14 +22,6 @@ NO_WEIGHTS = re.compile(
     r"(fc|head|heads|head_dist|classifier|pooler|last_linear)\..*|.*\.(relative_position_index|attn_mask|position_ids)"
     r"|embeddings\.mask_token"
 )
-
-
-@dataclass(frozen=True)
-class KeyMap:
-    """How one library names a family: names that tell it from the others, and regular expressions to timm's names."""
-
-    marks: tuple[str, ...]
-    rules: tuple[tuple[str, str], ...] = ()
 
 
 _PROJECTION = "embeddings.patch_embeddings.projection.weight"
@@ -65,10 +57,7 @@ _TRANSFORMERS_SWIN = (
     # timm merges patches at the start of a stage, transformers at the end of the one before
     *((rf"^encoder\.layers\.{stage}\.downsample\.", f"layers.{stage + 1}.downsample.") for stage in range(3)),
     (r"^encoder\.layers\.", "layers."),
-    (
-        r"\.attention\.(self|relative_position_bias)\.relative_position_bias_table$",
-        ".attn.relative_position_bias_table",
-    ),
+    (r"\.attention\.(self|relative_position_bias)\.(?=relative_position_bias_table$)", ".attn."),
     *_TRANSFORMERS_BLOCK,
 )
 _TORCHVISION_VIT = (
@@ -91,25 +80,22 @@ _TORCHVISION_SWIN = (
     (r"\.mlp\.0\.", ".mlp.fc1."),
     (r"\.mlp\.3\.", ".mlp.fc2."),
 )
-KEY_MAPS = (
-    KeyMap(("conv1.weight", "layer1.0.conv1.weight")),  # ResNet of torchvision and timm
-    KeyMap(("embedder.embedder.convolution.weight",), _TRANSFORMERS_RESNET),
+# Swin as its authors saved it, and timm before its version 0.9
+_AUTHORS_SWIN = tuple((rf"^layers\.{stage}\.downsample\.", f"layers.{stage + 1}.downsample.") for stage in (2, 1, 0))
+# How each library names a family: names that tell it from the others, and the rules for its names.
+KEY_MAPS: tuple[tuple[set[str], Rules], ...] = (
+    ({"conv1.weight", "layer1.0.conv1.weight"}, ()),  # ResNet of torchvision and timm
+    ({"embedder.embedder.convolution.weight"}, _TRANSFORMERS_RESNET),
     # torchvision's download still has denselayer1.norm.1.weight, which its network calls norm1.weight
-    KeyMap(
-        ("features.conv0.weight", "features.norm5.weight"), ((r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2"),)
-    ),
-    KeyMap(("conv_stem.weight", "conv_head.weight")),  # EfficientNet of timm
-    KeyMap(("patch_embed.proj.weight", "cls_token")),  # ViT of timm, DeiT
-    KeyMap((_PROJECTION, "embeddings.cls_token"), _TRANSFORMERS_VIT),
-    KeyMap(("conv_proj.weight", "class_token"), _TORCHVISION_VIT),
-    # Swin as its authors saved it, and timm before its version 0.9
-    KeyMap(
-        ("patch_embed.norm.weight", "layers.0.downsample.reduction.weight"),
-        tuple((rf"^layers\.{stage}\.downsample\.", f"layers.{stage + 1}.downsample.") for stage in (2, 1, 0)),
-    ),
-    KeyMap(("patch_embed.proj.weight", "patch_embed.norm.weight")),  # Swin of timm
-    KeyMap((_PROJECTION, "embeddings.norm.weight"), _TRANSFORMERS_SWIN),
-    KeyMap(("features.0.0.weight", "features.1.0.attn.qkv.weight"), _TORCHVISION_SWIN),
+    ({"features.conv0.weight", "features.norm5.weight"}, ((r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2"),)),
+    ({"conv_stem.weight", "conv_head.weight"}, ()),  # EfficientNet of timm
+    ({"patch_embed.proj.weight", "cls_token"}, ()),  # ViT of timm, DeiT
+    ({_PROJECTION, "embeddings.cls_token"}, _TRANSFORMERS_VIT),
+    ({"conv_proj.weight", "class_token"}, _TORCHVISION_VIT),
+    ({"patch_embed.norm.weight", "layers.0.downsample.reduction.weight"}, _AUTHORS_SWIN),
+    ({"patch_embed.proj.weight", "patch_embed.norm.weight"}, ()),  # Swin of timm
+    ({_PROJECTION, "embeddings.norm.weight"}, _TRANSFORMERS_SWIN),
+    ({"features.0.0.weight", "features.1.0.attn.qkv.weight"}, _TORCHVISION_SWIN),
 )
 # Family and sizes: blocks of each stage; channels of EfficientNet's last convolution; width, patch (and depth).
 NETWORKS = {
@@ -126,13 +112,13 @@ NETWORKS = {
 }
 
 
-def key_map(names: Iterable[str]) -> tuple[str, KeyMap] | None:
-    """What stands before the names of a network's tensors, and its key map; None for an unknown network."""
+def key_map(names: Iterable[str]) -> tuple[str, Rules] | None:
+    """What stands before the names of a network's tensors, and its rules; None for an unknown network."""
     for prefix in PREFIXES:
         inside = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
-        for known in KEY_MAPS:
-            if inside.issuperset(known.marks):
-                return prefix, known
+        for marks, rules in KEY_MAPS:
+            if marks <= inside:
+                return prefix, rules
     return None
 
 
@@ -148,14 +134,14 @@ def timm_names(named: Mapping[str, tuple[str, Tensor]]) -> tuple[Named, list[str
     A network that no key map knows keeps its names. Query, key and value of one attention are joined. Files from before
     PyTorch 0.4.1 lack BatchNorm's counters of batches, which nothing here reads: they are set to zero.
     """
-    prefix, known = key_map(named) or ("", KeyMap(()))
+    prefix, rules = key_map(named) or ("", ())
     renamed, unused = {}, []
     for name, (theirs, value) in named.items():
         bare = name.removeprefix(prefix)
         if NO_WEIGHTS.fullmatch(bare):
             unused.append(theirs)
             continue
-        for pattern, ours in known.rules:
+        for pattern, ours in rules:
             bare = re.sub(pattern, ours, bare)
         renamed[bare] = (theirs, value)
     for name in [name for name in renamed if ".attn.q." in name]:

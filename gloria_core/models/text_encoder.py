@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, BertConfig, BertModel
 
-from gloria_core.data.packages import PACKAGE, folder_with
+from gloria_core.data.packages import PACKAGE, package_folder
 from gloria_core.models.weights import WeightsError, fill, read_tensors
 from gloria_core.types import Behavior, TextBatch, TextFeatures
 
@@ -31,9 +31,7 @@ PUBLISHED_TOKENS = 97
 
 
 def preset_config(name: str, *, vocab_size: int, pad_token_id: int = 0) -> BertConfig:
-    """`BertConfig` of an offline preset, sized for a tokenizer's vocabulary."""
-    if name not in PRESETS:
-        raise ValueError(f"unknown text preset {name!r}; available: {', '.join(PRESETS)}")
+    """`BertConfig` of one of the `PRESETS`, sized for a tokenizer's vocabulary."""
     return BertConfig(vocab_size=vocab_size, pad_token_id=pad_token_id, max_position_embeddings=512, **PRESETS[name])
 
 
@@ -79,16 +77,18 @@ class TextEncoder(nn.Module):
         behavior: Behavior = "corrected",
     ) -> None:
         super().__init__()
-        if not {layers, pieces} <= {"sum", "mean"}:
-            raise ValueError(f'layers and pieces must be "sum" or "mean", got {layers!r} and {pieces!r}')
-        if positions not in ("real", "zero"):
-            raise ValueError(f'positions must be "real" or "zero", got {positions!r}')
         config = deepcopy(source) if isinstance(source, BertConfig) else _config_of(source)
-        if not 0 <= depth <= config.num_hidden_layers:
-            raise ValueError(f"depth must be 0 to {config.num_hidden_layers}, got {depth}")
-        config.num_hidden_layers = depth or config.num_hidden_layers
-        if not 1 <= last_layers <= config.num_hidden_layers + 1:
-            raise ValueError(f"last_layers must be 1 to {config.num_hidden_layers + 1}, got {last_layers}")
+        most = config.num_hidden_layers
+        config.num_hidden_layers = depth or most
+        for option, value, valid in (
+            ("layers", layers, ("sum", "mean")),
+            ("pieces", pieces, ("sum", "mean")),
+            ("positions", positions, ("real", "zero")),
+            ("depth", depth, range(most + 1)),
+            ("last_layers", last_layers, range(1, config.num_hidden_layers + 2)),
+        ):
+            if value not in valid:
+                raise ValueError(f"{option} must be one of {', '.join(map(str, valid))}, got {value!r}")
         if dropout is not None:
             config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
         self.last_layers, self.layers, self.pieces = last_layers, layers, pieces
@@ -180,14 +180,7 @@ def _folder(source: str) -> str:
     """Where transformers finds the model: an id or folder as it is, a package's folder that holds config.json."""
     if not source.startswith(PACKAGE):
         return source
-    package = source.removeprefix(PACKAGE)
-    try:
-        folder = folder_with(package, "config.json", "model.safetensors")
-    except ModuleNotFoundError as error:
-        raise WeightsError(str(error)) from None
-    if folder is None:
-        raise WeightsError(f"package {package!r} holds no model folder (config.json beside model.safetensors)")
-    return str(folder)
+    return str(package_folder(source.removeprefix(PACKAGE), "config.json", "model.safetensors"))
 
 
 def _config_of(source: str) -> BertConfig:
@@ -204,21 +197,16 @@ def _config_of(source: str) -> BertConfig:
 
 
 def _bert(source: BertConfig | str, config: BertConfig, weights: str, *, pooler: bool) -> BertModel:
+    options = {"add_pooling_layer": pooler, "attn_implementation": "sdpa"}
     if weights == "pretrained":
         if isinstance(source, BertConfig):
             raise WeightsError('a text encoder built from a configuration has no "pretrained" weights; give their path')
-        bert, report = BertModel.from_pretrained(
-            _folder(source),
-            config=config,
-            add_pooling_layer=pooler,
-            attn_implementation="sdpa",
-            output_loading_info=True,
-        )
+        bert, report = BertModel.from_pretrained(_folder(source), config=config, output_loading_info=True, **options)
         faults = [*report["missing_keys"], *report["mismatched_keys"]]
         if faults:
             raise WeightsError(f"{source} lacks {len(faults)} tensors of its BERT, such as {faults[0]}")
         return bert.float()
-    bert = BertModel._from_config(config, attn_implementation="sdpa", add_pooling_layer=pooler)
+    bert = BertModel._from_config(config, **options)
     if weights != "random":
         if not Path(weights).is_file():
             raise WeightsError(f'text weights {weights!r} are neither "random", "pretrained" nor a file')
@@ -255,22 +243,15 @@ def extent(texts: TextBatch) -> tuple[int, int]:
 
 def word_masks(texts: TextBatch, word_ids: Tensor, unknown: Tensor, n_tokens: int, n_words: int) -> dict[str, Tensor]:
     """Masks (N, W) of words, specials and unknown words, and the sentence of every word."""
-    kept, index = word_ids >= 0, word_ids.clamp(min=0)
-    last = word_ids.max(dim=1, keepdim=True).values
-    column = torch.arange(n_words, device=word_ids.device)[None]
-    first = torch.ones_like(word_ids, dtype=torch.bool)
-    first[:, 1:] = word_ids[:, 1:] != word_ids[:, :-1]
-    begins = (first & kept).long()
-
-    def at_word(value: Tensor) -> Tensor:
-        """The value of a word's first piece."""
-        return torch.zeros(len(index), n_words, dtype=torch.int64, device=index.device).scatter_add(1, index, value)
-
-    word_mask = column <= last
-    sentence = at_word(begins * (texts.sentence_ids[:, :n_tokens] + 1)) - 1
+    last, column = word_ids.amax(dim=1, keepdim=True), torch.arange(n_words, device=word_ids.device)[None]
+    word_mask, zeros = column <= last, word_ids.new_zeros(len(word_ids), n_words)
+    # the pieces of a word are in one sentence; padding is in none, and not unknown
+    first = F.pad(word_ids, (1, 0), value=-1)[:, :-1] != word_ids
+    numbers = (texts.sentence_ids[:, :n_tokens] + 1, (unknown & first).long())
+    sentence, unknown = (zeros.scatter_reduce(1, word_ids.clamp(min=0), value, "amax") for value in numbers)
     return {
         "word_mask": word_mask,
         "special_mask": word_mask & ((column == 0) | (column == last)),
-        "unknown_mask": at_word(begins * unknown).bool(),
-        "word_sentence": sentence,
+        "unknown_mask": unknown.bool(),
+        "word_sentence": sentence - 1,
     }

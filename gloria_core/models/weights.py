@@ -12,8 +12,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from gloria_core.data.packages import installed_folder
-
 # What `DistributedDataParallel` and `torch.compile` put before or between names.
 WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:module|_orig_mod)\.")
 # Names shown in an error.
@@ -22,17 +20,6 @@ SHOWN = 5
 
 class WeightsError(ValueError):
     """A file of weights or a checkpoint could not be found, read or fitted; the message names file and remedy."""
-
-
-def package_file(package: str, pattern: str) -> Path:
-    """The one file below an installed package that matches `pattern`. Raises WeightsError for none or several."""
-    try:
-        files = sorted(installed_folder(package).rglob(pattern))
-    except ModuleNotFoundError as error:
-        raise WeightsError(str(error)) from None
-    if len(files) != 1:
-        raise WeightsError(f"package {package!r} holds {len(files)} files like {pattern!r}, expected one")
-    return files[0]
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -125,13 +112,10 @@ def compare(module: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[list[str]
 def fill(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> None:
     """Load `tensors` into `module`, all of them exactly.
 
-    Raises WeightsError that lists missing, unexpected and mismatched tensors.
+    Raises WeightsError with the number and the first names of missing, unexpected and mismatched tensors.
     """
-    faults = dict(zip(("missing", "unexpected", "mismatched"), compare(module, tensors), strict=True))
-    if any(faults.values()):
-        listed = []
-        for title, names in faults.items():
-            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-            listed.append(f"{len(names)} {title}" + (f" ({', '.join(names[:SHOWN])}{more})" if names else ""))
-        raise WeightsError(f"{source} does not fit {type(module).__name__}: {'; '.join(listed)}")
+    faults = zip(("missing", "unexpected", "mismatched"), compare(module, tensors), strict=True)
+    listed = [f"{len(names)} {fault}: {', '.join(names[:SHOWN])}" for fault, names in faults if names]
+    if listed:
+        raise WeightsError(f"{source} does not fit {type(module).__name__} ({'; '.join(listed)})")
     module.load_state_dict(tensors)

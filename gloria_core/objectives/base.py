@@ -22,16 +22,20 @@ class Objective(nn.Module, ABC):
     `__init__(self, *, pooled_dim: int, region_dim: int, text_dim: int, behavior="corrected", ...)`. It calls
     `super().__init__(behavior)`. Options are checked by their type hints (`temperature: PositiveFloat`); a wrong one
     raises pydantic's ValidationError, a ValueError that names it.
+
+    Attributes:
+        needs: what the loader and the encoders provide; rows: what `attention` gives, None without local attention
+        attention_formula: the rows of `attention` in LaTeX, for whoever shows them
+        has_local_embeddings: whether `local_embeddings` is there for these encoders and options
+        encoders: fields of `ModelConfig` that the paper sets otherwise than the study's defaults; notebook 02 begins
+            with them
     """
 
     needs: ClassVar[Needs] = Needs()
     rows: ClassVar[AttentionRows | None] = None
     attention_formula: ClassVar[str] = ""
-    """The rows of `attention` in LaTeX, for whoever shows them."""
     has_local_embeddings: bool = False
-    """Whether `local_embeddings` is there for these encoders and options."""
     encoders: ClassVar[Mapping[str, Any]] = MappingProxyType({})
-    """Fields of `ModelConfig` that the paper sets otherwise than the study's defaults; notebook 02 begins with them."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

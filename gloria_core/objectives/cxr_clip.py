@@ -28,8 +28,7 @@ from gloria_core.models.heads import contrastive_terms, cosine_matrix
 from gloria_core.objectives.base import GlobalObjective
 from gloria_core.types import Batch, Behavior, ImageFeatures, Needs, ObjectiveOutput, TextFeatures
 
-LARGEST_LOG_SCALE = math.log(100.0)
-"""Where CLIP holds its logit scale (Radford et al. 2021, section 2.5)."""
+LARGEST_LOG_SCALE = math.log(100.0)  # where CLIP holds its logit scale (Radford et al. 2021, section 2.5)
 
 
 class CXRCLIP(GlobalObjective):
@@ -56,7 +55,7 @@ class CXRCLIP(GlobalObjective):
     - Logits are float32 under autocast; the released ones are float16 (spacing 0.03 at 50).
     - Missing projections (two encoders of one width; the released code then takes text 1 for text 2, `clip.py`) and a
       missing temperature (scale e instead of 1) are no options here.
-    - How views and texts are drawn is the dataset's business (`data/studies.py`), which does what the paper says. The
+    - How views and texts are drawn is the dataset's business (`data/dataset.py`), which does what the paper says. The
       released dataset never pairs two different views once a study has three or more view names, shuffles sentences
       without effect, and takes single characters where a report is no list; these are faults of reading its tables,
       not choices of the method, and are not offered.

@@ -13,12 +13,9 @@ Medical Image Recognition", ICCV 2021. Released code: github.com/marshuang80/glo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from gloria_core.models.heads import contrastive_terms, cosine_matrix, widened
 from gloria_core.models.word_region import Aggregation, attend, word_region_similarity
@@ -26,7 +23,6 @@ from gloria_core.objectives.base import Objective
 from gloria_core.types import AttentionRows, Batch, Behavior, ImageFeatures, ObjectiveOutput, TextFeatures
 
 TERMS = ("local_image_to_text", "local_text_to_image", "global_image_to_text", "global_text_to_image")
-PUBLISHED_COLUMNS = 97  # word columns of the released code, padding included
 # fixed in `gloria_model.py`
 PUBLISHED_INFERENCE = {"temp_attention": 4.0, "temp_similarity": 5.0, "aggregation": "max"}
 
@@ -104,27 +100,18 @@ class GLoRIA(Objective):
         """(B, N) cosine of pooled image and sentence."""
         return cosine_matrix(*self.global_embeddings(images, texts))
 
-    def local_similarity(
-        self, images: ImageFeatures, texts: TextFeatures, *, window: Sequence[int] | Tensor | None = None
-    ) -> Tensor:
-        """(B, N) word-region similarity as at inference.
+    def local_similarity(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
+        """(B, N) word-region similarity as at inference, of the words 1..n.
 
-        `window` (N,): take the word columns 1..window of every text, at most 96, as if the words were zero-padded to 97
-        columns. The released code passes the number of *characters* of a text, so that `[SEP]` and zero columns
-        take part. None takes the words 1..n.
+        The released code passes the number of *characters* of a text for n, so that `[SEP]` and zero columns take
+        part: `gloria_api.GLoRIAModel.get_local_similarities` takes such numbers.
         """
-        regions, words, mask = self.local_embeddings(images, texts)
+        published, (regions, words, _) = self.behavior == "published", self.local_embeddings(images, texts)
+        best = {"aggregation": "max" if self.settings["aggregation"] == "max" else "mean"}
+        settings = PUBLISHED_INFERENCE if published else self.settings | best
         mask = texts.word_mask & ~texts.special_mask
-        if window is not None:
-            words = F.pad(words, (0, 0, 0, max(0, PUBLISHED_COLUMNS - words.shape[1])))
-            last = torch.as_tensor(window, device=words.device).clamp(max=PUBLISHED_COLUMNS - 1)
-            column = torch.arange(words.shape[1], device=words.device)
-            mask = (column >= 1) & (column <= last[:, None])
-        if self.behavior == "published":
-            return word_region_similarity(regions, words, mask, chunk_size=self.chunk_size, **PUBLISHED_INFERENCE)
-        settings = self.settings | {"aggregation": "max" if self.settings["aggregation"] == "max" else "mean"}
         scores = word_region_similarity(regions, words, mask, chunk_size=self.chunk_size, **settings)
-        return scores / settings["temp_similarity"]
+        return scores if published else scores / settings["temp_similarity"]
 
     def attention(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
         """(N, W, h, w): a_rt of image n and text n, or of one image and N texts; rows outside the window are zero."""

@@ -12,8 +12,8 @@ from transformers import BertConfig
 from gloria_core.checkpoints.layouts import mgca
 from gloria_core.checkpoints.model import ModelConfig, assemble
 from gloria_core.checkpoints.published import load_pretrained
-from gloria_core.models.alignment import sinkhorn
 from gloria_core.models.weights import WeightsError
+from gloria_core.objectives.mgca import sinkhorn
 
 CASES = ("batch", "batch_full")
 PUBLISHED_NAMES = {

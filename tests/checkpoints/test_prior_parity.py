@@ -16,8 +16,8 @@ from gloria_core.checkpoints import native
 from gloria_core.checkpoints.layouts import prior
 from gloria_core.checkpoints.model import ModelConfig, assemble
 from gloria_core.checkpoints.published import load_pretrained
-from gloria_core.models.sentences import gather_sentences, gumbel
 from gloria_core.models.weights import WeightsError
+from gloria_core.objectives.prior import gather_sentences, gumbel
 from gloria_core.types import Batch
 
 check = Tolerance(rtol=1e-4, atol=5e-5)  # README of the golden numbers

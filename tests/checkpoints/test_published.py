@@ -101,7 +101,7 @@ def test_what_is_not_a_gloria_is_named(state, tmp_path):
     with pytest.raises(WeightsError, match=r"basic blocks of the sizes \(3, 2, 2, 2\)"):
         load_pretrained(lightning_file.write(tmp_path / "deep.ckpt", deeper, CONFIG))
     layers = {"model": {"text": {"last_n_layers": 9}}}
-    with pytest.raises(WeightsError, match="last_layers must be 1 to 4, got 9"):
+    with pytest.raises(WeightsError, match="last_layers must be one of 1, 2, 3, 4, got 9"):
         load_pretrained(lightning_file.write(tmp_path / "layers.ckpt", state, layers))
     pieces = {"model": {"text": {"agg_tokens": False}}}
     with pytest.raises(WeightsError, match="agg_tokens: false"):

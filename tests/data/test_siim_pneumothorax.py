@@ -52,7 +52,7 @@ def test_stage_1_with_its_odd_header(tmp_path):
     assert len(frame) == 24 and frame["Pneumothorax"].sum() == 8 and (frame["masks"] != "").sum() == 8
     assert frame.loc["1.2.3.3", "images"] == "dicom-images-train/study3/series3/1.2.3.3.dcm"
     mask = np.asarray(Image.open(root / masks_of(frame.loc["1.2.3.3"])[0]["path"]))
-    union = [decode_rle(RUNS[k], 1024, 1024, format="siim") for k in (0, 2)]
+    union = [decode_rle(RUNS[k], 1024, 1024) for k in (0, 2)]
     assert (mask == (union[0] | union[1])).all() and mask.sum() == 25
     # the runs go down the columns: 1024 pixels are one column
     assert mask[:3, 1].all() and not mask[3, 1] and mask[0:2, 2].all()
@@ -115,7 +115,7 @@ def test_the_published_draw_tears_images_and_their_masks_apart(tmp_path):
         assert row["Pneumothorax"] == bool(runs) and len(masks_of(row)) == bool(runs)
         if runs:
             mask = np.asarray(Image.open(root / masks_of(row)[0]["path"]))
-            assert (mask == np.logical_or.reduce([decode_rle(text, 1024, 1024, format="siim") for text in runs])).all()
+            assert (mask == np.logical_or.reduce([decode_rle(text, 1024, 1024) for text in runs])).all()
 
 
 def test_a_part_of_another_draw_is_not_taken_for_this_one(tmp_path):
@@ -127,7 +127,7 @@ def test_a_part_of_another_draw_is_not_taken_for_this_one(tmp_path):
     assert set(first["study_id"]) != set(second["study_id"])
     for row in second[second["study_id"].str.contains("(", regex=False)].to_dict("records"):
         mask = np.asarray(Image.open(tmp_path / masks_of(row)[0]["path"]))
-        assert any((mask == decode_rle(RUNS[k], 1024, 1024, format="siim")).all() for k in (0, 2))
+        assert any((mask == decode_rle(RUNS[k], 1024, 1024)).all() for k in (0, 2))
 
 
 def test_without_masks_and_with_missing_torn_images(tmp_path):

@@ -38,8 +38,8 @@ def test_limits():
 
 
 def test_head_is_linear_relu_linear():
-    head = MLPHead(3, 2, hidden_dim=4)
+    head = MLPHead(3, 2)
     x = torch.randn(5, 3)
     expected = head[2](torch.clamp(head[0](x), min=0))
     torch.testing.assert_close(head(x), expected)
-    assert head[0].out_features == 4
+    assert head[0].out_features == 2

@@ -270,18 +270,6 @@ def test_similarity_published_takes_the_best_word_and_ignores_options(make_featu
     torch.testing.assert_close(objective.similarity(images, texts), (local + whole) / 2)
 
 
-def test_window_pads_with_zero_words_and_stops_at_96(make_features):
-    images, texts = make_features(2, [3, 2])
-    objective = make(behavior="published")
-    regions = objective.local_embedder(images.regions).flatten(1, 2)
-    found = objective.local_similarity(images, texts, window=[200, 4])
-    for b in range(2):
-        words = [*texts.words[0, 1:], *[torch.zeros(6).double()] * 92]
-        assert len(words) == 96
-        torch.testing.assert_close(found[b, 0], naive_z(regions[b], words, aggregation="max"))
-        torch.testing.assert_close(found[b, 1], naive_z(regions[b], [*texts.words[1, 1:5]], aggregation="max"))
-
-
 def test_one_image_and_many_texts(make_features):
     images, texts = make_features(1, [3, 2, 5])
     objective = make()

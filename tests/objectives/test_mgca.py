@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from gloria_core.models.alignment import clipped_weights, sinkhorn
 from gloria_core.objectives import build
+from gloria_core.objectives.mgca import clipped_weights, sinkhorn
 from gloria_core.types import ImageFeatures, TextFeatures
 
 WIDTHS = {"pooled_dim": 10, "region_dim": 8, "text_dim": 6}

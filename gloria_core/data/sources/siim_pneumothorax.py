@@ -157,7 +157,7 @@ def _union(part: pd.DataFrame, source: Path) -> np.ndarray:
     mask = np.zeros((SIIM_SIDE, SIIM_SIDE), bool)
     for index, study, runs in zip(part.index, part["study_id"], part["runs"], strict=True):
         try:
-            mask |= decode_rle(runs, SIIM_SIDE, SIIM_SIDE, format="siim")
+            mask |= decode_rle(runs, SIIM_SIDE, SIIM_SIDE)
         except RleError as error:
             raise ManifestError(
                 f"{source}, row {index + 2}, column 'EncodedPixels', image {study!r}: {error}; get the table again"
