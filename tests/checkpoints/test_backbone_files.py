@@ -180,7 +180,7 @@ def test_faults_of_encoder_files(tiny, tmp_path):
         load_pretrained(write({name: value for name, value in tiny.items() if name != "layer4.0.bn2.bias"}))
     with pytest.raises(WeightsError, match=r"1 unexpected: extra\.weight"):
         load_pretrained(write({**tiny, "extra.weight": torch.zeros(1)}))
-    with pytest.raises(WeightsError, match="in_channels\n.*1 or 3"):
+    with pytest.raises(WeightsError, match=r"in_channels\n.*1 or 3"):
         load_pretrained(write({**tiny, "conv1.weight": torch.zeros(64, 2, 7, 7)}))
     with pytest.raises(WeightsError, match=r"ViT of the sizes \(64, 16, 1\); known: .*vit_tiny_patch16"):
         state = timm.create_model("vit_tiny_patch16_224", embed_dim=64, depth=1, num_heads=1).state_dict()
