@@ -10,8 +10,9 @@ from gloria_core.models.image_encoder import ImageEncoder
 
 
 class ImageClassifier(nn.Module):
-    """Image encoder and a new linear head of K = `classes` logits on its pooled feature (GLoRIA's, CXR-CLIP's).
+    """Image encoder and a new head of K = `classes` logits on its pooled feature (GLoRIA's, MGCA's, CXR-CLIP's).
 
+    The head is one linear layer, or with `hidden_dim` units MGCA's Linear, BatchNorm, ReLU, dropout, Linear.
     `frozen`: the encoder gets no gradient and stays in evaluation mode. `batch_statistics=True` lets its BatchNorm
     follow the mode of the whole all the same, and so move its statistics while "frozen": the released code of GLoRIA.
 
@@ -19,13 +20,24 @@ class ImageClassifier(nn.Module):
     """
 
     def __init__(
-        self, encoder: ImageEncoder, classes: int, *, frozen: bool = True, batch_statistics: bool = False
+        self,
+        encoder: ImageEncoder,
+        classes: int,
+        *,
+        frozen: bool = True,
+        batch_statistics: bool = False,
+        hidden_dim: int = 0,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         if classes < 1:
             raise ValueError(f"a classifier needs at least one class, got {classes}")
-        self.img_encoder, self.classifier = encoder, nn.Linear(encoder.pooled_dim, classes)
-        self.frozen, self.batch_statistics = frozen, batch_statistics
+        self.img_encoder, width, hidden = encoder, encoder.pooled_dim, []
+        if hidden_dim:
+            hidden = [nn.Linear(width, hidden_dim), nn.BatchNorm1d(hidden_dim), nn.ReLU()]
+        last = nn.Linear(hidden_dim or width, classes)
+        self.classifier = nn.Sequential(*hidden, nn.Dropout(dropout), last) if hidden or dropout else last
+        self.frozen, self.batch_statistics, encoder.frozen = frozen, batch_statistics, False
         self.img_encoder.requires_grad_(not frozen)
 
     def train(self, mode: bool = True) -> ImageClassifier:

@@ -130,11 +130,6 @@ class SegmentationNet(nn.Module):
             self.head = nn.Identity()
         self.train(self.training)
 
-    @property
-    def features_are_fixed(self) -> bool:
-        """Whether `features` of an image never change in training, so that they may be computed once."""
-        return self.frozen and self.batch_norm == "eval"
-
     def train(self, mode: bool = True) -> SegmentationNet:
         """Training mode; a frozen encoder stays in evaluation mode, its BatchNorm as `batch_norm` says."""
         super().train(mode)

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import batched_nms
 
-from gloria_core.models.detection import BatchNorm, Detector, Target
-from gloria_core.models.image_encoder import ImageEncoder
+from gloria_core.models.detection import Detector, Target
 
 # Width and height in pixels of an image of 416, at stride 32, 16 and 8; they are scaled to the images' side.
 ANCHORS = (((116, 90), (156, 198), (373, 326)), ((30, 61), (62, 45), (59, 119)), ((10, 13), (16, 30), (33, 23)))
@@ -65,23 +64,13 @@ class YoloNeck(nn.Module):
 
 
 class YoloDetector(Detector):
-    """`detector="yolov3_mgca"`; see the module. `batch_norm` and `score_threshold` have the published defaults.
+    """`detector="yolov3_mgca"`; see the module. `score_threshold` is the published one, `width` has no use here.
 
-    The published images are 224 x 224 and the trunk a ResNet-50; any ResNet and any multiple of 32 is taken.
+    The published images are 224 x 224, the trunk is a ResNet-50 with `batch_norm="train"`; any ResNet and any multiple
+    of 32 is taken.
     """
 
     score_threshold = 0.5
-
-    def __init__(
-        self,
-        encoder: ImageEncoder,
-        *,
-        classes: int,
-        side: int = 224,
-        frozen: bool = True,
-        batch_norm: BatchNorm = "train",
-    ) -> None:
-        super().__init__(encoder, classes=classes, side=side, frozen=frozen, batch_norm=batch_norm)
 
     def build(self, classes: int, width: int) -> None:
         self.neck = YoloNeck(self.widths, classes)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
+from torch import Tensor, nn
 
 from gloria_core.data.cache import ImageCache
 from gloria_core.data.geometry import Geometry, center_crop
+from gloria_core.data.images import Norm, to_tensor
 from gloria_core.data.manifest import boxes_of, label_columns, masks_of
 from gloria_core.tasks.features import frontal_image
 
@@ -19,9 +21,14 @@ Source = Literal["masks", "boxes"]
 
 @dataclass(frozen=True)
 class AnnotatedImages:
-    """Frontal images of n studies by row number, with annotations of K `labels`.
+    """Frontal images of n studies by row number, with annotations of K labels.
 
-    `frame`: the studies, index 0..n-1. `paths`: of their frontal images in `cache`. `crop`: side of the centre crop.
+    Attributes:
+        frame: the studies, index 0..n-1.
+        labels: names of the K classes.
+        paths: of the images in `cache`.
+        crop: side of the centre crop that the model receives, in pixels.
+        channels, norm: format of the model's pixels, see `to_tensor`.
     """
 
     frame: pd.DataFrame
@@ -29,6 +36,8 @@ class AnnotatedImages:
     paths: tuple[str, ...]
     cache: ImageCache
     crop: int
+    channels: int
+    norm: Norm
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -41,12 +50,40 @@ class AnnotatedImages:
         """The pixels that the model receives, not normalised. Shape: -> (b, crop, crop) uint8."""
         return center_crop(self.cache.rows([self.paths[row] for row in rows]), self.crop)
 
+    def pixels(self, rows: Sequence[int]) -> Tensor:
+        """Shape: -> (b, C, crop, crop) float32."""
+        return to_tensor(self.images(rows), channels=self.channels, norm=self.norm)
+
+    def cases(
+        self, rows: Sequence[int], scores: np.ndarray, each: int, case: Callable[[int, int], tuple]
+    ) -> dict[str, list[tuple]]:
+        """`case(row, class)` of the pairs with the best, median and worst of `scores` (b, K), `each` of them."""
+        places = best_median_worst(scores.ravel(), each)
+        pairs = {name: [divmod(place, scores.shape[1]) for place in group] for name, group in places.items()}
+        return {name: [case(rows[image], k) for image, k in group] for name, group in pairs.items() if group}
+
+
+def frontal_images(
+    model: nn.Module, frame: pd.DataFrame, cache: ImageCache, labels: Sequence[str], *, crop: int | None = None
+) -> AnnotatedImages:
+    """The frontal image of every study (all splits), in the format that `model.config` names.
+
+    `crop`: by default that of the model.
+    """
+    paths, config = tuple(frontal_image(study)[1] for study in frame.to_dict("records")), model.config
+    frame = frame.reset_index(drop=True)
+    return AnnotatedImages(frame, tuple(labels), paths, cache, crop or config.crop, config.channels, config.norm)
+
 
 @dataclass(frozen=True)
 class Annotations:
-    """Which annotations are learnt from: `source` of `labels`, and `counts` of them (`annotation_counts`).
+    """Which annotations are learnt from.
 
-    `problem`: one sentence that says why nothing can be learnt or scored, or "".
+    Attributes:
+        source: masks or boxes.
+        labels: the findings.
+        counts: studies with an annotation, see `annotation_counts`.
+        problem: one sentence that says why nothing can be learnt or scored, or "".
     """
 
     source: Source

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -17,8 +17,6 @@ import pandas as pd
 from gloria_core.data.splits import label_subset
 
 Fitted = TypeVar("Fitted")
-Score = Callable[[np.ndarray], pd.DataFrame]
-"""Row numbers of test studies -> metric rows."""
 
 
 @dataclass(frozen=True)
@@ -40,28 +38,26 @@ class LabelEfficiency:
     n_bootstrap: int = 1000
     test_sets: Mapping[str, pd.DataFrame] | None = None
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What every table of metrics is made with."""
+        return {"macro": list(self.macro), "n_bootstrap": self.n_bootstrap}
+
     def run(
         self,
         frame: pd.DataFrame,
-        fit: Callable[[np.ndarray, int], tuple[Fitted, Score]],
+        fit: Callable[[np.ndarray, int], Fitted],
+        score: Callable[[Fitted, np.ndarray], pd.DataFrame],
         progress: Callable[[str], None] | None = None,
     ) -> tuple[pd.DataFrame, dict[tuple[float, int], Fitted]]:
-        """Call `fit(train, subset)` for every subset and score what it returns; `train`: row numbers of `frame`.
+        """Call `fit(train, subset)` for every subset, and `score(fitted, rows)` on every test set.
 
-        Returns the metric rows with the columns label_fraction, seed, split and n_train, and what was fitted by
-        (fraction, subset). A subset without a study is left out with a warning; where none has one, both are empty.
-        Raises ValueError for a fraction outside (0, 1] or an empty test set.
+        `train` and `rows` are row numbers of `frame`. Returns the metric rows with the columns label_fraction, seed,
+        split and n_train, and what was fitted by (fraction, subset). A subset without a study is left out with a
+        warning; where none has one, both are empty. Raises ValueError for a fraction outside (0, 1] or an empty test
+        set.
         """
-        frame = frame.reset_index(drop=True)
-        test = (frame["split"] == "test").to_numpy()
-        sets = {"": test}
-        if self.test_sets is not None:
-            sets = {name: test & frame["study_id"].isin(part["study_id"]) for name, part in self.test_sets.items()}
-        sets = {name: np.flatnonzero(chosen) for name, chosen in sets.items()}
-        for name, rows in sets.items():
-            if not len(rows):
-                raise ValueError(f"no study to test on {name and f'in {name!r}'}: split 'test' is empty")
-        tables, fits = [], {}
+        frame, tables, fits = frame.reset_index(drop=True), [], {}
         for fraction in self.fractions:
             for subset in range(self.subsets if fraction < 1 else 1)[: self.repeats]:
                 train = label_subset(frame, fraction, subset).index.to_numpy()
@@ -71,11 +67,23 @@ class LabelEfficiency:
                     continue
                 if progress is not None:
                     progress(f"{100 * fraction:g} % of the labels, subset {subset}: {len(train)} studies")
-                fits[float(fraction), subset], score = fit(train, subset)
-                for name, rows in sets.items():
-                    table = score(rows).assign(**self.columns(fraction, subset), n_train=len(train))
-                    tables.append(table.assign(dataset=name) if name else table)
+                fits[float(fraction), subset] = fitted = fit(train, subset)
+                columns = self.columns(fraction, subset) | {"n_train": len(train)}
+                tables.append(self.score(frame, fitted, score).assign(**columns))
         return (pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()), fits
+
+    def score(
+        self, frame: pd.DataFrame, fitted: Fitted, score: Callable[[Fitted, np.ndarray], pd.DataFrame]
+    ) -> pd.DataFrame:
+        """Metric rows of what was fitted on every test set. Raises ValueError for an empty one."""
+        test, tables = (frame["split"] == "test").to_numpy(), []
+        for name, part in ({"": frame} if self.test_sets is None else self.test_sets).items():
+            rows = np.flatnonzero(test & frame["study_id"].isin(part["study_id"]))
+            if not len(rows):
+                raise ValueError(f"no study to test on {name and f'in {name!r}'}: split 'test' is empty")
+            table = score(fitted, rows)
+            tables.append(table.assign(dataset=name) if name else table)
+        return pd.concat(tables, ignore_index=True)
 
     def sizes(self, frame: pd.DataFrame, targets: pd.DataFrame) -> pd.DataFrame:
         """Studies, patients and positives of each label in the first subset of each fraction; `targets` as `frame`."""

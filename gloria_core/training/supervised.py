@@ -8,17 +8,46 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import pandas as pd
 import torch
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from gloria_core.training.precision import Precision, choose_precision
 from gloria_core.training.schedule import ScheduleName, learning_rate
 
+# Called with one line of text after every validation, for instance `print`.
 Progress = Callable[[str], None]
-"""Called with one line of text after every validation, for instance `print`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig:
+    """What fine-tuning, segmentation and detection have in common. Raises ValueError naming the field.
+
+    Attributes:
+        frozen: train only what is new; no gradient reaches the encoder.
+        batch_size: studies in a batch, at most.
+        learning_rate, weight_decay: of AdamW.
+        schedule: "constant", or "cosine", which falls to zero.
+        warmup: share of the steps in which the rate rises, at least one step; 0 for none.
+        patience: so many validations in a row without a better score end the training.
+        precision: see `choose_precision`.
+        memory: bytes that the features of a fixed encoder may take.
+    """
+
+    frozen: bool = True
+    batch_size: PositiveInt = 16
+    learning_rate: NonNegativeFloat = 1e-3
+    weight_decay: NonNegativeFloat = 1e-4
+    schedule: ScheduleName = "constant"
+    warmup: NonNegativeFloat = 0.0
+    patience: PositiveInt = 5
+    precision: Precision = "auto"
+    memory: NonNegativeInt = 2**30
 
 
 def fit(
@@ -27,15 +56,12 @@ def fit(
     batches: Iterator[np.ndarray],
     loss: Callable[[np.ndarray], Tensor],
     validate: Callable[[], float],
-    optimizer: torch.optim.Optimizer,
+    config: FitConfig,
     *,
     steps: int,
     validate_at: Collection[int],
-    patience: int,
     metric: str,
-    schedule: ScheduleName = "constant",
-    warmup_steps: int = 0,
-    precision: Precision = "auto",
+    groups: Sequence[dict[str, object]] | None = None,
     progress: Progress | None = None,
 ) -> tuple[pd.DataFrame, int]:
     """Train `model` in place and leave it in evaluation mode with its best weights; returns (history, best step).
@@ -43,14 +69,17 @@ def fit(
     `batches`: row numbers of `study_ids`. `loss`: the scalar loss of a batch; it enters autocast itself. `validate_at`:
     the steps (from 1) after which `validate` gives the score called `metric`; the highest is best, or the lowest where
     the name ends in "loss". A score of NaN counts as better, so that without a validation score the last weights stay.
+    `groups`: parameters with rates of their own, for AdamW; by default all that are trainable.
     history: one row a validation with step, train_loss (mean over the studies since the last one) and `metric`.
     float16 trains with loss scaling. Raises ValueError naming the studies where the loss is not finite.
     """
     device, sign = next(model.parameters()).device, -1 if metric.endswith("loss") else 1
-    scaler = torch.amp.GradScaler(device.type, enabled=choose_precision(device, precision) == "float16")
-    rate = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate(step, total_steps=steps, warmup_steps=warmup_steps, schedule=schedule)
-    )
+    groups = groups or [{"params": [parameter for parameter in model.parameters() if parameter.requires_grad]}]
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=choose_precision(device, config.precision) == "float16")
+    warmup_steps = max(1, int(steps * config.warmup)) if config.warmup else 0
+    scheduled = partial(learning_rate, total_steps=steps, warmup_steps=warmup_steps, schedule=config.schedule)
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, scheduled)
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     best, best_step, weights, waited = -np.inf, 0, {}, 0
     history, losses, sizes = [], [], []
@@ -80,7 +109,7 @@ def fit(
         if not sign * score <= best:
             best, best_step, waited = sign * score, step, 0
             weights = {k: v.detach().clone() for k, v in model.state_dict().items() if k not in frozen}
-        if waited >= patience:
+        if waited >= config.patience:
             break
     model.load_state_dict(weights, strict=False)
     model.eval()

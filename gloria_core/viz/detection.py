@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -36,33 +36,32 @@ def iou_pair(a: Sequence[float], b: Sequence[float], *, value: float) -> Figure:
 
 
 def box_cases(
-    images: Sequence[np.ndarray],
-    truths: Sequence[BoxesLike],
-    detections: Sequence[BoxesLike],
+    cases: Mapping[str, Sequence[tuple[np.ndarray, BoxesLike, BoxesLike, str]]],
     labels: Sequence[str],
-    titles: Sequence[str],
     *,
     score_threshold: float = 0.3,
     title: str = "Boxes",
     columns: int = 3,
 ) -> Figure:
-    """Images (H, W) with true boxes (solid) and detections of at least `score_threshold` (dashed, with their scores).
+    """Images with true boxes (solid) and detections of at least `score_threshold` (dashed, with their scores).
 
-    How many detections lie below the threshold is written in the title of each image. Raises ValueError for no image,
-    or other numbers of truths, detections or titles.
+    `cases`: group ("best") -> image (H, W), truth, detections and title of each. How many detections lie below the
+    threshold is written in the title of each image. Raises ValueError for no image.
     """
-    marks, texts = [], []
-    for truth, found, text in zip(truths, detections, titles, strict=True):
-        shown = found.scores >= score_threshold
-        boxes = [(box, label, False, "") for box, label in zip(truth.boxes, truth.labels, strict=True)]
-        for box, label, score in zip(found.boxes[shown], found.labels[shown], found.scores[shown], strict=True):
-            boxes.append((box, label, True, f"{score:.2f}"))
-        marks.append(
-            [
-                Mark(labels[int(label)], box=(x1, y1, x2 - x1, y2 - y1), dashed=dashed, text=score)
-                for (x1, y1, x2, y2), label, dashed, score in boxes
-            ]
-        )
-        texts.append(f"{text}\n{(~shown).sum()} below {score_threshold:g}")
+    images, texts, marks = [], [], []
+    for group, members in cases.items():
+        for image, truth, found, text in members:
+            shown = found.scores >= score_threshold
+            boxes = [(box, label, "") for box, label in zip(truth.boxes, truth.labels, strict=True)]
+            for box, label, score in zip(found.boxes[shown], found.labels[shown], found.scores[shown], strict=True):
+                boxes.append((box, label, f"{score:.2f}"))
+            marks.append(
+                [
+                    Mark(labels[int(label)], box=(x1, y1, x2 - x1, y2 - y1), dashed=bool(score), text=score)
+                    for (x1, y1, x2, y2), label, score in boxes
+                ]
+            )
+            images.append(image)
+            texts.append(f"{group}: {text}\n{(~shown).sum()} below {score_threshold:g}")
     title = f"{title}; solid: truth, dashed: detected with its score"
     return image_grid(images, texts, marks, columns=columns, side=3.1, title=title)

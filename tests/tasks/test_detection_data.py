@@ -1,14 +1,21 @@
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from gloria_core.checkpoints.model import ModelConfig
 from gloria_core.data.cache import ImageCache
 from gloria_core.tasks.annotated_images import choose_annotations
-from gloria_core.tasks.detection.data import box_data, boxes_of_mask
+from gloria_core.tasks.detection.data import box_data as read_boxes
+from gloria_core.tasks.detection.data import boxes_of_mask
 
 BOX = {"label": "Lung Opacity", "image": 0, "xywh": [10, 20, 20, 20]}
+
+
+def box_data(frame, cache, **options):
+    return read_boxes(SimpleNamespace(config=ModelConfig(crop=56)), frame, cache, **options)
 
 
 def _with(frame, study, *entries):
@@ -30,32 +37,21 @@ def test_boxes_go_through_the_geometry(frame, cache):
     assert data.images([1])[0, 17:31, 17:31].min() > 200
 
 
-def test_crop_moves_and_clips(frame, cache):
-    frame = _with(frame, 0, BOX | {"xywh": [0, 0, 40, 40]}, BOX | {"xywh": [0, 0, 9, 64]})
-    data = box_data(frame, cache, crop=48)
-    assert data.crop == 48 and data.side == 64
-    np.testing.assert_allclose(data.truths[0].boxes, [[0, 0, 32, 32]])  # the crop begins at 8
+def test_boxes_are_clipped_and_images_padded(frame, cache, tmp_path, root):
+    frame = _with(frame, 0, BOX | {"xywh": [-5, 40, 30, 40]})
+    np.testing.assert_allclose(box_data(frame, cache).truths[0].boxes, [[0, 40, 25, 64]])
+    small = ImageCache.build(frame, root, size=48, folder=tmp_path, workers=1, progress=False)
+    data = box_data(frame, small)  # the whole image, whatever the crop of the model
+    assert (data.crop, data.side) == (48, 64) and data.pixels([0]).shape == (1, 3, 64, 64)
     images = data.images([0])
-    assert images.shape == (1, 64, 64) and not images[0, 48:].any() and not images[0, :, 48:].any()
-    left = data.excluded
-    assert left["study_id"].tolist() == ["s0"] and "8%" in left["reason"].iloc[0]
-    kept = box_data(frame, cache, crop=48, min_visibility=0.0)
-    assert len(kept.truths[0]) == 2 and kept.excluded.empty
+    assert images[0, :48, :48].any() and not images[0, 48:].any() and not images[0, :, 48:].any()
 
 
 def test_studies_without_boxes_are_negatives(frame, cache):
     data = box_data(_with(frame, 3), cache)
     assert len(data.truths[3]) == 0 and data.truths[3].boxes.shape == (0, 4)
     assert data.counts([2, 3]).tolist() == [1] and data.counts([]).tolist() == [0]
-
-
-def test_positive_labels_without_boxes_can_be_left_out(frame, cache):
-    bare = _with(frame, 3)  # Lung Opacity is 1 in odd studies
-    data = box_data(bare, cache, unboxed="exclude")
-    assert "s3" not in data.frame["study_id"].tolist() and len(data) == 7 == len(data.paths) == len(data.truths)
-    assert data.excluded["study_id"].tolist() == ["s3"]
-    negative = _with(frame, 2)  # 0 in even ones
-    assert len(box_data(negative, cache, unboxed="exclude")) == 8
+    assert data.positives()["Lung Opacity"].tolist() == [True] * 3 + [False] + [True] * 4
 
 
 def test_only_asked_labels_and_the_frontal_image_count(frame, cache):
@@ -109,8 +105,6 @@ def test_two_parts_are_two_boxes(frame, tmp_path, root, cache):
 def test_errors(frame, cache):
     with pytest.raises(ValueError, match="no box of Edema"):
         box_data(frame, cache, labels=["Edema"])
-    with pytest.raises(ValueError, match="unboxed"):
-        box_data(frame, cache, unboxed="ignore")
 
 
 def test_cached_images_are_not_changed(frame, cache):

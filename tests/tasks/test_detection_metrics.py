@@ -205,7 +205,7 @@ def test_every_image_is_scored_and_the_published_rule_skips():
     ours = _row(evaluate(truths, found, ["a"], n_bootstrap=0))
     # ranks: false, true, true: precision 2/3 at both recalls
     assert ours["value"] == pytest.approx(2 / 3) and ours["n"] == 3
-    theirs = evaluate(truths, found, ["a"], rule="published", groups=["p", "q", "q"], n_bootstrap=10)
+    theirs = evaluate(truths, found, ["a"], published=True, groups=["p", "q", "q"], n_bootstrap=10)
     row = _row(theirs, metric="map_40_75_published")
     assert row["value"] == 1 and row["n"] == 1 and row["n_boxes"] == 1
     assert set(theirs["metric"]) == {name + "_published" for name in dm.METRICS}
@@ -220,7 +220,7 @@ def test_undefined_is_nan_with_a_note():
     table = evaluate(truths, found, ["a", "b", "c"], untrained=["a"], n_bootstrap=30)
     assert "training subset" in _row(table, "a")["note"] and np.isnan(_row(table, "a")["ci_low"])
     assert np.isnan(_value(table, "macro")) and _row(table, "macro")["note"] == "mean over 0 of 3 labels"
-    nothing = evaluate(truths, [_boxes(scores=[])] * 2, ["a", "b", "c"], rule="published", n_bootstrap=5)
+    nothing = evaluate(truths, [_boxes(scores=[])] * 2, ["a", "b", "c"], published=True, n_bootstrap=5)
     assert nothing["value"].isna().all() and (nothing["n"] == 0).all()
     assert nothing["note"].iloc[0] == "no image to score"
 
@@ -235,11 +235,8 @@ def test_macro_is_of_the_named_classes():
 def test_errors():
     truths, found = [_boxes([ONE])], [_boxes([ONE], scores=[0.5])]
     for change, error, word in (
-        ({"detections": []}, ValueError, "1 images"),
-        ({"detections": truths}, ValueError, "no scores"),
-        ({"detections": [_boxes([ONE], [3], [0.5])]}, ValueError, "class 3"),
-        ({"rule": "kind"}, ValueError, "rule"),
-        ({"metrics": ["map"]}, ValueError, "map_40_75"),
+        ({"detections": []}, ValueError, "shorter"),
+        ({"metrics": ["map"]}, KeyError, "'map'"),
         ({"macro": ["b"]}, KeyError, "'b'"),
     ):
         given = {"truths": truths, "detections": found, "labels": ["a"]} | change
@@ -248,14 +245,14 @@ def test_errors():
     with pytest.raises(ValueError, match="x1 <= x2"):
         _boxes([[5, 0, 4, 1]])
     with pytest.raises(ValueError, match="finite"):
-        _boxes([ONE], scores=[np.nan])
+        _boxes([[0, 0, np.nan, 1]])
     with pytest.raises(ValueError, match="scores"):
         _boxes([ONE], scores=[0.1, 0.2])
 
 
 def test_image_ap_is_of_single_images():
     truths, found = _random(10, images=15)
-    values = image_ap(truths, found)
+    values = image_ap(truths, found, ["a", "b", "c"])
     for i, value in enumerate(values):
         if not len(truths[i]):
             assert np.isnan(value)

@@ -37,11 +37,11 @@ def test_small_subsets_of_different_seeds_do_not_overlap(frame):
 
 def run(protocol, frame):
     """Fits are the row numbers of the subset; a score is the number of test rows."""
-
-    def fit(train, subset):
-        return (subset, list(train)), lambda rows: pd.DataFrame({"value": [len(rows)]})
-
-    return protocol.run(frame, fit)
+    return protocol.run(
+        frame,
+        lambda train, subset: (subset, list(train)),
+        lambda fitted, rows: pd.DataFrame({"value": [len(rows)]}),
+    )
 
 
 def test_every_subset_is_fitted_once_and_numbered(frame):

@@ -11,8 +11,6 @@ from gloria_core.tasks.segmentation.metrics import (
     MaskCounts,
     best_thresholds,
     count,
-    dice,
-    iou,
     published_dice,
     segmentation_rows,
 )
@@ -34,14 +32,30 @@ def of_masks(predicted, truth, known=None):
     return count(torch.from_numpy(predicted), torch.from_numpy(truth), known)
 
 
+def dice(predicted, truth):
+    total = predicted.sum() + truth.sum()
+    return 2 * (predicted & truth).sum() / total if total else 1.0
+
+
+def iou(predicted, truth):
+    union = (predicted | truth).sum()
+    return (predicted & truth).sum() / union if union else 1.0
+
+
 def test_by_hand():
     truth, half, other = np.array([[1, 1], [0, 0]]), np.array([[1, 0], [0, 0]]), np.array([[0, 0], [0, 1]])
-    assert dice(truth, truth) == iou(truth, truth) == 1
-    assert dice(half, truth) == pytest.approx(2 / 3) and iou(half, truth) == 0.5
-    assert dice(other, truth) == iou(other, truth) == 0
     nothing = np.zeros((2, 2))
-    assert dice(nothing, nothing) == iou(nothing, nothing) == 1
-    assert dice(half, nothing) == dice(nothing, half) == 0
+    for predicted, true, expected in (
+        (truth, truth, (1, 1)),
+        (half, truth, (2 / 3, 0.5)),
+        (other, truth, (0, 0)),
+        (nothing, nothing, (1, 1)),
+        (half, nothing, (0, 0)),
+        (nothing, half, (0, 0)),
+    ):
+        counts = of_masks(predicted[None, None], true[None, None])
+        for name, value in zip(("dice", "iou"), expected, strict=True):
+            assert counts.per_image(name)[0, 0] == pytest.approx(value)
 
 
 def test_counts_are_those_of_a_loop():

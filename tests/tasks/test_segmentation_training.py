@@ -204,7 +204,7 @@ def test_it_learns_and_keeps_the_best_step(data, encoder):
 def test_same_seed_same_network_and_the_store_changes_nothing(data, encoder):
     short = {"steps": 6, "validate_every": 3}
     a, b = fitted(encoder, data, **short), fitted(encoder, data, **short)
-    assert all(torch.equal(x, b.net.state_dict()[name]) for name, x in a.net.state_dict().items())
+    assert all(torch.equal(x, b.network.state_dict()[name]) for name, x in a.network.state_dict().items())
     other = train_segmenter(encoder, data, range(12), data.rows("valid"), config=a.config, seed=1)
     assert not np.allclose(a.probabilities([0]), other.probabilities([0]))
     without = fitted(encoder, data, **short, memory=0)
@@ -217,8 +217,8 @@ def test_other_ways_to_train(data, encoder, options):
     found = fitted(encoder, data, steps=4, validate_every=4, **options)
     assert found.store is None and np.isfinite(found.history["train_loss"]).all()
     assert all(torch.equal(value, state[name]) for name, value in encoder.state_dict().items())
-    moved = {k for k, v in found.net.encoder.state_dict().items() if not torch.equal(v, state[k])}
-    weights = {k for k, _ in found.net.encoder.named_parameters()}
+    moved = {k for k, v in found.network.encoder.state_dict().items() if not torch.equal(v, state[k])}
+    weights = {k for k, _ in found.network.encoder.named_parameters()}
     assert bool(moved & weights) == ("frozen" in options)
     assert bool(moved) == ("augment" not in options)
     with pytest.raises(ValueError, match="a feature store needs"):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from gloria_core.training.supervised import FeatureStore, fit, seeded, shuffled_batches
+from gloria_core.training.supervised import FeatureStore, FitConfig, fit, seeded, shuffled_batches
 
 
 def line(*, scores, metric="score", **options):
@@ -19,16 +19,19 @@ def line(*, scores, metric="score", **options):
         seen.append(float(model.weight.detach()))
         return next(scores)
 
+    progress = options.pop("progress", None)
+    config = FitConfig(**{"learning_rate": 0.01, "weight_decay": 0.0, "patience": 9, "precision": "float32"} | options)
     history, best = fit(
         model,
         ["s0", "s1", "s2", "s3"],
         itertools.cycle([np.array([1, 2]), np.array([3])]),
         lambda rows: ((model(torch.tensor(rows)[:, None].float())[:, 0] - 2 * torch.tensor(rows)) ** 2).mean(),
         validate,
-        torch.optim.SGD(model.parameters(), lr=options.pop("learning_rate", 0.01)),
+        config,
         metric=metric,
-        precision="float32",
-        **{"steps": 6, "validate_at": (2, 4, 6), "patience": 9} | options,
+        steps=6,
+        validate_at=(2, 4, 6),
+        progress=progress,
     )
     return model, history, best, seen
 
@@ -37,7 +40,7 @@ def test_the_best_weights_are_kept_and_the_loss_is_a_mean_over_studies():
     model, history, best, seen = line(scores=[0.1, 0.3, 0.2])
     assert history.columns.tolist() == ["step", "train_loss", "score"] and history["step"].tolist() == [2, 4, 6]
     assert best == 4 and model.weight.item() == seen[1] and not model.training
-    w = 0.01 * np.mean([2 * 1 * 2, 2 * 2 * 4])  # after the first step
+    w = 0.01  # Adam's first step is the rate itself
     assert history["train_loss"][0] == pytest.approx((2 * np.mean([4, 16]) + (3 * w - 6) ** 2) / 3)
     assert line(scores=[0.1, 0.3, 0.2], metric="valid_loss")[2] == 2
 
@@ -57,7 +60,7 @@ def test_schedule_and_progress():
 
 def test_a_loss_that_is_not_finite_names_the_studies():
     with pytest.raises(ValueError, match=r"not finite.*step 2, on studies s3"):
-        line(scores=[], learning_rate=float("inf"))
+        line(scores=[], learning_rate=1e30)
 
 
 def test_seeded_restores_the_state():

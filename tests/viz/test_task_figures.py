@@ -92,14 +92,14 @@ def test_boxes_below_the_threshold_are_counted_and_not_drawn():
     found = SimpleNamespace(
         boxes=np.array([[1, 2, 5, 6], [0, 0, 2, 2]]), labels=np.array([0, 1]), scores=np.array([0.9, 0.1])
     )
-    figure = box_cases([IMAGE], [truth], [found], ["Mass", "Nodule"], ["s1"])
+    figure = box_cases({"best": [(IMAGE, truth, found, "s1")]}, ["Mass", "Nodule"])
     solid, dashed = figure.axes[0].patches
     assert solid.get_bbox().bounds == (0.5, 1.5, 3, 4) and dashed.get_bbox().bounds == (0.5, 1.5, 4, 4)
     assert (solid.get_linestyle(), dashed.get_linestyle()) == ("solid", "dashed")
-    assert figure.axes[0].get_title() == "s1\n1 below 0.3" and figure.axes[0].texts[0].get_text() == "0.90"
+    assert figure.axes[0].get_title() == "best: s1\n1 below 0.3" and figure.axes[0].texts[0].get_text() == "0.90"
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["Mass", "Nodule"]
-    with pytest.raises(ValueError):
-        box_cases([IMAGE], [truth], [found], ["Mass", "Nodule"], ["s1", "s2"])
+    with pytest.raises(ValueError, match="at least one"):
+        box_cases({}, ["Mass", "Nodule"])
 
 
 def test_the_intersection_of_two_boxes_is_shaded():

@@ -15,81 +15,52 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from gloria_core.checkpoints.model import ModelConfig
+from gloria_core.checkpoints.image_models import ImageClassifier
 from gloria_core.data.images import to_tensor
 from gloria_core.models.image_encoder import ImageEncoder
-from gloria_core.tasks.features import frontal_image, inference
-from gloria_core.tasks.label_efficiency import LabelEfficiency, Score
+from gloria_core.tasks.annotated_images import AnnotatedImages
+from gloria_core.tasks.features import inference
+from gloria_core.tasks.label_efficiency import LabelEfficiency
 from gloria_core.tasks.metrics import Metric, metric_rows
 from gloria_core.training import supervised
-from gloria_core.training.precision import Precision, autocast
+from gloria_core.training.precision import autocast
 
-Head = Literal["linear", "mlp"]
 MAX_POSITIVE_WEIGHT = 20.0
 
 
-@dataclass(frozen=True)
-class FinetuneConfig:
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(supervised.FitConfig):
     """Settings of `finetune`. Raises ValueError naming the field.
 
-    `head`: "linear", or "mlp" (Linear, BatchNorm, ReLU, dropout, Linear with `hidden_dim` units; MGCA's code).
-    `frozen`: train the head only; BatchNorm then keeps its stored statistics.
-    `layer_decay`: the learning rate falls by this factor from each layer group of the encoder to the one below
-    (1: none); the head has `learning_rate` itself.
-    `class_weights`: "balanced" weighs the positives of each label by negatives / positives of the training subset,
-    at most 20.
-    `loss`: "bce" for labels that may occur together, "ce" where exactly one label of a study is positive.
-    `patience`: stop after so many epochs without a lower validation loss; the best epoch's weights are kept.
+    Attributes:
+        epochs: at most.
+        layer_decay: the learning rate falls by this factor from each layer group of the encoder to the one below
+            (1: none); the head has `learning_rate` itself.
+        head: "linear", or "mlp" (Linear, BatchNorm, ReLU, dropout, Linear with `hidden_dim` units; MGCA's code).
+        frozen: train the head only; BatchNorm then keeps its stored statistics.
+        class_weights: "balanced" weighs the positives of each label by negatives / positives of the training subset,
+            at most 20.
+        loss: "bce" for labels that may occur together, "ce" where exactly one label of a study is positive.
+        patience: in epochs, with the validation loss as score.
     """
 
     epochs: PositiveInt = 20
     batch_size: PositiveInt = 32
     learning_rate: PositiveFloat = 1e-4
-    weight_decay: NonNegativeFloat = 1e-4
     layer_decay: float = Field(1.0, gt=0, le=1)
-    head: Head = "linear"
+    head: Literal["linear", "mlp"] = "linear"
     hidden_dim: PositiveInt = 512
     dropout: float = Field(0.0, ge=0, lt=1)
     frozen: bool = False
     class_weights: Literal["none", "balanced"] = "none"
     loss: Literal["bce", "ce"] = "bce"
-    patience: PositiveInt = 5
     seed: int = 0
-    precision: Precision = "auto"
-
-
-class Classifier(nn.Module):
-    """Image encoder and head. A frozen encoder gets no gradient and stays in evaluation mode, BatchNorm included.
-
-    Shape: pixels (B, C, H, W) -> logits (B, K)
-    """
-
-    def __init__(self, encoder: ImageEncoder, n_labels: int, config: FinetuneConfig) -> None:
-        super().__init__()
-        self.encoder, self.frozen = encoder.requires_grad_(not config.frozen), config.frozen
-        hidden, width = [], encoder.pooled_dim
-        if config.head == "mlp":
-            hidden = [nn.Linear(width, config.hidden_dim), nn.BatchNorm1d(config.hidden_dim), nn.ReLU()]
-            width = config.hidden_dim
-        self.head = nn.Sequential(*hidden, nn.Dropout(config.dropout), nn.Linear(width, n_labels))
-
-    def train(self, mode: bool = True) -> Classifier:
-        """Training mode, except that a frozen encoder stays in evaluation mode."""
-        super().train(mode)
-        if self.frozen:
-            self.encoder.eval()
-        return self
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            pooled = self.encoder(pixels).pooled
-        return self.head(pooled)
 
 
 def layer_groups(encoder: ImageEncoder) -> list[list[nn.Parameter]]:
@@ -113,11 +84,13 @@ def layer_groups(encoder: ImageEncoder) -> list[list[nn.Parameter]]:
     return [[p for p in encoder.parameters() if id(p) not in grouped] + groups[0], *groups[1:]]
 
 
-def parameter_groups(model: Classifier, *, learning_rate: float, layer_decay: float = 1.0) -> list[dict[str, object]]:
+def parameter_groups(
+    model: ImageClassifier, *, learning_rate: float, layer_decay: float = 1.0
+) -> list[dict[str, object]]:
     """For an optimiser: the head at `learning_rate`, each layer group below at `layer_decay` times the one above."""
-    groups = [list(model.head.parameters())]
+    groups = [list(model.classifier.parameters())]
     if not model.frozen:
-        groups += reversed(layer_groups(model.encoder))
+        groups += reversed(layer_groups(model.img_encoder))
     return [{"params": group, "lr": learning_rate * layer_decay**depth} for depth, group in enumerate(groups)]
 
 
@@ -147,64 +120,64 @@ def classification_loss(
     return (each * known).sum() / known.sum().clamp(min=1)
 
 
-def image_crops(
-    paths: Sequence[str], cache, config: ModelConfig, rows: Sequence[int], *, seed: Sequence[int] | None = None
-) -> Tensor:
-    """Pixels of the images `rows`; the crop is central, or random and dependent on (*seed, row) only.
-
-    Shape: -> (b, C, crop, crop)
-    """
+def random_crops(data: AnnotatedImages, rows: Sequence[int], seeds: Sequence[Sequence[int]]) -> Tensor:
+    """Pixels of these studies; the place of each crop depends on its own seed only. Shape: -> (b, C, crop, crop)"""
     crops = []
-    for row in rows:
-        image = np.asarray(cache[paths[row]])
-        room = image.shape[0] - config.crop
-        top = left = room // 2
-        if seed is not None:
-            top, left = np.random.default_rng([*seed, row]).integers(0, room + 1, size=2)
-        crops.append(image[top : top + config.crop, left : left + config.crop])
-    return to_tensor(np.stack(crops), channels=config.channels, norm=config.norm)
+    for square, seed in zip(data.cache.rows([data.paths[row] for row in rows]), seeds, strict=True):
+        top, left = np.random.default_rng(seed).integers(0, len(square) - data.crop + 1, size=2)
+        crops.append(square[top : top + data.crop, left : left + data.crop])
+    return to_tensor(np.stack(crops), channels=data.channels, norm=data.norm)
 
 
 @dataclasses.dataclass(frozen=True)
 class Finetuned:
-    """What `finetune` returns: the classifier with its best epoch's weights, and one row an epoch.
+    """A classifier with its best epoch's weights.
 
-    `image_config`: crop, channels and norm of the pixels. history: epoch, train_loss, valid_loss.
+    Attributes:
+        network: the classifier.
+        data: the studies that it was trained on and can be scored on.
+        history: one row an epoch (epoch, train_loss, valid_loss).
+        best_epoch: from 1.
     """
 
-    model: Classifier
-    image_config: ModelConfig
-    labels: tuple[str, ...]
+    network: ImageClassifier
+    data: AnnotatedImages
     history: pd.DataFrame
     best_epoch: int
+
+    def scores(self, rows: Sequence[int], *, batch_size: int = 64) -> pd.DataFrame:
+        """Logits (n, K) of these studies, centre crop; columns are the labels, the index is `rows`."""
+        logits = []
+        for batch in np.array_split(np.asarray(rows, int), range(batch_size, len(rows), batch_size)):
+            with inference(self.network, "auto") as device:
+                logits.append(self.network(self.data.pixels(batch).to(device)).float().cpu().numpy())
+        return pd.DataFrame(np.concatenate(logits), columns=list(self.data.labels), index=rows)
 
 
 def finetune(
     pretrained: nn.Module,
-    train: tuple[pd.DataFrame, pd.DataFrame],
-    valid: tuple[pd.DataFrame, pd.DataFrame],
-    cache,
+    data: AnnotatedImages,
+    targets: pd.DataFrame,
+    train: Sequence[int],
+    valid: Sequence[int],
     config: FinetuneConfig,
     *,
-    device: torch.device | str | None = None,
     progress: supervised.Progress | None = None,
 ) -> Finetuned:
-    """Train a classifier on (frame, targets) of `train`, choose its epoch on `valid`. `pretrained` does not change.
+    """Train a classifier on rows `train` of `data`, choose its epoch on rows `valid`. `pretrained` does not change.
 
     `pretrained` is a `VisionLanguageModel`; its image encoder is copied. targets: (n, K) of 1, 0, NaN, see
     `label_policy.binary_targets`. The same seed gives the same weights on the same machine.
     Without a known target in `valid` the weights of the last epoch are kept, and valid_loss is NaN.
     Raises ValueError for an empty `train`, and where the loss is not finite.
     """
-    for frame, targets in (train, valid):
-        if len(frame) != len(targets) or not len(train[0]):
-            raise ValueError(f"{len(frame)} studies, {len(targets)} rows of targets; `train` must not be empty")
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    pixels, labels, size = pretrained.config, tuple(train[1].columns), config.batch_size
-    paths = [_paths(frame) for frame, _ in (train, valid)]
-    targets = [torch.tensor(table.to_numpy(np.float32)) for _, table in (train, valid)]
-    weights = positive_weights(train[1].to_numpy()).to(device) if config.class_weights == "balanced" else None
-    n, epoch = len(train[0]), 0
+    if len(data) != len(targets) or not len(train):
+        raise ValueError(f"{len(data)} studies, {len(targets)} rows of targets; `train` must not be empty")
+    train, valid, device, size = np.asarray(train, int), np.asarray(valid, int), pretrained.device, config.batch_size
+    truth = torch.tensor(targets.to_numpy(np.float32))
+    balanced = config.class_weights == "balanced"
+    weights = positive_weights(targets.to_numpy()[train]).to(device) if balanced else None
+    n, epoch = len(train), 0
     # a last batch of one study has no batch statistics
     drop_last = n > size and n % size == 1
     steps_per_epoch = n // size if drop_last else -(-n // size)
@@ -214,72 +187,55 @@ def finetune(
         while True:
             epoch += 1
             order = torch.Generator().manual_seed(config.seed * 100_003 + epoch)
-            for rows in DataLoader(range(n), size, shuffle=True, generator=order, drop_last=drop_last):
-                yield rows.numpy()
+            for places in DataLoader(range(n), size, shuffle=True, generator=order, drop_last=drop_last):
+                yield places.numpy()
 
-    def loss(split: int, rows: np.ndarray) -> Tensor:
-        crop_seed = None if split else (config.seed, epoch)
-        inputs = image_crops(paths[split], cache, pixels, rows, seed=crop_seed).to(device)
+    def loss(pixels: Tensor, rows: np.ndarray) -> Tensor:
         with autocast(device, config.precision):
-            logits = model(inputs)
-        return classification_loss(logits, targets[split][rows].to(device), loss=config.loss, weights=weights)
+            logits = network(pixels.to(device))
+        return classification_loss(logits, truth[rows].to(device), loss=config.loss, weights=weights)
 
-    def training_loss(rows: np.ndarray) -> Tensor:
-        model.train(n > 1)  # a single study has no batch statistics
-        return loss(0, rows)
+    def training_loss(places: np.ndarray) -> Tensor:
+        network.train(n > 1)  # a single study has no batch statistics
+        rows = train[places]
+        return loss(random_crops(data, rows, [(config.seed, epoch, place) for place in places]), rows)
 
     @torch.no_grad()
     def validation_loss() -> float:
-        if not valid[1].notna().any(axis=None):
+        if not targets.iloc[valid].notna().any(axis=None):
             return float("nan")
-        model.eval()
-        rows = np.array_split(np.arange(len(valid[0])), range(size, len(valid[0]), size))
-        total = sum(float(loss(1, batch)) * len(batch) for batch in rows)
+        network.eval()
+        batches = np.array_split(valid, range(size, len(valid), size))
+        total = sum(float(loss(data.pixels(rows), rows)) * len(rows) for rows in batches)
         if not np.isfinite(total):
             raise ValueError("the validation loss is not finite; lower the learning rate")
-        return total / len(valid[0])
+        return total / len(valid)
 
+    head = {"hidden_dim": config.hidden_dim if config.head == "mlp" else 0, "dropout": config.dropout}
     with supervised.seeded(config.seed):
-        model = Classifier(copy.deepcopy(pretrained.image_encoder), len(labels), config).to(device)
-        groups = parameter_groups(model, learning_rate=config.learning_rate, layer_decay=config.layer_decay)
+        encoder = copy.deepcopy(pretrained.image_encoder)
+        network = ImageClassifier(encoder, len(data.labels), frozen=config.frozen, **head).to(device)
         history, step = supervised.fit(
-            model,
-            train[0]["study_id"].to_numpy(),
+            network,
+            data.frame["study_id"].to_numpy()[train],
             batches(),
             training_loss,
             validation_loss,
-            torch.optim.AdamW(groups, weight_decay=config.weight_decay),
+            config,
             steps=config.epochs * steps_per_epoch,
             validate_at=range(steps_per_epoch, config.epochs * steps_per_epoch + 1, steps_per_epoch),
-            patience=config.patience,
             metric="valid_loss",
-            precision=config.precision,
+            groups=parameter_groups(network, learning_rate=config.learning_rate, layer_decay=config.layer_decay),
             progress=progress,
         )
     history.insert(0, "epoch", history.pop("step") // steps_per_epoch)
-    return Finetuned(model, pixels, labels, history, step // steps_per_epoch)
-
-
-def _paths(frame: pd.DataFrame) -> list[str]:
-    return [frontal_image(study)[1] for study in frame[["study_id", "images", "views"]].to_dict("records")]
-
-
-def predict(tuned: Finetuned, frame: pd.DataFrame, cache, *, batch_size: int = 64) -> pd.DataFrame:
-    """Logits (n, K) of the studies' frontal images, centre crop; columns are the labels."""
-    paths, logits = _paths(frame), []
-    for first in range(0, len(paths), batch_size):
-        rows = range(first, min(first + batch_size, len(paths)))
-        with inference(tuned.model, "auto") as device:
-            pixels = image_crops(paths, cache, tuned.image_config, rows).to(device)
-            logits.append(tuned.model(pixels).float().cpu().numpy())
-    return pd.DataFrame(np.concatenate(logits), columns=list(tuned.labels))
+    return Finetuned(network, data, history, step // steps_per_epoch)
 
 
 def label_efficiency(
     pretrained: nn.Module,
-    frame: pd.DataFrame,
+    data: AnnotatedImages,
     targets: pd.DataFrame,
-    cache,
     config: FinetuneConfig,
     protocol: LabelEfficiency,
     *,
@@ -290,24 +246,18 @@ def label_efficiency(
 
     The metrics are called finetuned_auroc and so on, to be recorded beside those of a probe.
 
-    targets (n, K) belong to the studies of `frame`, all splits, in its order. Subset number k trains with the seed
+    targets (n, K) belong to the studies of `data`, in their order. Subset number k trains with the seed
     `config.seed` + k. Also returns the classifiers by (fraction, subset).
     """
-    frame, targets = frame.reset_index(drop=True), targets.reset_index(drop=True)
-    valid, test = (np.flatnonzero(frame["split"] == split) for split in ("valid", "test"))
-    patients = frame["patient_id"].astype(str).to_numpy()
+    targets, patients = targets.reset_index(drop=True), data.frame["patient_id"].astype(str).to_numpy()
 
-    def fit(train: np.ndarray, subset: int) -> tuple[Finetuned, Score]:
-        parts = ((frame.loc[rows], targets.loc[rows]) for rows in (train, valid))
+    def fit(train: np.ndarray, subset: int) -> Finetuned:
         own = dataclasses.replace(config, seed=config.seed + subset)
-        tuned = finetune(pretrained, *parts, cache, own, progress=progress)
-        logits = predict(tuned, frame.loc[test], cache).set_index(test)
+        return finetune(pretrained, data, targets, train, data.rows("valid"), own, progress=progress)
 
-        def score(rows: np.ndarray) -> pd.DataFrame:
-            options = {"metrics": metrics, "macro": protocol.macro, "n_bootstrap": protocol.n_bootstrap}
-            table = metric_rows(targets.loc[rows], logits.loc[rows], groups=patients[rows], **options)
-            return table.assign(metric="finetuned_" + table["metric"])
+    def score(tuned: Finetuned, rows: np.ndarray) -> pd.DataFrame:
+        options = {"metrics": metrics, "groups": patients[rows], **protocol.options}
+        table = metric_rows(targets.loc[rows], tuned.scores(rows), **options)
+        return table.assign(metric="finetuned_" + table["metric"])
 
-        return tuned, score
-
-    return protocol.run(frame, fit, progress)
+    return protocol.run(data.frame, fit, score, progress)

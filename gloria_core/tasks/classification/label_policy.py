@@ -12,6 +12,7 @@ Unmentioned = Literal["negative", "ignore"]
 Uncertain = Literal["ignore", "positive", "negative"]
 _VALUES = {"ignore": np.nan, "positive": 1.0, "negative": 0.0}
 
+# What an uncertain CheXpert label is in the released GLoRIA code, by class (datasets/image_dataset.py).
 CHEXPERT_UNCERTAIN: dict[str, Uncertain] = {
     "Atelectasis": "positive",
     "Cardiomegaly": "negative",
@@ -19,7 +20,6 @@ CHEXPERT_UNCERTAIN: dict[str, Uncertain] = {
     "Edema": "positive",
     "Pleural Effusion": "positive",
 }
-"""What an uncertain CheXpert label is in the released GLoRIA code, by class (datasets/image_dataset.py)."""
 
 
 def binary_targets(

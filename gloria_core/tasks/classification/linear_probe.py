@@ -16,13 +16,13 @@ import pandas as pd
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from gloria_core.tasks.label_efficiency import LabelEfficiency, Score
+from gloria_core.tasks.label_efficiency import LabelEfficiency
 from gloria_core.tasks.metrics import Metric, metric_rows
 
+# Grid of scikit-learn's C (inverse of the L2 penalty) for standardised features; a larger one fits closer.
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-"""Grid of scikit-learn's C (inverse of the L2 penalty) for standardised features; a larger one fits closer."""
+# C where the validation split cannot choose: it has no study, or no label with both classes.
 FIXED_STRENGTH = 1e-2
-"""C where the validation split cannot choose: it has no study, or no label with both classes."""
 
 
 @dataclass(frozen=True)
@@ -123,18 +123,16 @@ def linear_probe(
     if strength is None:
         strength = STRENGTHS if (targets.loc[valid].nunique() == 2).any() else FIXED_STRENGTH
 
-    def fit(train: np.ndarray, subset: int) -> tuple[Probe, Score]:
+    def fit(train: np.ndarray, subset: int) -> Probe:
         validation = features[valid], targets.loc[valid]
-        probe = fit_probe(features[train], targets.loc[train], strength=strength, validation=validation)
+        return fit_probe(features[train], targets.loc[train], strength=strength, validation=validation)
+
+    def score(probe: Probe, rows: np.ndarray) -> pd.DataFrame:
+        options = {"metrics": metrics, "groups": patients[rows], **protocol.options}
+        table = metric_rows(targets.loc[rows], probe.scores(features[rows]), **options)
+        # why a label was not fitted says more than that it was not scored
         not_fitted = dict(zip(probe.labels, probe.notes, strict=True))
+        notes = [not_fitted.get(t) or note for t, note in zip(table["target"], table["note"], strict=True)]
+        return table.assign(note=notes, strength=probe.strength)
 
-        def score(test: np.ndarray) -> pd.DataFrame:
-            options = {"metrics": metrics, "macro": protocol.macro, "n_bootstrap": protocol.n_bootstrap}
-            rows = metric_rows(targets.loc[test], probe.scores(features[test]), groups=patients[test], **options)
-            # why a label was not fitted says more than that it was not scored
-            notes = [not_fitted.get(t) or note for t, note in zip(rows["target"], rows["note"], strict=True)]
-            return rows.assign(note=notes, strength=probe.strength)
-
-        return probe, score
-
-    return protocol.run(frame, fit)
+    return protocol.run(frame, fit, score)

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -28,29 +27,28 @@ import torchvision
 
 from gloria_core.tasks.metrics import Statistic, bootstrap_rows
 
-Rule = Literal["every_image", "published"]
-
 IOUS = tuple(np.round(np.arange(0.40, 0.96, 0.05), 2))
 RECALLS = np.linspace(0.0, 1.0, 101)
+# Detections that count, in one image and for one class: those of the highest scores (COCO's maxDets).
 MAX_DETECTIONS = 100
-"""Detections that count, in one image and for one class: those of the highest scores (COCO's maxDets)."""
+# Detections with a lower score are dropped by the released evaluation.
 PUBLISHED_SCORE = 0.5
-"""Detections with a lower score are dropped by the released evaluation."""
-
+# Name -> what is averaged over which IoU thresholds. Recall is that of all detections, whatever their score.
 METRICS = {
     "map_40_75": ("ap", IOUS[:8]),
     "map_50_95": ("ap", IOUS[2:]),
     "ap_50": ("ap", (0.5,)),
     "recall_40_75": ("recall", IOUS[:8]),
 }
-"""Name -> what is averaged over which IoU thresholds. Recall is that of all detections, whatever their score."""
-
 _CELLS = 20_000_000  # numbers in one block of bootstrap weights
 
 
 @dataclass(frozen=True)
 class Boxes:
-    """Boxes of one image: (n, 4) x1, y1, x2, y2 in pixels, (n,) class numbers, and for detections (n,) scores."""
+    """Boxes of one image: (n, 4) x1, y1, x2, y2 in pixels, (n,) class numbers, and for detections (n,) scores.
+
+    Raises ValueError where the lengths differ, or for a box that is not finite or has x1 > x2 or y1 > y2.
+    """
 
     boxes: np.ndarray
     labels: np.ndarray
@@ -62,8 +60,6 @@ class Boxes:
             raise ValueError(f"{n} labels need boxes ({n}, 4) and scores ({n},), got boxes {self.boxes.shape}")
         if not np.isfinite(self.boxes).all() or (self.boxes[:, 2:] < self.boxes[:, :2]).any():
             raise ValueError("a box must be finite with x1 <= x2 and y1 <= y2")
-        if self.scores is not None and not np.isfinite(self.scores).all():
-            raise ValueError("a detection's score must be finite")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -153,7 +149,7 @@ def evaluate(
     macro: Sequence[str] = (),
     groups: Sequence[object] | None = None,
     metrics: Sequence[str] = tuple(METRICS),
-    rule: Rule = "every_image",
+    published: bool = False,
     untrained: Sequence[str] = (),
     n_bootstrap: int = 1000,
     seed: int = 0,
@@ -165,22 +161,20 @@ def evaluate(
     class that a resample lacks is left out of its mean. A class without a box, or one named in `untrained` (its
     detector was trained without a box of it), is NaN, its `note` says why, and the macro leaves it out.
 
-    rule="published" repeats the released evaluation of MGCA: detections below 0.5 are dropped; then images without any
+    `published` repeats the released evaluation of MGCA: detections below 0.5 are dropped; then images without any
     detection are left out even when they have boxes, and images without boxes even when they have detections. Misses
     and false alarms disappear with them, so that the number is too high. Metrics get the ending `_published`.
 
     Columns: target, metric, value, ci_low, ci_high, n (images scored), note, n_boxes, n_found.
-    Raises ValueError for lists that do not fit or an unknown rule or metric, KeyError for an unknown macro label.
+    Raises ValueError for lists that do not fit, KeyError for an unknown metric or macro label.
     """
-    _check(truths, detections, labels, metrics, rule)
-    groups, names = None if groups is None else np.asarray(groups).astype(str), list(metrics)
-    if rule == "published":
-        names = [f"{name}_published" for name in metrics]
+    groups = None if groups is None else np.asarray(groups).astype(str)
+    if published:
         detections = [boxes.where(boxes.scores >= PUBLISHED_SCORE) for boxes in detections]
         kept = [i for i, (t, d) in enumerate(zip(truths, detections, strict=True)) if len(t) and len(d)]
         truths, detections = [truths[i] for i in kept], [detections[i] for i in kept]
         groups = None if groups is None else groups[kept]
-    n, merge_ties = len(truths), rule == "every_image"
+    n, names = len(truths), [f"{name}_published" if published else name for name in metrics]
     n_boxes, n_found = (
         {label: int(sum((boxes.labels == k).sum() for boxes in images)) for k, label in enumerate(labels)}
         for images in (truths, detections)
@@ -188,7 +182,7 @@ def evaluate(
     classes, notes = {}, []
     for k, label in enumerate(labels):
         if n_boxes[label] and label not in untrained:
-            classes[k] = precision_recall(k, truths, detections, merge_ties=merge_ties)
+            classes[k] = precision_recall(k, truths, detections, merge_ties=not published)
         missing = "the training subset" if n_boxes[label] else f"{n} images"
         notes.append("" if k in classes else f"no box of this class in {missing}" if n else "no image to score")
 
@@ -219,29 +213,11 @@ def evaluate(
     return rows.assign(**{name: rows["target"].map(values) for name, values in totals.items()})
 
 
-def _check(truths, detections, labels, metrics, rule) -> None:
-    if len(truths) != len(detections):
-        raise ValueError(f"boxes of {len(truths)} images, detections of {len(detections)}")
-    for number, boxes in enumerate(detections):
-        if boxes.scores is None:
-            raise ValueError(f"the detections of image {number} have no scores")
-    largest = max((int(b.labels.max()) for b in [*truths, *detections] if len(b)), default=-1)
-    if largest >= len(labels):
-        raise ValueError(f"class {largest} has no name among {len(labels)} labels")
-    if rule not in get_args(Rule):
-        raise ValueError(f"rule must be one of {', '.join(get_args(Rule))}, not {rule!r}")
-    for name in metrics:
-        if name not in METRICS:
-            raise ValueError(f"unknown metric {name!r}; available: {', '.join(METRICS)}")
-
-
-def image_ap(truths: Sequence[Boxes], detections: Sequence[Boxes]) -> np.ndarray:
+def image_ap(truths: Sequence[Boxes], detections: Sequence[Boxes], labels: Sequence[str]) -> np.ndarray:
     """AP over IoU 0.40:0.75 of each image by itself, mean over the classes of its boxes; NaN without boxes. (n,)"""
-    labels = [str(k) for k in range(1 + max((max(b.labels, default=-1) for b in [*truths, *detections]), default=-1))]
-    alone = (
-        evaluate([truth], [boxes], labels, metrics=["map_40_75"], n_bootstrap=0)["value"].iloc[-1]
-        if len(truth)
-        else np.nan
-        for truth, boxes in zip(truths, detections, strict=True)
-    )
-    return np.fromiter(alone, float)
+    values = np.full(len(truths), np.nan)
+    for image, (truth, boxes) in enumerate(zip(truths, detections, strict=True)):
+        if len(truth):
+            alone = evaluate([truth], [boxes], labels, metrics=["map_40_75"], n_bootstrap=0)
+            values[image] = alone["value"].iloc[-1]
+    return values

@@ -21,9 +21,14 @@ from torch.nn import functional as F
 from gloria_core.data.annotations import read_mask
 from gloria_core.data.cache import ImageCache
 from gloria_core.data.geometry import center_crop
-from gloria_core.data.images import Norm, to_tensor
-from gloria_core.tasks.annotated_images import AnnotatedImages, Source, annotations_of, checked_box, is_positive
-from gloria_core.tasks.features import frontal_image
+from gloria_core.tasks.annotated_images import (
+    AnnotatedImages,
+    Source,
+    annotations_of,
+    checked_box,
+    frontal_images,
+    is_positive,
+)
 
 Unmarked = Literal["by_label", "empty", "unknown"]
 
@@ -32,18 +37,13 @@ Unmarked = Literal["by_label", "empty", "unknown"]
 class SegmentationData(AnnotatedImages):
     """Images and masks of n studies and K labels, `crop` pixels wide, by row number.
 
-    `packed`: masks, eight pixels a byte. `known` (n, K) bool: False where the mask is not known; such a pair is left
-    out of training and scores. `channels`, `norm`: format of the model's pixels.
+    Attributes:
+        packed: masks, eight pixels a byte.
+        known: (n, K) bool, False where the mask is not known; such a pair is left out of training and scores.
     """
 
     packed: np.ndarray
     known: np.ndarray
-    channels: int = 3
-    norm: Norm = "half"
-
-    def pixels(self, rows: Sequence[int]) -> Tensor:
-        """Shape: -> (b, C, crop, crop) float32."""
-        return to_tensor(self.images(rows), channels=self.channels, norm=self.norm)
 
     def truth(self, rows: Sequence[int]) -> np.ndarray:
         """Shape: -> (b, K, crop, crop) bool."""
@@ -90,12 +90,12 @@ def segmentation_data(
     """
     if unmarked not in get_args(Unmarked):
         raise ValueError(f"unmarked must be one of {', '.join(get_args(Unmarked))}, not {unmarked!r}")
-    crop, config = model.config.crop, model.config
+    images = frontal_images(model, frame, cache, labels)
+    crop = images.crop
     packed = np.zeros((len(frame), len(labels), crop, -(-crop // 8)), np.uint8)
-    annotated, paths, available = np.zeros((len(frame), len(labels)), bool), [], set()
+    annotated, available = np.zeros((len(frame), len(labels)), bool), set()
     for position, (row, study) in enumerate(zip(frame.index, frame.to_dict("records"), strict=True)):
-        paths.append(frontal_image(study)[1])
-        geometry = cache.geometry(paths[-1])
+        geometry = cache.geometry(images.paths[position])
         for entry in annotations_of(study, source):
             available.add(entry["label"])
             if entry["label"] not in labels:
@@ -117,8 +117,7 @@ def segmentation_data(
     known = annotated | (unmarked == "empty")
     if unmarked == "by_label":
         known = annotated | ~np.stack([is_positive(frame, label) for label in labels], axis=1)
-    rows = frame.reset_index(drop=True)
-    return SegmentationData(rows, tuple(labels), tuple(paths), cache, crop, packed, known, config.channels, config.norm)
+    return SegmentationData(**vars(images), packed=packed, known=known)
 
 
 def augmented(pixels: Tensor, truth: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:

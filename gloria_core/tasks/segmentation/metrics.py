@@ -23,44 +23,29 @@ from torch import Tensor
 
 from gloria_core.tasks.metrics import bootstrap_rows, ratio_of_sums
 
+# Probabilities from which a threshold is chosen: 0.05, 0.10 ... 0.95. Published code always has 0.5.
 THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))
-"""Probabilities from which a threshold is chosen: 0.05, 0.10 ... 0.95. Published code always has 0.5."""
 PUBLISHED_THRESHOLD = THRESHOLDS.index(0.5)
 
-Overlap = Literal["dice", "iou"]
+# Name of the baseline that predicts nothing.
 EMPTY = "dice_all_empty"
-"""Name of the baseline that predicts nothing."""
-
-
-def dice(predicted: np.ndarray, truth: np.ndarray) -> float:
-    """2 |P and T| / (|P| + |T|) of two boolean masks of one shape; 1 where both are empty."""
-    predicted, truth = np.asarray(predicted, bool), np.asarray(truth, bool)
-    total = predicted.sum() + truth.sum()
-    return float(2 * (predicted & truth).sum() / total) if total else 1.0
-
-
-def iou(predicted: np.ndarray, truth: np.ndarray) -> float:
-    """|P and T| / |P or T| of two boolean masks of one shape; 1 where both are empty."""
-    predicted, truth = np.asarray(predicted, bool), np.asarray(truth, bool)
-    union = (predicted | truth).sum()
-    return float((predicted & truth).sum() / union) if union else 1.0
 
 
 @dataclass(frozen=True)
 class MaskCounts:
     """Pixel counts of n predictions of K classes.
 
-    Shape: predicted, overlap (n, K, T): pixels above each of T thresholds, and those of them in the truth;
-    truth (n, K): pixels of the truth; known (n, K) bool: where False, no score counts this pair.
+    Attributes:
+        predicted: (n, K, T) pixels above each of T thresholds.
+        overlap: (n, K, T) those of them that lie in the truth.
+        truth: (n, K) pixels of the truth.
+        known: (n, K) bool; where False, no score counts this pair.
     """
 
     predicted: np.ndarray
     overlap: np.ndarray
     truth: np.ndarray
     known: np.ndarray
-
-    def __post_init__(self) -> None:
-        assert self.predicted.shape == self.overlap.shape and self.predicted.shape[:2] == self.truth.shape
 
     def __len__(self) -> int:
         return len(self.truth)
@@ -71,8 +56,11 @@ class MaskCounts:
         predicted, overlap = (np.take_along_axis(part, index, 2) for part in (self.predicted, self.overlap))
         return MaskCounts(predicted, overlap, self.truth, self.known)
 
-    def per_image(self, metric: Overlap = "dice") -> np.ndarray:
-        """Dice or IoU of every image and class at every threshold, NaN where not known. Shape: (n, K, T)."""
+    def per_image(self, metric: Literal["dice", "iou"] = "dice") -> np.ndarray:
+        """Dice or IoU of every image and class at every threshold, NaN where not known. Shape: (n, K, T).
+
+        Dice is 2 |P and T| / (|P| + |T|), IoU is |P and T| / |P or T|; both are 1 where prediction and truth are empty.
+        """
         both = self.predicted + self.truth[..., None]
         above, below = (2 * self.overlap, both) if metric == "dice" else (self.overlap, both - self.overlap)
         scores = np.divide(above, below, out=np.ones(above.shape), where=below > 0)

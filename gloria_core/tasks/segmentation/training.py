@@ -19,13 +19,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pandas as pd
 import torch
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from gloria_core.models.segmentation import BatchNormMode, Decoder, SegmentationNet, decoder_inputs, decoder_kind
-from gloria_core.tasks.annotated_images import best_median_worst
-from gloria_core.tasks.label_efficiency import LabelEfficiency, Score
+from gloria_core.tasks.label_efficiency import LabelEfficiency
 from gloria_core.tasks.segmentation.data import SegmentationData, augmented
 from gloria_core.tasks.segmentation.losses import LossName, segmentation_loss
 from gloria_core.tasks.segmentation.metrics import (
@@ -38,30 +37,28 @@ from gloria_core.tasks.segmentation.metrics import (
     segmentation_rows,
 )
 from gloria_core.training import supervised
-from gloria_core.training.precision import Precision, autocast
+from gloria_core.training.precision import autocast
+from gloria_core.training.schedule import ScheduleName
 from gloria_core.training.supervised import FeatureStore
 
-Case = tuple[np.ndarray, np.ndarray, np.ndarray, str]
+# Ending of the metric names of the mean-mask baseline.
 PRIOR = "_prior"
-"""Ending of the metric names of the mean-mask baseline."""
 
 
-@dataclass(frozen=True)
-class SegmentationConfig:
-    """How a segmentation network is trained. Raises ValueError naming the field.
+@dataclass(frozen=True, kw_only=True)
+class SegmentationConfig(supervised.FitConfig):
+    """How a segmentation network is trained; rate and decay are MGCA's. Raises ValueError naming the field.
 
-    `loss`: see `segmentation_loss`. `frozen`, `batch_norm`, `decoder`, `channels`, `width_scale`: see
-    `SegmentationNet`.
-    `steps`: batches of `batch_size` at most, the same at every label fraction, so that few labels do not also mean few
-    steps. After every `validate_every` steps the validation split is scored; `patience` such scores in a row without a
-    better one end the training. `learning_rate`, `weight_decay`: AdamW with MGCA's values; the rate falls to zero along
-    half a cosine. `encoder_scale` times the rate is the encoder's where it is trained. `augment`: rotation by up to 10
-    degrees and scaling by up to 10 %, of half of the images, as in both papers' code. `memory`: bytes that the features
-    of a fixed encoder may take.
+    Attributes:
+        loss: see `segmentation_loss`.
+        frozen, batch_norm, decoder, channels, width_scale: see `SegmentationNet`.
+        steps: batches of `batch_size`, the same at every label fraction, so that few labels do not also mean few steps.
+        validate_every: steps after which the validation split is scored.
+        encoder_scale: times the rate is the encoder's where it is trained.
+        augment: rotation by up to 10 degrees and scaling by up to 10 %, of half of the images, as in both papers' code.
     """
 
     loss: LossName = "mgca"
-    frozen: bool = True
     batch_norm: BatchNormMode = "eval"
     decoder: Decoder = "auto"
     channels: tuple[int, ...] | None = None
@@ -69,13 +66,11 @@ class SegmentationConfig:
     steps: PositiveInt = 400
     validate_every: PositiveInt = 50
     patience: PositiveInt = 4
-    batch_size: PositiveInt = 16
-    learning_rate: NonNegativeFloat = 5e-4
-    weight_decay: NonNegativeFloat = 0.05
-    encoder_scale: NonNegativeFloat = 1.0
+    learning_rate: float = 5e-4
+    weight_decay: float = 0.05
+    schedule: ScheduleName = "cosine"
+    encoder_scale: float = 1.0
     augment: bool = False
-    precision: Precision = "auto"
-    memory: NonNegativeInt = 2**30
 
     @property
     def features_are_fixed(self) -> bool:
@@ -87,35 +82,39 @@ class SegmentationConfig:
 class Segmenter:
     """A network on `data`, and what was chosen on validation; without a network it predicts nothing.
 
-    `store`: features of a fixed encoder. `train`: rows of the subset. `thresholds` (K,): indices into `THRESHOLDS`.
-    `history`: one row a validation (step, train_loss, valid_dice). `step`: the best of them. `notes` (K,): why a class
-    was not fitted, or "".
+    Attributes:
+        store: features of a fixed encoder.
+        train: rows of the subset.
+        thresholds: (K,) indices into `THRESHOLDS`.
+        history: one row a validation (step, train_loss, valid_dice).
+        step: the best of them.
+        notes: (K,) why a class was not fitted, or "".
     """
 
-    net: SegmentationNet | None
+    network: SegmentationNet | None
     data: SegmentationData
     config: SegmentationConfig
     store: FeatureStore | None = dataclasses.field(default=None, repr=False)
-    train: np.ndarray | None = None
-    thresholds: np.ndarray | None = None
+    train: Sequence[int] = ()
+    thresholds: Sequence[int] = ()
     history: pd.DataFrame | None = None
     step: int = 0
-    notes: tuple[str, ...] = ()
+    notes: Sequence[str] = ()
 
     def logits(self, rows: np.ndarray, pixels: Tensor | None = None) -> Tensor:
         """Shape: -> (b, K, crop, crop); of `pixels` where they are given, else of the studies' own."""
-        device, crop = next(self.net.parameters()).device, self.data.crop
+        device, crop = next(self.network.parameters()).device, self.data.crop
         with autocast(device, self.config.precision):
             if pixels is None and self.store is not None:
-                return self.net.decode(self.store(rows), (crop, crop))
-            return self.net(self.data.pixels(rows).to(device) if pixels is None else pixels)
+                return self.network.decode(self.store(rows), (crop, crop))
+            return self.network(self.data.pixels(rows).to(device) if pixels is None else pixels)
 
     @torch.no_grad()
     def probabilities(self, rows: np.ndarray) -> Tensor:
         """In evaluation mode. Shape: -> (b, K, crop, crop) float32."""
-        if self.net is None:
+        if self.network is None:
             return torch.zeros(len(rows), len(self.data.labels), self.data.crop, self.data.crop)
-        self.net.eval()
+        self.network.eval()
         return torch.sigmoid(self.logits(rows))
 
     def masks(self, rows: Sequence[int]) -> np.ndarray:
@@ -140,22 +139,20 @@ class Segmenter:
         prior = mean_mask_counts(data, self.train, rows)
         prior = segmentation_rows(prior, data.labels, thresholds=thresholds, **options)
         prior = prior[prior["metric"] != EMPTY]  # the same in both
-        return pd.concat([table, prior.assign(metric=prior["metric"] + PRIOR)], ignore_index=True)
+        table = pd.concat([table, prior.assign(metric=prior["metric"] + PRIOR)], ignore_index=True)
+        return table.assign(step=self.step)
 
-    def cases(
-        self, rows: Sequence[int], each: int = 4
-    ) -> dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray, str]]]:
+    def cases(self, rows: Sequence[int], each: int = 4) -> dict[str, list[tuple]]:
         """The masks of `rows` with the best, median and worst Dice: image, truth, prediction and title of each."""
-        data, counts = self.data, self.counts(rows).at(self.thresholds)
+        counts = self.counts(rows).at(self.thresholds)
         scores = np.where(counts.truth > 0, counts.per_image()[..., 0], np.nan)
-        cases: dict[str, list] = {}
-        for group, places in best_median_worst(scores.ravel(), each).items():
-            for image, k in (divmod(place, len(data.labels)) for place in places):
-                row = [rows[image]]
-                title = f"{data.frame['study_id'][row[0]]}\n{data.labels[k]}, Dice {scores[image, k]:.2f}"
-                case = (data.images(row)[0], data.truth(row)[0, k], self.masks(row)[0, k], title)
-                cases.setdefault(group, []).append(case)
-        return cases
+        dice = dict(zip(rows, scores, strict=True))
+
+        def case(row: int, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
+            title = f"{self.data.frame['study_id'][row]}\n{self.data.labels[k]}, Dice {dice[row][k]:.2f}"
+            return self.data.images([row])[0], self.data.truth([row])[0, k], self.masks([row])[0, k], title
+
+        return self.data.cases(rows, scores, each, case)
 
 
 def train_segmenter(
@@ -196,9 +193,9 @@ def train_segmenter(
     with supervised.seeded(seed):
         net = SegmentationNet(encoder, len(data.labels), **options).to(device).to(memory_format=torch.channels_last)
     store = feature_store(net.encoder, data, config) if store is None and config.features_are_fixed else store
-    segmenter, rng = Segmenter(net, data, config, store, train), np.random.default_rng([seed, 5])
-    segmenter.notes = tuple("" if fitted else missing for fitted in trained)
-    thresholds = []
+    notes = tuple("" if fitted else missing for fitted in trained)
+    segmenter = Segmenter(net, data, config, store, train, notes=notes)
+    rng, thresholds = np.random.default_rng([seed, 5]), []
     groups = [{"params": [*net.decoder.parameters(), *net.head.parameters()]}]
     if not config.frozen:
         groups.append({"params": net.encoder.parameters(), "lr": config.learning_rate * config.encoder_scale})
@@ -225,13 +222,11 @@ def train_segmenter(
         supervised.shuffled_batches(train, config.batch_size, rng, whole=True),
         loss,
         validate,
-        torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay),
+        config,
         steps=config.steps,
         validate_at={*range(config.validate_every, config.steps, config.validate_every), config.steps},
-        patience=config.patience,
         metric="valid_dice",
-        schedule="cosine",
-        precision=config.precision,
+        groups=groups,
         progress=progress,
     )
     segmenter.thresholds = thresholds[segmenter.history["step"].tolist().index(segmenter.step)]
@@ -292,20 +287,12 @@ def label_efficiency(
     config, encoder, valid = config or SegmentationConfig(), copy.deepcopy(encoder), data.rows("valid")
     store = feature_store(encoder, data, config) if config.features_are_fixed else None
 
-    def fit(train: np.ndarray, subset: int) -> tuple[Segmenter, Score]:
-        n_bootstrap, k = protocol.n_bootstrap, len(data.labels)
+    def fit(train: np.ndarray, subset: int) -> Segmenter:
         if data.has_foreground(train).any():
             options = {"config": config, "seed": subset, "store": store, "progress": progress}
-            fitted = train_segmenter(encoder, data, train, valid, **options)
-        else:
-            fitted, n_bootstrap = Segmenter(None, data, config, train=train), 0
-            fitted.thresholds = np.full(k, PUBLISHED_THRESHOLD)
-            fitted.notes = (f"not fitted: no mask in {len(train)} training studies",) * k
+            return train_segmenter(encoder, data, train, valid, **options)
+        k, note = len(data.labels), f"not fitted: no mask in {len(train)} training studies"
+        return Segmenter(None, data, config, train=train, thresholds=[PUBLISHED_THRESHOLD] * k, notes=[note] * k)
 
-        def score(rows: np.ndarray) -> pd.DataFrame:
-            return fitted.score(rows, macro=protocol.macro, n_bootstrap=n_bootstrap).assign(step=fitted.step)
-
-        return fitted, score
-
-    rows, fits = protocol.run(data.frame, fit, progress)
-    return rows, {key: fitted for key, fitted in fits.items() if fitted.net is not None}
+    rows, fits = protocol.run(data.frame, fit, lambda fitted, rows: fitted.score(rows, **protocol.options), progress)
+    return rows, {key: fitted for key, fitted in fits.items() if fitted.network is not None}
