@@ -78,12 +78,7 @@ def inference(model: nn.Module, precision: Precision) -> Iterator[torch.device]:
 
 
 def image_batches(
-    model: nn.Module,
-    frame: pd.DataFrame,
-    cache,
-    *,
-    batch_size: int = 64,
-    precision: Precision = "auto",
+    model: nn.Module, frame: pd.DataFrame, cache, *, batch_size: int = 64, precision: Precision = "auto"
 ) -> Iterator[tuple[slice, ImageFeatures]]:
     """Encode the frontal image of each study; yields (rows of the frame, float32 features on the model's device).
 
@@ -110,12 +105,7 @@ def _frontal_paths(frame: pd.DataFrame) -> tuple[str, ...]:
 
 
 def image_features(
-    model: nn.Module,
-    frame: pd.DataFrame,
-    cache,
-    *,
-    batch_size: int = 64,
-    precision: Precision = "auto",
+    model: nn.Module, frame: pd.DataFrame, cache, *, batch_size: int = 64, precision: Precision = "auto"
 ) -> Features:
     """Features of every study of the frame (arguments as `image_batches`)."""
     if frame.empty:

@@ -152,12 +152,7 @@ def score_phrases(
 
 
 def summarise(
-    scores: pd.DataFrame,
-    *,
-    macro: Sequence[str] = (),
-    suffix: str = "",
-    n_bootstrap: int = 1000,
-    seed: int = 0,
+    scores: pd.DataFrame, *, macro: Sequence[str] = (), suffix: str = "", n_bootstrap: int = 1000, seed: int = 0
 ) -> pd.DataFrame:
     """Mean score per kind, control and label with 95 % interval, and `macro`: the mean over labels (default: all).
 

@@ -85,10 +85,7 @@ def upsample(values: Tensor, height: int, width: int) -> Tensor:
 
 
 def phrase_maps(
-    model: nn.Module,
-    images: ImageFeatures,
-    pairs: Sequence[tuple[int, Phrase]],
-    kinds: Sequence[Kind] | None = None,
+    model: nn.Module, images: ImageFeatures, pairs: Sequence[tuple[int, Phrase]], kinds: Sequence[Kind] | None = None
 ) -> list[dict[Kind, Tensor | None]]:
     """For each pair (row of `images`, phrase) its map of each kind (default: all that the model has).
 
@@ -124,12 +121,7 @@ def phrases_by_batch(
 
 
 def original_maps(
-    model: nn.Module,
-    frame: pd.DataFrame,
-    cache,
-    phrases: Sequence[Phrase],
-    *,
-    kinds: Sequence[Kind] | None = None,
+    model: nn.Module, frame: pd.DataFrame, cache, phrases: Sequence[Phrase], *, kinds: Sequence[Kind] | None = None
 ) -> list[dict[Kind, np.ndarray | None]]:
     """For each phrase its maps in pixels of the original image: kind -> (H, W), NaN outside what the model saw.
 

@@ -105,12 +105,7 @@ def phrase_figure(
 
 
 def word_figure(
-    model: nn.Module,
-    data: PreparedDataset,
-    frame: pd.DataFrame,
-    phrase: Phrase,
-    *,
-    kind: Kind = "cosine",
+    model: nn.Module, data: PreparedDataset, frame: pd.DataFrame, phrase: Phrase, *, kind: Kind = "cosine"
 ) -> Figure:
     """`attention_row` of the map of each word of a phrase's text, the first eight."""
     spans = [match.span() for match in re.finditer(r"[^\W\d_]+", phrase.text)][:8]

@@ -299,12 +299,7 @@ def label_efficiency(
 
 
 def training_curves(
-    histories: Mapping[str, pd.DataFrame],
-    columns: Mapping[str, str],
-    *,
-    x: str,
-    kept: Mapping[str, float],
-    title: str,
+    histories: Mapping[str, pd.DataFrame], columns: Mapping[str, str], *, x: str, kept: Mapping[str, float], title: str
 ) -> Figure:
     """One axis a column (name -> title), one line a history over the column `x`; a ring marks where `kept` says."""
     figure, axes = new_figure(len(columns), width=3.7, height=2.6)
