@@ -112,22 +112,14 @@ def score_phrases(
     Scores are NaN, and the note says why, where the region lies outside the crop or the words beyond the token limit.
     "swapped_side" covers fewer phrases than the rest: compare it with the rows "" of the same phrases.
     """
-    others, crop, table = another_text(phrases, seed=seed), model.config.crop, []
+    crop, table = model.config.crop, []
+    texts = {"": phrases, "shuffled_text": another_text(phrases, seed=seed)}
+    texts["swapped_side"] = [swap_sides(phrase) for phrase in phrases]
     blank, centre, uniform = np.full((crop, crop), np.nan), centre_prior(crop, crop), np.ones((crop, crop))
     for images, on_images in phrases_by_batch(model, frame, cache, phrases, batch_size=batch_size):
-        variants = [
-            (image, number, control, variant)
-            for image, number in on_images
-            for control, variant in (
-                ("", phrases[number]),
-                ("shuffled_text", others[number]),
-                ("swapped_side", swap_sides(phrases[number])),
-            )
-            if variant is not None
-        ]
-        pairs = [(image, variant) for image, _, _, variant in variants]
-        grids = phrase_maps(model, images, pairs, kinds)
-        for (_, number, control, _), by_kind in zip(variants, grids, strict=True):
+        variants = [(*pair, name) for pair in on_images for name in texts if texts[name][pair[1]] is not None]
+        pairs = [(image, texts[control][number]) for image, number, control in variants]
+        for (_, number, control), by_kind in zip(variants, phrase_maps(model, images, pairs, kinds), strict=True):
             phrase = phrases[number]
             if not control:
                 geometry = cache.geometry(phrase.image)

@@ -260,11 +260,3 @@ def metric_rows(
         n_bootstrap=n_bootstrap,
         seed=seed,
     )
-
-
-def auroc(y: Sequence[float], score: Sequence[float]) -> float:
-    """AUROC of targets (n,) (1, 0, NaN = left out) and scores (n,); NaN where it is not defined."""
-    if np.shape(y) != np.shape(score):
-        raise ValueError(f"targets {np.shape(y)} and scores {np.shape(score)} must have one length")
-    tables = (pd.DataFrame({"y": np.asarray(values, dtype=float)}) for values in (y, score))
-    return float(metric_rows(*tables, n_bootstrap=0)["value"].iloc[0])

@@ -36,7 +36,7 @@ from gloria_core.data.prompts import NO_FINDING
 from gloria_core.data.splits import exclusive_test_set
 from gloria_core.tasks.classification.label_policy import binary_targets
 from gloria_core.tasks.features import image_batches, inference, select, text_features
-from gloria_core.tasks.metrics import Metric, auroc, bootstrap_rows, metric_rows
+from gloria_core.tasks.metrics import Metric, bootstrap_rows, metric_rows
 from gloria_core.types import ImageFeatures, TextFeatures
 
 Scoring = Literal["max", "mean", "pair", "contrast", "against_normal"]
@@ -242,14 +242,18 @@ def _of_studies(scores: pd.DataFrame, frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def wording(similarity: pd.DataFrame, prompts: Prompts, targets: pd.DataFrame) -> pd.DataFrame:
-    """AUROC of every positive prompt by itself: columns label, prompt, auroc (NaN where a label has one class only).
+    """AUROC of every positive prompt by itself: columns label, prompt, auroc, n, positives, note.
 
-    `similarity`: of all prompts, from `similarities`.
+    NaN, and the reason in the note, where a label has one class only. `similarity`: of all prompts, from
+    `similarities`.
     """
-    known = targets.loc[similarity.index]
-    pairs = [(label, text) for label in prompts for text in sides(prompts, label)[0]]
-    rows = [(label, text, auroc(known[label], similarity[text])) for label, text in pairs]
-    return pd.DataFrame(rows, columns=["label", "prompt", "auroc"])
+    labels, texts = zip(*((label, text) for label in prompts for text in sides(prompts, label)[0]), strict=True)
+    known, values = targets.loc[similarity.index, list(labels)], similarity[list(texts)]
+    rows = metric_rows(
+        known.set_axis(range(len(texts)), axis=1), values.set_axis(range(len(texts)), axis=1), n_bootstrap=0
+    )
+    rows = rows.assign(label=labels, prompt=texts).rename(columns={"value": "auroc"})
+    return rows[["label", "prompt", "auroc", "n", "positives", "note"]]
 
 
 def compare_scorings(

@@ -4,7 +4,6 @@ import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from gloria_core.tasks.metrics import (
-    auroc,
     bootstrap_rows,
     metric_rows,
     ratio_of_sums,
@@ -16,6 +15,10 @@ def estimate(y, score, metric="auroc", **options):
     """The only row of one label."""
     tables = (pd.DataFrame({"y": np.asarray(part, dtype=float)}) for part in (y, score))
     return metric_rows(*tables, metrics=(metric,), **options).iloc[0]
+
+
+def auroc(y, score):
+    return estimate(y, score, n_bootstrap=0)["value"]
 
 
 def test_limits_by_hand():
@@ -63,7 +66,11 @@ def test_unknown_targets_are_left_out():
 
 @pytest.mark.parametrize(
     ("y", "score", "message"),
-    [([0, 1, 2], [0, 1, 2], "1, 0 or NaN"), ([0, 1, 1], [0, np.nan, 1], "NaN"), ([0, 1], [0, 1, 2], "one length")],
+    [
+        ([0, 1, 2], [0, 1, 2], "1, 0 or NaN"),
+        ([0, 1, 1], [0, np.nan, 1], "NaN"),
+        ([0, 1], [0, 1, 2], "2 rows of targets, 3 rows of scores"),
+    ],
 )
 def test_bad_input_is_refused(y, score, message):
     with pytest.raises(ValueError, match=message):

@@ -130,13 +130,11 @@ class SceneMaker:
         """Everything but the maps themselves, in JSON's types; a copy, so that two scenes can be told apart."""
         subject, truths = self.subject, []
         height, width = subject.image.shape
-        visible = [np.where(image.visible(), 0.0, np.nan) for image in self.encoded.values()]
-        for number, truth in enumerate(subject.truths):
-            masks = [regions[number] for regions in self._regions]
-            areas = [score_map(blank, mask)["area"] for blank, mask in zip(visible, masks, strict=True)]
+        visible = [image.visible() for image in self.encoded.values()]
+        for truth, *masks in zip(subject.truths, *self._regions, strict=True):
             lines = [] if truth.boxes else outlines(truth.mask)
             truths.append({"label": truth.label, "lines": lines, "boxes": [list(box) for box in truth.boxes]})
-            truths[-1]["chance"] = [_rounded(area) for area in areas]
+            truths[-1]["chance"] = [_rounded(mask[shown].mean()) for shown, mask in zip(visible, masks, strict=True)]
         return {
             "title": subject.title,
             "image": {"name": subject.name, "width": width, "height": height, "png": png64(subject.image)},
