@@ -152,8 +152,8 @@ def summarise(
     its own for each map and control (`cnr_cosine`, `cnr_cosine_inverted`, `pointing_game_prior_centre`), so that rows
     can be recorded without the columns score, kind and control, with `suffix` at its end; `chance` is the mean area.
     """
-    columns = ["score", "kind", "control", "target", "metric", "value", "ci_low", "ci_high", "n", "chance"]
-    tables = [pd.DataFrame(columns=columns)]
+    columns = ["score", "kind", "control", "target", "metric", "value", "ci_low", "ci_high", "n", "patients", "chance"]
+    columns, tables = [*columns, "note"], [pd.DataFrame(columns=[*columns, "note"])]
     for (kind, control), part in scores.groupby(["kind", "control"], sort=False):
         for score in SCORES:
             known = part[np.isfinite(part[score])]
@@ -162,17 +162,12 @@ def summarise(
             of_label = pd.get_dummies(known["label"].astype(str))
             labels, counted = list(of_label.columns), of_label.to_numpy(dtype=bool)[:, :, None]
             values = known[score].to_numpy(dtype=float)[:, None, None]
-            rows = bootstrap_rows(
-                ratio_of_sums(np.where(counted, values, 0.0), counted),
-                counted,
-                labels,
-                ["_".join(word for word in (score, kind, control, suffix) if word)],
-                macro=[label for label in labels if not macro or label in macro],
-                columns={"chance": known.groupby(known["label"].astype(str))["area"].mean().to_numpy()},
-                groups=known["patient_id"].astype(str),
-                n_bootstrap=n_bootstrap,
-                seed=seed,
-            )
+            mean = ratio_of_sums(np.where(counted, values, 0.0), counted)
+            name = "_".join(word for word in (score, kind, control, suffix) if word)
+            area = known.groupby(known["label"].astype(str))["area"].mean().to_numpy()
+            options = {"groups": known["patient_id"].astype(str), "n_bootstrap": n_bootstrap, "seed": seed}
+            options |= {"macro": [label for label in labels if not macro or label in macro]}
+            rows = bootstrap_rows(mean, counted, labels, [name], columns={"chance": area}, **options)
             tables.append(rows.assign(score=score, kind=kind, control=control)[columns])
     return pd.concat(tables[1:] or tables, ignore_index=True)
 

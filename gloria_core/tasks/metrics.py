@@ -247,16 +247,7 @@ def metric_rows(
                 values[:, k, m] = of_metric(weights[:, known[:, k]])
         return values
 
-    return bootstrap_rows(
-        statistic,
-        known,
-        labels,
-        metrics,
-        macro=macro,
-        notes=notes,
-        columns={"prevalence": np.array(prevalence)},
-        classes=[targets[labels].to_numpy() == value for value in (1, 0)],
-        groups=groups,
-        n_bootstrap=n_bootstrap,
-        seed=seed,
-    )
+    classes = [targets[labels].to_numpy() == value for value in (1, 0)]
+    options = {"groups": groups, "n_bootstrap": n_bootstrap, "seed": seed}
+    options |= {"macro": macro, "notes": notes, "columns": {"prevalence": np.array(prevalence)}, "classes": classes}
+    return bootstrap_rows(statistic, known, labels, metrics, **options)

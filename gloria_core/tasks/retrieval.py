@@ -46,7 +46,7 @@ BATCH = 256  # queries that are scored at a time: with 100,000 candidates 100 MB
 
 Direction = Literal["image_to_text", "text_to_image"]
 Duplicates = Literal["merged", "right", "wrong"]
-COLUMNS = ["target", "metric", "value", "ci_low", "ci_high", "n", "chance"]
+COLUMNS = ["target", "metric", "value", "ci_low", "ci_high", "n", "patients", "chance", "note"]
 
 
 @dataclass(frozen=True)
@@ -276,18 +276,12 @@ def recall_rows(
 
         return values
 
-    by_chance = statistic([ranking.chance_recall(k) for k in ks], ranking.chance_rank)(np.ones((1, n)))[0]
-    rows = bootstrap_rows(
-        statistic([ranking.recall(k) for k in ks], ranking.rank),
-        np.ones((n, 1), dtype=bool),
-        [target],
-        [name + suffix for name in (*(f"recall_at_{k}" for k in ks), "median_rank", "mean_rank")],
-        columns={"chance": by_chance},
-        groups=None if patients is None else np.asarray(patients)[ranking.queries],
-        n_bootstrap=n_bootstrap,
-        seed=seed,
-    )
-    return rows[COLUMNS]
+    measured = statistic([ranking.recall(k) for k in ks], ranking.rank)
+    chance = statistic([ranking.chance_recall(k) for k in ks], ranking.chance_rank)(np.ones((1, n)))[0]
+    names = [name + suffix for name in (*(f"recall_at_{k}" for k in ks), "median_rank", "mean_rank")]
+    groups = None if patients is None else np.asarray(patients)[ranking.queries]
+    options = {"columns": {"chance": chance}, "groups": groups, "n_bootstrap": n_bootstrap, "seed": seed}
+    return bootstrap_rows(measured, np.ones((n, 1), dtype=bool), [target], names, **options)[COLUMNS]
 
 
 def left_out(ks: Sequence[int], candidates: int) -> str:
@@ -342,6 +336,7 @@ def precision_table(
     """
     labels, has = list(targets.columns), targets.to_numpy() == 1
     tables = [pd.DataFrame(columns=[*COLUMNS, "direction"])]
+    notes = ["" if any_query else "no query with this finding" for any_query in has.any(axis=0)]
     for direction, matrix in scores.items():
         other_patients = direction == "image_to_image"
         candidates = len(has) - (max(Counter(patients).values()) if other_patients else 0)
@@ -350,17 +345,11 @@ def precision_table(
             continue
         shares, chance = label_shares(matrix, has, below, patients=patients if other_patients else None)
         suffix = "" if direction == "image_to_text" else f"_{direction}"
-        rows = bootstrap_rows(
-            ratio_of_sums(shares * has[..., None], np.repeat(has[..., None], len(below), axis=2)),
-            has,
-            labels,
-            [f"precision_at_{k}{suffix}" for k in below],
-            macro=labels,
-            columns={"chance": ratio_of_sums(chance * has, has)(np.ones((1, len(has))))[0]},
-            groups=patients,
-            n_bootstrap=n_bootstrap,
-            seed=seed,
-        )
+        names = [f"precision_at_{k}{suffix}" for k in below]
+        of_queries = ratio_of_sums(shares * has[..., None], np.repeat(has[..., None], len(below), axis=2))
+        by_chance = {"chance": ratio_of_sums(chance * has, has)(np.ones((1, len(has))))[0]}
+        options = {"columns": by_chance, "groups": patients, "n_bootstrap": n_bootstrap, "seed": seed}
+        rows = bootstrap_rows(of_queries, has, labels, names, macro=labels, notes=notes, **options)
         tables.append(rows[COLUMNS].assign(direction=direction))
     return pd.concat(tables[1:] or tables, ignore_index=True)
 

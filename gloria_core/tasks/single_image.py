@@ -97,16 +97,10 @@ class Cohort:
         Rows of accuracy, F1, sensitivity and specificity as `decision_rows`, the metrics with suffix `_at_threshold`.
         """
         studies = frame["study_id"].astype(str)
-        rows = decision_rows(
-            targets.loc[studies, list(other)],
-            self.probabilities(other.loc[studies]),
-            self.probability_thresholds,
-            metrics=("accuracy", "f1", "sensitivity", "specificity"),
-            macro=macro,
-            groups=frame["patient_id"],
-            n_bootstrap=n_bootstrap,
-            seed=seed,
-        )
+        known, chances = targets.loc[studies, list(other)], self.probabilities(other.loc[studies])
+        options = {"groups": frame["patient_id"], "n_bootstrap": n_bootstrap, "seed": seed}
+        options |= {"metrics": ("accuracy", "f1", "sensitivity", "specificity"), "macro": macro}
+        rows = decision_rows(known, chances, self.probability_thresholds, **options)
         return rows.assign(metric=rows["metric"] + "_at_threshold")
 
 

@@ -341,19 +341,16 @@ def multiclass_rows(
         raise ValueError(f"study {study} has {truth[wrong[0]].sum()} of the {len(labels)} labels; it must have one")
     k = len(labels)
     cells = np.eye(k * k)[truth.argmax(axis=1) * k + answer]
-    rows = bootstrap_rows(
-        lambda weights: _of_confusion((weights @ cells).reshape(-1, k, k)),
-        truth,
-        labels,
-        ["sensitivity", "precision", "f1", "accuracy", "kappa"],
-        macro=labels,
-        notes=["" if any_study else "no study of this class" for any_study in truth.any(axis=0)],
-        columns={"chance": _of_confusion(np.tile(truth.sum(axis=0)[:, None] / k, (1, k))[None])[0]},
-        groups=frame["patient_id"].astype(str),
-        n_bootstrap=n_bootstrap,
-        seed=seed,
-        skip_undefined=True,
-    )
+    names = ["sensitivity", "precision", "f1", "accuracy", "kappa"]
+    notes = ["" if any_study else "no study of this class" for any_study in truth.any(axis=0)]
+    chance = {"chance": _of_confusion(np.tile(truth.sum(axis=0)[:, None] / k, (1, k))[None])[0]}
+    options = {"groups": frame["patient_id"].astype(str), "n_bootstrap": n_bootstrap, "seed": seed}
+    options |= {"macro": labels, "notes": notes, "columns": chance, "skip_undefined": True}
+
+    def statistic(weights: np.ndarray) -> np.ndarray:
+        return _of_confusion((weights @ cells).reshape(-1, k, k))
+
+    rows = bootstrap_rows(statistic, truth, labels, names, **options)
     overall = rows["metric"].isin(["accuracy", "kappa"])
     return rows.loc[(rows["target"] == "macro") | ~overall, MULTICLASS_COLUMNS].reset_index(drop=True)
 
