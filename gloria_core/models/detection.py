@@ -78,8 +78,6 @@ class Detector(nn.Module):
         self.widths = encoder.pyramid_widths[2:]
         if side % STRIDE or side < STRIDE:
             raise ValueError(f"the images' side is {side}; it must be a multiple of {STRIDE}: pad or resize them")
-        if batch_norm not in ("eval", "train"):
-            raise ValueError(f"batch_norm must be 'eval' or 'train', not {batch_norm!r}")
         self.side, self.frozen, self.batch_norm = side, frozen, batch_norm
         self.trunk = copy.deepcopy(encoder.trunk).requires_grad_(not frozen)
         self.trunk.prune_intermediate_layers()  # EfficientNet's last convolution stands behind its last map

@@ -17,7 +17,6 @@ from segmentation_models_pytorch.decoders.unet.decoder import UnetDecoder
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Decoder = Literal["auto", "unet", "setr"]
 BatchNormMode = Literal["eval", "train"]
 # Decoder widths from coarse to fine: the default of segmentation-models-pytorch, and of both papers.
 CHANNELS = (256, 128, 64, 32, 16)
@@ -25,26 +24,13 @@ SETR_CHANNELS = (512, 256, 128, 64)
 DEEPEST = 32
 
 
-def decoder_kind(encoder: nn.Module, decoder: Decoder = "auto") -> Literal["unet", "setr"]:
-    """The decoder that "auto" stands for, or the one named.
-
-    Raises: ValueError for an unknown name, or "unet" on an encoder without feature maps at strides 2 to 32.
-    """
-    has_pyramid = getattr(encoder, "has_pyramid", False)
-    if decoder not in ("auto", "unet", "setr"):
-        raise ValueError(f'decoder must be "auto", "unet" or "setr", not {decoder!r}')
-    if decoder == "unet" and not has_pyramid:
-        raise ValueError('this encoder has no stages of stride 2 to 32; use decoder="setr", which reads its grid')
-    return decoder if decoder != "auto" else "unet" if has_pyramid else "setr"
-
-
-def decoder_inputs(encoder: nn.Module, pixels: Tensor, kind: Literal["unet", "setr"]) -> tuple[Tensor, ...]:
+def decoder_inputs(encoder: nn.Module, pixels: Tensor) -> tuple[Tensor, ...]:
     """What a decoder reads of images of any size: the pyramid of the padded images, or the region grid.
 
     Shape: (B, C, H, W) -> five tensors (B, D_s, H' / s, W' / s), H' and W' the next multiples of 32; or one
         (B, h, w, Dr)
     """
-    if kind == "setr":
+    if not encoder.has_pyramid:
         return (encoder(pixels).regions,)
     top, bottom, left, right = _margins(*pixels.shape[-2:])
     if top or bottom or left or right:
@@ -84,17 +70,16 @@ class SegmentationNet(nn.Module):
     """An image encoder with a decoder that gives one logit map a class, at the size of the input.
 
     `encoder`: an `ImageEncoder`, used and not copied. `classes`: K maps; each is a yes/no question of its own.
-    `decoder`: "unet" for convolutional encoders; "setr" from the region grid of any encoder; "auto" takes the first
-    where it can. `channels`: widths of the decoder, coarse to fine (five for "unet", four for "setr"), or None for
-    `width_scale` times the published ones. `frozen`: the encoder gets no gradient. `batch_norm` of a frozen encoder:
-    "eval" keeps the pretrained statistics; "train" is what the released MGCA code does (statistics of the batch, and
-    the stored ones drift), although its weights are frozen too.
+    The decoder of a convolutional encoder is the U-Net's, that of a transformer SETR's. `channels`: widths of the
+    decoder, coarse to fine (five for the U-Net, four for SETR), or None for `width_scale` times the published ones.
+    `frozen`: the encoder gets no gradient. `batch_norm` of a frozen encoder: "eval" keeps the pretrained statistics;
+    "train" is what the released MGCA code does (statistics of the batch, and the stored ones drift), although its
+    weights are frozen too.
 
     Inputs whose sides 32 does not divide are padded with their border pixels on all sides, and the logits cut back, so
-    that grids stay aligned. Nothing is resized, except "setr" whose grid of 16-pixel cells does not fill the input.
+    that grids stay aligned. Nothing is resized, except for SETR, whose grid of 16-pixel cells does not fill the input.
 
     Shape: (B, C, H, W) -> (B, K, H, W)
-    Raises: ValueError for "unet" on an encoder without known stages, or unknown names.
     """
 
     def __init__(
@@ -102,24 +87,18 @@ class SegmentationNet(nn.Module):
         encoder: nn.Module,
         classes: int,
         *,
-        decoder: Decoder = "auto",
         channels: Sequence[int] | None = None,
         width_scale: float = 1.0,
         frozen: bool = True,
         batch_norm: BatchNormMode = "eval",
     ) -> None:
         super().__init__()
-        if batch_norm not in ("eval", "train"):
-            raise ValueError(f'batch_norm must be "eval" or "train", not {batch_norm!r}')
-        if classes < 1:
-            raise ValueError(f"a segmentation network needs at least one class, got {classes}")
-        self.kind = decoder_kind(encoder, decoder)
         self.encoder, self.frozen, self.batch_norm = encoder, frozen, batch_norm
         encoder.frozen = frozen
         encoder.requires_grad_(not frozen)
-        published = CHANNELS if self.kind == "unet" else SETR_CHANNELS
+        published = CHANNELS if encoder.has_pyramid else SETR_CHANNELS
         channels = tuple(channels or (int(width * width_scale) for width in published))
-        if self.kind == "unet":
+        if encoder.has_pyramid:
             widths = encoder.pyramid_widths
             self.decoder = UnetDecoder((encoder.in_channels, *widths), channels, n_blocks=len(widths))
             self.head = SegmentationHead(channels[-1], classes)
@@ -143,12 +122,12 @@ class SegmentationNet(nn.Module):
     def features(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """What the decoder reads: five maps ("unet"), or one region grid ("setr"). No gradient if frozen."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            return decoder_inputs(self.encoder, pixels, self.kind)
+            return decoder_inputs(self.encoder, pixels)
 
     def decode(self, features: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         """Logits of the features of images of `size` = (H, W) pixels. Shape: -> (B, K, H, W) float32."""
         height, width = size
-        if self.kind == "setr":
+        if not self.encoder.has_pyramid:
             logits = self.decoder(features[0])
             if tuple(logits.shape[-2:]) != (height, width):
                 logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)

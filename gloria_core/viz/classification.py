@@ -9,7 +9,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from sklearn.metrics import ConfusionMatrixDisplay, roc_curve
+from sklearn.metrics import confusion_matrix, roc_curve
 
 from gloria_core.viz.plots import new_figure
 
@@ -45,17 +45,11 @@ def confusion(
             axis.text(0.5, 0.5, "-", ha="center", va="center", transform=axis.transAxes)
             axis.set_axis_off()
         else:
-            known = targets[label].notna()
+            known, names = targets[label].notna(), ["absent", "present"]
             truth, called = targets.loc[known, label] == 1, probabilities.loc[known, label] >= threshold
-            ConfusionMatrixDisplay.from_predictions(
-                truth.to_numpy(),
-                called.to_numpy(),
-                labels=[False, True],
-                display_labels=["absent", "present"],
-                cmap="Blues",
-                colorbar=False,
-                ax=axis,
-            )
+            counts = confusion_matrix(truth, called, labels=[False, True])
+            options = {"annot": True, "fmt": "d", "cbar": False, "square": True}
+            sns.heatmap(counts, cmap="Blues", ax=axis, xticklabels=names, yticklabels=names, **options)
             axis.tick_params(labelsize=7)
             axis.set_xlabel("decision", fontsize=7)
             axis.set_ylabel("truth", fontsize=7)

@@ -71,8 +71,6 @@ def test_limits():
     assert np.isnan(no_positive["f1"]) and np.isnan(no_positive["sensitivity"]) and no_positive["specificity"] == 0.5
     with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
         values([0, 1], [-2.0, 3.0], 0.5)
-    with pytest.raises(ValueError, match="unknown metric 'mcc'"):
-        values([0, 1], [0.1, 0.9], 0.5, metrics=("mcc",))
 
 
 def test_unknown_targets_take_no_part():

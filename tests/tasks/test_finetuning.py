@@ -99,7 +99,7 @@ def test_the_best_epoch_is_kept(small):
     assert tuned.best_epoch == tuned.history["valid_loss"].idxmin() + 1
     assert len(tuned.history) <= tuned.best_epoch + 2
     logits = torch.tensor(tuned.scores(valid).to_numpy())
-    loss = classification_loss(logits, torch.tensor(targets.loc[valid].to_numpy()), loss="bce")
+    loss = classification_loss(logits, torch.tensor(targets.loc[valid].to_numpy()))
     assert float(loss) == pytest.approx(tuned.history["valid_loss"].min(), rel=0.05, abs=1e-6)
 
 
@@ -146,13 +146,8 @@ def test_loss_leaves_out_what_is_not_known():
     targets = torch.tensor([[1.0, float("nan")], [0.0, 1.0]])
     right = [1 / (1 + np.exp(-0.3)), 1 - 1 / (1 + np.exp(-2.0)), 1 / (1 + np.exp(-0.5))]
     by_hand = -np.log(right).mean()
-    assert float(classification_loss(logits, targets, loss="bce")) == pytest.approx(by_hand, rel=1e-6)
-    assert float(classification_loss(logits, torch.full((2, 2), float("nan")), loss="bce")) == 0.0
-    exclusive = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    by_hand = (np.log(np.exp(0.3) + np.exp(-1)) - 0.3 + np.log(np.exp(2) + np.exp(0.5)) - 0.5) / 2
-    assert float(classification_loss(logits, exclusive, loss="ce")) == pytest.approx(by_hand, rel=1e-6)
-    with pytest.raises(ValueError, match="exactly one positive"):
-        classification_loss(logits, torch.ones(2, 2), loss="ce")
+    assert float(classification_loss(logits, targets)) == pytest.approx(by_hand, rel=1e-6)
+    assert float(classification_loss(logits, torch.full((2, 2), float("nan")))) == 0.0
 
 
 def test_positive_weights():
@@ -173,7 +168,7 @@ def test_layer_groups_hold_every_parameter_once_and_rates_fall_towards_the_input
 
 
 def test_bad_settings_are_refused(small):
-    for wrong in ({"head": "deep"}, {"loss": "mse"}, {"layer_decay": 0.0}, {"epochs": 0}, {"class_weights": "yes"}):
+    for wrong in ({"head": "deep"}, {"layer_decay": 0.0}, {"epochs": 0}, {"class_weights": "yes"}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             FinetuneConfig(**wrong)
     with pytest.raises(ValueError, match="`train` must not be empty"):

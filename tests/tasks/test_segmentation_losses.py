@@ -109,8 +109,3 @@ def test_what_is_not_known_counts_nowhere(case, name):
     assert float(segmentation_loss(name, logits.detach(), truth, only)) == pytest.approx(
         float(segmentation_loss(name, logits.detach()[:, 1:], truth[:, 1:], known[:, 1:])), rel=1e-6
     )
-
-
-def test_unknown_loss_raises(case):
-    with pytest.raises(ValueError, match="unknown segmentation loss 'dize'; available: gloria"):
-        segmentation_loss("dize", *case, torch.ones(4, 2, dtype=torch.bool))

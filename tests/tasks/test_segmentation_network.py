@@ -15,7 +15,7 @@ class Patches(nn.Module):
 
     def __init__(self, width=12, patch=16):
         super().__init__()
-        self.region_dim, self.in_channels, self.frozen = width, 3, False
+        self.region_dim, self.in_channels, self.frozen, self.has_pyramid = width, 3, False, False
         self.embed = nn.Conv2d(3, width, patch, stride=patch)
 
     def forward(self, pixels):
@@ -62,7 +62,7 @@ def test_the_pyramid_is_the_encoders_own(name):
         for stage, place in (("layer2", 2), ("layer3", 3), ("layer4", 4)):
             torch.manual_seed(2)
             encoder = moved_statistics(ImageEncoder(name, region_stage=stage))
-            features = decoder_inputs(encoder, pixels, "unet")
+            features = decoder_inputs(encoder, pixels)
             assert [tuple(f.shape[2:]) for f in features] == [(64 // s, 96 // s) for s in (2, 4, 8, 16, 32)]
             regions = encoder(pixels).regions.permute(0, 3, 1, 2)
             torch.testing.assert_close(features[place], regions, rtol=1e-4, atol=1e-4)
@@ -131,34 +131,19 @@ def test_setr_is_a_linear_layer_and_four_doublings():
 
 def test_an_encoder_without_stages_gets_setr():
     net = SegmentationNet(Patches(), 2, channels=(10, 9, 8, 7)).train()
-    assert net.kind == "setr"
+    assert isinstance(net.decoder, SetrDecoder)
     assert net(torch.randn(2, 3, 64, 48)).shape == (2, 2, 64, 48)
     assert net(torch.randn(2, 3, 70, 50)).shape == (2, 2, 70, 50)  # 16-pixel cells do not fill this one
     net(torch.randn(2, 3, 32, 32)).mean().backward()
     assert all(p.grad is None for p in net.encoder.parameters())
     with pytest.raises(ValueError, match="channels has 5 widths"):
         SegmentationNet(Patches(), 2, channels=(128, 64, 32, 16, 8))
-    with pytest.raises(ValueError, match='use decoder="setr"'):
-        SegmentationNet(Patches(), 2, decoder="unet")
 
 
 @pytest.mark.parametrize(("name", "stage"), [("vit_tiny_patch16", "layer3"), ("swin_tiny", "layer2")])
 def test_transformers_get_setr(name, stage):
     torch.manual_seed(0)
     net = SegmentationNet(ImageEncoder(name, region_stage=stage), 2, channels=(8, 8, 8, 8)).eval()
-    assert net.kind == "setr"
+    assert isinstance(net.decoder, SetrDecoder)
     with torch.no_grad():
         assert net(torch.randn(1, 3, 64, 64)).shape == (1, 2, 64, 64)
-
-
-def test_a_convolutional_encoder_can_have_setr(encoder):
-    net = SegmentationNet(encoder, 1, decoder="setr", channels=(8, 8, 8, 8)).eval()
-    pixels = torch.randn(1, 3, 64, 64)
-    assert net(pixels).shape == (1, 1, 64, 64)
-    torch.testing.assert_close(decoder_inputs(encoder, pixels, "setr")[0], encoder(pixels).regions)
-
-
-def test_unknown_names_raise(encoder):
-    for wrong in ({"decoder": "fpn"}, {"batch_norm": "frozen"}, {"classes": 0}):
-        with pytest.raises(ValueError, match=r"decoder must be|batch_norm must be|at least one class"):
-            SegmentationNet(encoder, wrong.pop("classes", 1), **wrong)

@@ -90,11 +90,8 @@ def decision_rows(
     at or above the threshold is called positive. Not defined, and NaN: everything for a label without threshold or
     scores, F1 and sensitivity without a positive, specificity without a negative. Precision 0 / 0 counts as 0 in F1.
     Columns as `metrics.metric_rows`, and `chance`: for accuracy that of the majority class, else NaN.
-    Raises ValueError for an unknown metric or a probability outside [0, 1].
+    Raises ValueError for a probability outside [0, 1].
     """
-    unknown = [name for name in metrics if name not in DECISIONS]
-    if unknown:
-        raise ValueError(f"unknown metric {unknown[0]!r}; available: {', '.join(DECISIONS)}")
     labels = list(probabilities.columns)
     known, tables, notes, prevalence = targets[labels].notna().to_numpy(), [], [], []
     for k, label in enumerate(labels):
@@ -116,8 +113,7 @@ def decision_rows(
         for k, table in enumerate(tables):
             if table is not None:
                 sums = weights[:, known[:, k]].astype(float) @ table
-                for m, metric in enumerate(metrics):
-                    values[:, k, m] = _FORMULAS[metric](*sums[:, :4].T, sums[:, 4:])
+                values[:, k] = np.column_stack([_FORMULAS[m](*sums[:, :4].T, sums[:, 4:]) for m in metrics])
         return values
 
     prevalence = np.array(prevalence)

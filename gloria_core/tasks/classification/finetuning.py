@@ -46,7 +46,6 @@ class FinetuneConfig(supervised.FitConfig):
         frozen: train the head only; BatchNorm then keeps its stored statistics.
         class_weights: "balanced" weighs the positives of each label by negatives / positives of the training subset,
             at most 20.
-        loss: "bce" for labels that may occur together, "ce" where exactly one label of a study is positive.
         patience: in epochs, with the validation loss as score.
     """
 
@@ -59,7 +58,6 @@ class FinetuneConfig(supervised.FitConfig):
     dropout: float = Field(0.0, ge=0, lt=1)
     frozen: bool = False
     class_weights: Literal["none", "balanced"] = "none"
-    loss: Literal["bce", "ce"] = "bce"
     seed: int = 0
 
 
@@ -101,20 +99,12 @@ def positive_weights(targets: np.ndarray) -> Tensor:
     return torch.from_numpy(np.minimum(ratio, MAX_POSITIVE_WEIGHT).astype(np.float32))
 
 
-def classification_loss(
-    logits: Tensor, targets: Tensor, *, loss: Literal["bce", "ce"], weights: Tensor | None = None
-) -> Tensor:
-    """Mean loss over the known targets (NaN: unknown); 0 where nothing is known.
+def classification_loss(logits: Tensor, targets: Tensor, *, weights: Tensor | None = None) -> Tensor:
+    """Mean cross-entropy over the known targets (NaN: unknown), each label by itself; 0 where nothing is known.
 
-    "bce": each label by itself, `weights` (K,) on its positives. "ce": the one positive label against the others, with
-    `weights` by class. Raises ValueError where a study has not exactly one positive.
-    Shape: logits, targets (B, K) -> scalar
+    `weights` (K,) are on the positives. Shape: logits, targets (B, K) -> scalar
     """
     logits = logits.float()
-    if loss == "ce":
-        if not ((targets == 1).sum(dim=1) == 1).all():
-            raise ValueError('loss "ce" needs exactly one positive label in every study; use "bce"')
-        return F.cross_entropy(logits, targets.nan_to_num(0).argmax(dim=1), weight=weights)
     known = ~targets.isnan()
     each = F.binary_cross_entropy_with_logits(logits, targets.nan_to_num(0), pos_weight=weights, reduction="none")
     return (each * known).sum() / known.sum().clamp(min=1)
@@ -193,7 +183,7 @@ def finetune(
     def loss(pixels: Tensor, rows: np.ndarray) -> Tensor:
         with autocast(device, config.precision):
             logits = network(pixels.to(device))
-        return classification_loss(logits, truth[rows].to(device), loss=config.loss, weights=weights)
+        return classification_loss(logits, truth[rows].to(device), weights=weights)
 
     def training_loss(places: np.ndarray) -> Tensor:
         network.train(n > 1)  # a single study has no batch statistics

@@ -10,7 +10,8 @@ import pandas as pd
 
 Unmentioned = Literal["negative", "ignore"]
 Uncertain = Literal["ignore", "positive", "negative"]
-_VALUES = {"ignore": np.nan, "positive": 1.0, "negative": 0.0}
+_UNMENTIONED = {"ignore": np.nan, "negative": 0.0}
+_UNCERTAIN = {**_UNMENTIONED, "positive": 1.0}
 
 # What an uncertain CheXpert label is in the released GLoRIA code, by class (datasets/image_dataset.py).
 CHEXPERT_UNCERTAIN: dict[str, Uncertain] = {
@@ -34,22 +35,15 @@ def binary_targets(
     `unmentioned` is what a blank becomes. CheXpert's convention, and the default, is negative: a finding that the
     report does not mention is taken as absent. `uncertain` is what -1 becomes, for all labels or by label;
     "published" stands for `CHEXPERT_UNCERTAIN`.
-    Raises KeyError for a label that is no column, ValueError for an unknown policy or another label value.
+    Raises KeyError for a label that is no column and for an unknown policy, ValueError for another label value.
     """
-    missing = [label for label in labels if label not in frame.columns]
-    if missing:
-        raise KeyError(f"no label column {missing[0]!r}; columns: {', '.join(map(str, frame.columns))}")
-    if unmentioned not in ("negative", "ignore"):
-        raise ValueError(f"unmentioned must be 'negative' or 'ignore', not {unmentioned!r}")
     columns, uncertain = {}, CHEXPERT_UNCERTAIN if uncertain == "published" else uncertain
     for label in labels:
         policy = uncertain if isinstance(uncertain, str) else uncertain.get(label, "ignore")
-        if policy not in _VALUES:
-            raise ValueError(f"uncertain must be 'ignore', 'positive' or 'negative', not {policy!r} ({label})")
         values = pd.to_numeric(frame[label]).astype(float)
         wrong = ~(values.isna() | values.isin((-1, 0, 1)))
         if wrong.any():
             row = int(wrong.to_numpy().argmax())
             raise ValueError(f"label {label!r}: {values.iloc[row]:g} in row {row} is not 1, 0, -1 or blank")
-        columns[label] = values.fillna(_VALUES[unmentioned]).where(values != -1, _VALUES[policy])
+        columns[label] = values.fillna(_UNMENTIONED[unmentioned]).where(values != -1, _UNCERTAIN[policy])
     return pd.DataFrame(columns, index=frame.index)

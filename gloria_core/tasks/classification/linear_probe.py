@@ -65,8 +65,6 @@ def fit_probe(
     strengths = (float(strength),) if isinstance(strength, int | float) else tuple(sorted(strength))
     if len(strengths) > 1 and validation is None:
         raise ValueError("several strengths need validation=(features, targets) to choose between them")
-    if len(features) != len(targets):
-        raise ValueError(f"{len(features)} rows of features, {len(targets)} rows of targets")
     mean, scale = features.mean(axis=0), features.std(axis=0)
     scale = np.where(scale > 1e-12, scale, 1.0)
     inputs = ((features - mean) / scale).astype(np.float64)
@@ -107,21 +105,19 @@ def linear_probe(
     targets: pd.DataFrame,
     protocol: LabelEfficiency,
     *,
-    strength: float | Sequence[float] | None = None,
     metrics: Sequence[Metric] = ("auroc",),
 ) -> tuple[pd.DataFrame, dict[tuple[float, int], Probe]]:
     """Probe every training subset of `protocol`: rows of `metric_rows` with the columns of `LabelEfficiency`, and
     strength; and the probes by (fraction, subset).
 
     features (n, Dg) and targets (n, K) (`label_policy.binary_targets`) belong to the studies of `frame`, all splits, in
-    its order. `strength`: by default split `valid` chooses among `STRENGTHS` where it can, else `FIXED_STRENGTH`.
+    its order. Split `valid` chooses the strength among `STRENGTHS` where it can, else it is `FIXED_STRENGTH`.
     """
     if not len(features) == len(frame) == len(targets):
         raise ValueError(f"{len(features)} rows of features and {len(targets)} of targets for {len(frame)} studies")
     patients, targets = frame["patient_id"].astype(str).to_numpy(), targets.reset_index(drop=True)
     valid = np.flatnonzero(frame["split"] == "valid")
-    if strength is None:
-        strength = STRENGTHS if (targets.loc[valid].nunique() == 2).any() else FIXED_STRENGTH
+    strength = STRENGTHS if (targets.loc[valid].nunique() == 2).any() else FIXED_STRENGTH
 
     def fit(train: np.ndarray, subset: int) -> Probe:
         validation = features[valid], targets.loc[valid]

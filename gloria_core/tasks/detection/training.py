@@ -292,19 +292,20 @@ def published_steps(fits: Mapping[tuple[float, int], TrainedDetector], macro: Se
     """
     table = {}
     for key, fit in fits.items():
-        test, metric = fit.data.rows("test"), ["map_40_75", "map_40_75_published"]
         found = list(fit.detections.values())
         sure = [boxes.where(boxes.scores >= PUBLISHED_SCORE) for boxes in found]
         every, dropped = (
-            score(fit.data, test, boxes, trained_on=fit.train, macro=macro, n_bootstrap=0)
+            score(fit.data, fit.data.rows("test"), boxes, trained_on=fit.train, macro=macro, n_bootstrap=0)
             .query("target == 'macro'")
             .set_index("metric")
-            .loc[metric]
             for boxes in (found, sure)
         )
-        values = [every["value"].iloc[0], *dropped["value"], dropped["n"].iloc[1]]
-        names = ["all detections", "from 0.5 on", "and images skipped", "images left"]
-        table[key] = dict(zip(names, values, strict=True))
+        table[key] = {
+            "all detections": every.loc["map_40_75", "value"],
+            "from 0.5 on": dropped.loc["map_40_75", "value"],
+            "and images skipped": dropped.loc["map_40_75_published", "value"],
+            "images left": dropped.loc["map_40_75_published", "n"],
+        }
     return pd.DataFrame(table).T.rename_axis(["label_fraction", "subset"])
 
 

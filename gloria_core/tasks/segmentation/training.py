@@ -23,7 +23,7 @@ from pydantic import PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from gloria_core.models.segmentation import BatchNormMode, Decoder, SegmentationNet, decoder_inputs, decoder_kind
+from gloria_core.models.segmentation import BatchNormMode, SegmentationNet, decoder_inputs
 from gloria_core.tasks.label_efficiency import LabelEfficiency
 from gloria_core.tasks.segmentation.data import SegmentationData, augmented
 from gloria_core.tasks.segmentation.losses import LossName, segmentation_loss
@@ -51,16 +51,14 @@ class SegmentationConfig(supervised.FitConfig):
 
     Attributes:
         loss: see `segmentation_loss`.
-        frozen, batch_norm, decoder, channels, width_scale: see `SegmentationNet`.
+        frozen, batch_norm, channels, width_scale: see `SegmentationNet`.
         steps: batches of `batch_size`, the same at every label fraction, so that few labels do not also mean few steps.
         validate_every: steps after which the validation split is scored.
-        encoder_scale: times the rate is the encoder's where it is trained.
         augment: rotation by up to 10 degrees and scaling by up to 10 %, of half of the images, as in both papers' code.
     """
 
     loss: LossName = "mgca"
     batch_norm: BatchNormMode = "eval"
-    decoder: Decoder = "auto"
     channels: tuple[int, ...] | None = None
     width_scale: PositiveFloat = 1.0
     steps: PositiveInt = 400
@@ -69,7 +67,6 @@ class SegmentationConfig(supervised.FitConfig):
     learning_rate: float = 5e-4
     weight_decay: float = 0.05
     schedule: ScheduleName = "cosine"
-    encoder_scale: float = 1.0
     augment: bool = False
 
     @property
@@ -189,16 +186,13 @@ def train_segmenter(
     if not len(judged) and progress is not None:
         progress("no validation mask of what is trained: the last step is kept, and the threshold is 0.5")
     encoder, device = encoder if store is not None else copy.deepcopy(encoder), next(encoder.parameters()).device
-    options = {name: getattr(config, name) for name in ("decoder", "channels", "width_scale", "frozen", "batch_norm")}
+    options = {name: getattr(config, name) for name in ("channels", "width_scale", "frozen", "batch_norm")}
     with supervised.seeded(seed):
         net = SegmentationNet(encoder, len(data.labels), **options).to(device).to(memory_format=torch.channels_last)
     store = feature_store(net.encoder, data, config) if store is None and config.features_are_fixed else store
     notes = tuple("" if fitted else missing for fitted in trained)
     segmenter = Segmenter(net, data, config, store, train, notes=notes)
     rng, thresholds = np.random.default_rng([seed, 5]), []
-    groups = [{"params": [*net.decoder.parameters(), *net.head.parameters()]}]
-    if not config.frozen:
-        groups.append({"params": net.encoder.parameters(), "lr": config.learning_rate * config.encoder_scale})
 
     def loss(rows: np.ndarray) -> Tensor:
         truth, pixels = torch.from_numpy(data.truth(rows)).to(device).float(), None
@@ -226,7 +220,6 @@ def train_segmenter(
         steps=config.steps,
         validate_at={*range(config.validate_every, config.steps, config.validate_every), config.steps},
         metric="valid_dice",
-        groups=groups,
         progress=progress,
     )
     segmenter.thresholds = thresholds[segmenter.history["step"].tolist().index(segmenter.step)]
@@ -235,13 +228,11 @@ def train_segmenter(
 
 def feature_store(encoder: nn.Module, data: SegmentationData, config: SegmentationConfig) -> FeatureStore:
     """Features of a fixed encoder, for all fits that share it. The encoder is put into evaluation mode and frozen."""
-    kind, device = decoder_kind(encoder, config.decoder), next(encoder.parameters()).device
-    encoder.requires_grad_(False)
-    encoder.eval()
+    device = next(encoder.requires_grad_(False).eval().parameters()).device
 
     def encode(rows: list[int]) -> tuple[Tensor, ...]:
         with torch.no_grad(), autocast(device, config.precision):
-            return decoder_inputs(encoder, data.pixels(rows).to(device), kind)
+            return decoder_inputs(encoder, data.pixels(rows).to(device))
 
     return FeatureStore(encode, limit=config.memory, device=device)
 
