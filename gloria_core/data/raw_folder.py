@@ -2,18 +2,15 @@
 
 What the adapters in `data/sources/` share:
 
-- `require`, `optional_file`: the paths of files and folders; one error for all that is missing
+- `RawFolder`: the paths of tables, folders and images, with one error for all that is missing
 - `Column`, `read_table`, `check_cells`, `check_boxes`: text cells under our names, with their rules; errors name the
   file, the row (the header is row 1) and the remedy. The index of a table + 2 is the row of the file
-- `existing`, `complete`, `first_existing`, `files_by_stem`, `locate`, `file_sizes`: which images are there
 - `Rows`: the rows that a source uses, and why it leaves the others out
-- `cell`, `box_cells`, `ap_view`, `male`, `group_studies`, `manifest_frame`, `finish`: the columns of the manifest
+- `cell`, `ap_view`, `male`, `group_studies`, `manifest_frame`, `finish`: the columns of the manifest
 - `draw_valid`, `tear`: splits, and what a published split leaks
 
 All errors are ManifestError.
 """
-
-from __future__ import annotations
 
 import contextlib
 import gzip
@@ -24,24 +21,25 @@ import re
 import warnings
 import zipfile
 import zlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Literal, Self
 
 import numpy as np
 import pandas as pd
 from PIL import Image
 from pydicom import dcmread
 
-from gloria_core.data.files import did_you_mean, existing
+from gloria_core.data.files import did_you_mean
 from gloria_core.data.manifest import (
     LABEL_CELLS,
     META,
     ExcludedRows,
     Failure,
     ManifestError,
+    OnError,
     path_problem,
     raise_failures,
     shorten,
@@ -50,127 +48,150 @@ from gloria_core.data.manifest import (
 from gloria_core.data.prompts import PromptError, PromptSet, report_from_labels
 from gloria_core.data.splits import assign_label_ranks, assign_splits, count_leaks, ids_by_split
 
+SplitRule = Literal["patient", "published"]
 ViewRule = Literal["frontal", "AP", "PA", "lateral", "all"]
 Unit = Literal["study", "image"]
 
 DICOM = (".dcm", ".dicom")
 PICTURES = (".png", ".jpg", ".jpeg")
-THREADS = 8
-"""Folders or headers read at once; network disks answer slowly, but many at a time."""
+THREADS = 8  # folders or headers read at once; network disks answer slowly, but many at a time
 BINARY = {"0": 0.0, "1": 1.0, "0.0": 0.0, "1.0": 1.0}
 
 
 # ------------------------------------------------------------------------------------------------ files and folders
 
 
-def require(root: Path | str, needs: Mapping[str, str], dataset: str) -> dict[str, Path]:
-    """The path of each needed file or folder below `root`; one ManifestError that names everything missing.
+class RawFolder:
+    """The folder `root` of a `dataset`. A folder below it is listed once, several at a time.
 
-    needs: pattern -> what it is and where it comes from. A pattern is a glob below the root; alternatives are separated
-        by "|" and the first that is there counts. A pattern that ends in "/" is a folder. A csv may be packed (.gz,
-        .zip), and capitals do not matter.
-    Raises ManifestError, too, where one pattern fits several files.
+    Patterns of `require` and `optional` are globs below the root; alternatives are separated by "|". A csv may be
+    packed (.gz, .zip), and capitals do not matter. A pattern that ends in "/" is a folder. ManifestError is raised for
+    a root that is no folder, and where a pattern fits several files.
     """
-    root = Path(root)
-    if not root.is_dir():
-        wanted = ", ".join(needs)
-        raise ManifestError(f"{dataset}: the root {root} is not a folder; give the folder that holds {wanted}")
-    paths = {pattern: _match(root, pattern, dataset) for pattern in needs}
-    missing = [f"  {name.replace('|', ' or ')}: {needs[name]}" for name, path in paths.items() if path is None]
-    if missing:
-        here = sorted(path.name for path in root.iterdir())
-        shown = ", ".join(here[:12]) + (f" and {len(here) - 12} more" if len(here) > 12 else "") if here else "nothing"
-        raise ManifestError("\n".join([f"{dataset}: {root} lacks", *missing, f"it has: {shown}"]))
-    return paths
 
+    def __init__(self, root: Path | str, dataset: str) -> None:
+        self.root, self.dataset = Path(root), dataset
+        self._names: dict[str, set[str]] = {}
+        if not self.root.is_dir():
+            raise ManifestError(f"{dataset}: the root {root} is not a folder; give the folder of its tables and images")
 
-def optional_file(root: Path, pattern: str, dataset: str) -> Path | None:
-    """The path of a file that may be missing, found as by `require`; warns of a table with a similar name."""
-    path = _match(root, pattern, dataset)
-    if path is None:
-        stem = re.split(r"[*.|]", pattern)[0]
-        names = [path.name for path in root.glob("*.*")]
-        tables = [name for name in names if re.search(r"\.(csv|tsv|txt|xlsx?)(\.\w+)?$", name.lower())]
-        near = [name for name in tables if did_you_mean(stem.lower(), [name.split(".")[0].lower()], cutoff=0.7)]
-        if near:
-            warnings.warn(f"{root / near[0]} is not read: {dataset} looks for {pattern}; rename the file", stacklevel=3)
-    return path
+    def require(self, needs: Mapping[str, str]) -> list[Path]:
+        """The path of each needed file or folder; one ManifestError that names everything missing.
 
+        needs: pattern -> what it is and where it comes from.
+        """
+        paths = {pattern: self._match(pattern) for pattern in needs}
+        missing = [f"  {name.replace('|', ' or ')}: {needs[name]}" for name, path in paths.items() if path is None]
+        if missing:
+            here = sorted(path.name for path in self.root.iterdir())
+            shown = ", ".join(here[:12]) + (f" and {len(here) - 12} more" if len(here) > 12 else "")
+            text = "\n".join([f"{self.dataset}: {self.root} lacks", *missing, f"it has: {shown or 'nothing'}"])
+            raise ManifestError(text)
+        return list(paths.values())
 
-def _match(root: Path, patterns: str, dataset: str) -> Path | None:
-    """The one path that fits the first of the alternatives that has any."""
-    for pattern in patterns.split("|"):
-        forms = [pattern, *(pattern + end for end in (".gz", ".zip") if pattern.endswith(".csv"))]
-        forms += [re.sub("[a-zA-Z]", lambda m: f"[{m[0].lower()}{m[0].upper()}]", form) for form in forms]
-        for form in forms:
-            wanted = Path.is_dir if pattern.endswith("/") else Path.is_file
-            matches = sorted(path for path in root.glob(form.rstrip("/")) if wanted(path))
-            if len(matches) > 1:
-                names = ", ".join(path.relative_to(root).as_posix() for path in matches[:5])
-                raise ManifestError(f"{dataset}: {root} has several files {pattern}: {names}; keep or name one of them")
-            if matches:
-                return matches[0]
-    return None
+    def optional(self, pattern: str) -> Path | None:
+        """The path of a file that may be missing; warns of a table with a similar name."""
+        path = self._match(pattern)
+        if path is None:
+            stem = re.split(r"[*.|]", pattern)[0]
+            names = [path.name for path in self.root.glob("*.*")]
+            tables = [name for name in names if re.search(r"\.(csv|tsv|txt|xlsx?)(\.\w+)?$", name.lower())]
+            near = [name for name in tables if did_you_mean(stem.lower(), [name.split(".")[0].lower()], cutoff=0.7)]
+            if near:
+                text = f"{self.root / near[0]} is not read: {self.dataset} looks for {pattern}; rename the file"
+                warnings.warn(text, stacklevel=3)
+        return path
 
+    def _match(self, patterns: str) -> Path | None:
+        """The one path that fits the first of the alternatives that has any."""
+        for pattern in patterns.split("|"):
+            forms = [pattern, *(pattern + end for end in (".gz", ".zip") if pattern.endswith(".csv"))]
+            forms += [re.sub("[a-zA-Z]", lambda m: f"[{m[0].lower()}{m[0].upper()}]", form) for form in forms]
+            for form in forms:
+                wanted = Path.is_dir if pattern.endswith("/") else Path.is_file
+                matches = sorted(path for path in self.root.glob(form.rstrip("/")) if wanted(path))
+                if len(matches) > 1:
+                    names = ", ".join(path.relative_to(self.root).as_posix() for path in matches[:5])
+                    text = f"{self.dataset}: {self.root} has several files {pattern}: {names}; keep or name one of them"
+                    raise ManifestError(text)
+                if matches:
+                    return matches[0]
+        return None
 
-def complete(root: Path, cells: pd.Series) -> pd.Series:
-    """Bool for each cell: all its paths (";" between them) are files below `root`."""
-    paths = cells.str.split(";")
-    return paths.map(existing(root, paths.explode()).issuperset).astype(bool)
+    def _list(self, folders: Iterable[str]) -> None:
+        """Remember the names of the files in the folders ("" is the root)."""
 
+        def names(folder: str) -> set[str]:
+            try:
+                with os.scandir(self.root / folder) as entries:
+                    return {entry.name for entry in entries if entry.is_file()}
+            except (FileNotFoundError, NotADirectoryError):
+                return set()
 
-def first_existing(root: Path, candidates: Sequence[pd.Series]) -> pd.Series:
-    """For each row the first of its candidate paths (relative to `root`) that is a file, "" where none is."""
-    place = pd.Series("", index=candidates[0].index)
-    for paths in candidates:
-        open_rows = place == ""
-        if open_rows.any():
-            there = paths.isin(existing(root, paths[open_rows].tolist()))
-            place = place.where(~(open_rows & there).to_numpy(), paths.to_numpy())
-    return place
+        new = list(set(folders) - self._names.keys())
+        with ThreadPoolExecutor(THREADS) as pool:
+            self._names |= dict(zip(new, pool.map(names, new), strict=True))
 
+    def existing(self, paths: Collection[str]) -> set[str]:
+        """Those of `paths` (below the root) that are files."""
+        parts = {path: path.rpartition("/")[::2] for path in paths}
+        self._list(folder for folder, _ in parts.values())
+        return {path for path, (folder, name) in parts.items() if name in self._names[folder]}
 
-def files_by_stem(root: Path, folders: Sequence[str], suffixes: Sequence[str]) -> dict[str, list[str]]:
-    """Name without suffix -> paths relative to `root`, of the files in the folders ("" is the root itself)."""
-    files: dict[str, list[str]] = {}
-    for folder in folders:
-        if (root / folder).is_dir():
-            with os.scandir(root / folder) as entries:
-                names = sorted(e.name for e in entries if e.name.lower().endswith(tuple(suffixes)) and e.is_file())
-            for name in names:
-                files.setdefault(name.rpartition(".")[0], []).append(f"{folder}/{name}" if folder else name)
-    return files
+    def complete(self, cells: pd.Series) -> pd.Series:
+        """Bool for each cell: all its paths (";" between them) are files."""
+        paths = cells.str.split(";")
+        return paths.map(self.existing(paths.explode()).issuperset).astype(bool)
 
+    def first_existing(self, candidates: Sequence[pd.Series]) -> pd.Series:
+        """For each row the first of its candidate paths that is a file, "" where none is."""
+        place = pd.Series("", index=candidates[0].index)
+        for paths in candidates:
+            open_rows = place == ""
+            if open_rows.any():
+                there = paths.isin(self.existing(paths[open_rows].tolist()))
+                place = place.where(~(open_rows & there).to_numpy(), paths.to_numpy())
+        return place
 
-def locate(root: Path, names: pd.Series, folders: Sequence[str], suffixes: Sequence[str]) -> pd.Series:
-    """For each id (a file name without suffix) the path of its file, relative to `root`, "" where there is none.
+    def by_stem(self, folders: Sequence[str], suffixes: Sequence[str]) -> dict[str, list[str]]:
+        """Name without suffix -> paths of the files in the folders."""
+        self._list(folders)
+        files: dict[str, list[str]] = {}
+        for folder in folders:
+            for name in sorted(self._names[folder]):
+                if name.lower().endswith(tuple(suffixes)):
+                    files.setdefault(name.rpartition(".")[0], []).append(f"{folder}/{name}" if folder else name)
+        return files
 
-    Raises ManifestError for an id that has several files.
-    """
-    files = files_by_stem(root, folders, suffixes)
-    for name in names.unique():
-        if len(paths := files.get(name, [])) > 1:
-            raise ManifestError(f"{root}: image {name!r} occurs twice, {paths[0]} and {paths[1]}; remove one")
-    return names.map({name: paths[0] for name, paths in files.items()}).fillna("").astype(str)
+    def locate(self, names: pd.Series, folders: Sequence[str], suffixes: Sequence[str]) -> pd.Series:
+        """For each id (a file name without suffix) the path of its file, "" where there is none.
 
+        Raises ManifestError for an id that has several files.
+        """
+        files = self.by_stem(folders, suffixes)
+        for name in names.unique():
+            if len(paths := files.get(name, [])) > 1:
+                text = f"{self.root}: image {name!r} occurs twice, {paths[0]} and {paths[1]}; remove one"
+                raise ManifestError(text)
+        return names.map({name: paths[0] for name, paths in files.items()}).fillna("").astype(str)
 
-def file_sizes(root: Path, paths: Sequence[str]) -> dict[str, tuple[int, int] | None]:
-    """Path -> (width, height) from the file's header; None for a file that has none."""
+    def sizes(self, paths: Iterable[str]) -> dict[str, tuple[int, int] | None]:
+        """Path -> (width, height) from the file's header; None for a file that has none."""
 
-    def size(name: str) -> tuple[int, int] | None:
-        try:
-            if name.lower().endswith(DICOM):
-                header = dcmread(root / name, stop_before_pixels=True, specific_tags=["Rows", "Columns"])
-                return int(header.Columns), int(header.Rows)
-            with Image.open(root / name) as image:
-                return image.size
-        # a damaged header can fail anywhere in either reader
-        except Exception:
-            return None
+        def size(name: str) -> tuple[int, int] | None:
+            try:
+                if name.lower().endswith(DICOM):
+                    header = dcmread(self.root / name, stop_before_pixels=True, specific_tags=["Rows", "Columns"])
+                    return int(header.Columns), int(header.Rows)
+                with Image.open(self.root / name) as image:
+                    return image.size
+            # a damaged header can fail anywhere in either reader
+            except Exception:
+                return None
 
-    wanted = sorted(set(paths))
-    with ThreadPoolExecutor(THREADS) as pool:
-        return dict(zip(wanted, pool.map(size, wanted), strict=True))
+        wanted = sorted(set(paths))
+        with ThreadPoolExecutor(THREADS) as pool:
+            return dict(zip(wanted, pool.map(size, wanted), strict=True))
 
 
 # ------------------------------------------------------------------------------------------------------------ tables
@@ -215,8 +236,8 @@ class Column:
         return names.map(self.values) if isinstance(self.values, Mapping) else names
 
 
+# rules of a label column: Column(name, **LABEL)
 LABEL = {"values": LABEL_CELLS, "remedy": "a label is 1.0, 0.0, -1.0 or blank"}
-"""Rules of a label column: Column(name, **LABEL)."""
 
 
 def read_table(
@@ -339,14 +360,15 @@ def check_cells(path: Path | str, column: str, values: pd.Series, good: object, 
         raise ManifestError(f"{path}, column {column!r}: {len(bad)} bad value{'s'[: len(bad) > 1]} ({rows}); {remedy}")
 
 
-def check_paths(path: Path | str, column: str, values: pd.Series) -> None:
+def check_paths(path: Path | str, column: str, values: pd.Series, *, remedy: str = "") -> None:
     """Raise ManifestError where a cell is no plain relative path below the root, or has a ";" (it separates images)."""
     # most tables are clean: one vectorised pass first, the exact reason only for what looks odd
     odd = values.str.contains(r"\\|;|//|(?:^|/)\.{1,2}(?:/|$)|^[/~]|^.:|^\s|\s$|/$", regex=True) | (values == "")
     for index, cell in values[odd].items():
         problem = "has a ';', which separates images" if ";" in cell else path_problem(cell)
         if problem:
-            raise ManifestError(f"{path}, row {index + 2}, column {column!r}: path {cell!r} {problem}")
+            remedy = f"; {remedy}" if remedy else ""
+            raise ManifestError(f"{path}, row {index + 2}, column {column!r}: path {cell!r} {problem}{remedy}")
 
 
 def check_boxes(
@@ -384,6 +406,13 @@ class Rows:
         self.table, self.source, self.cell, self.key = table, source, cell, key
         self.failures: list[Failure] = []
         self._missing: list[Failure] = []
+
+    @classmethod
+    def concat(cls, parts: Sequence[Self], *, source: object) -> Self:
+        """The rows of several tables, and their failures."""
+        rows = cls(pd.concat([part.table for part in parts]), source=source, cell=parts[0].cell, key=parts[0].key)
+        rows.failures = [failure for part in parts for failure in part.failures]
+        return rows
 
     def exclude(self, bad: object, reason: str, *, cell: Cell = None, by_study: bool = False) -> None:
         """Leave out the rows where `bad` (bool). by_study: a failure for the first row of each study only."""
@@ -426,6 +455,28 @@ class Rows:
         self.exclude(True, f"no image of view {rule!r}", by_study=True)
         self.table = seen
 
+    def place_boxes(
+        self, boxes: pd.DataFrame, folder: RawFolder, on_error: OnError, *, key: str = "study_id", side: int = 1024
+    ) -> None:
+        """Set the column "boxes" from a row a box (study_id, label, x, y, w, h): JSON, in pixels of the image files.
+
+        The numbers of `boxes` count pixels of originals of `side` x `side`; its study_id is our column `key`. Rows with
+        boxes whose picture cannot be read are left out as by `exclude_missing`; a DICOM file without a readable header
+        counts as an original.
+        """
+        boxed = self.table[key].isin(boxes["study_id"])
+        read = folder.sizes(self.table.loc[boxed, "images"])
+        sizes = {study: read.get(path) for study, path in zip(self.table[key], self.table["images"], strict=True)}
+        known = self.table["images"].map(read).notna() | self.table["images"].str.endswith(DICOM)
+        reason = "its image cannot be read, and boxes follow its size; copy it again"
+        self.exclude_missing(~boxed | known, on_error, reason=reason)
+        entries: dict[str, list[dict]] = {}
+        for box in boxes[boxes["study_id"].isin(self.table[key])].itertuples():
+            across, down = (pixels / side for pixels in sizes[box.study_id] or (side, side))
+            xywh = [round(value, 3) for value in (box.x * across, box.y * down, box.w * across, box.h * down)]
+            entries.setdefault(box.study_id, []).append({"label": box.label, "xywh": xywh})
+        self.table["boxes"] = [cell(entries.get(study, [])) for study in self.table[key]]
+
     def check_rest(self, remedy: str) -> None:
         """Raise ManifestError where no row is left."""
         if self.table.empty:
@@ -454,22 +505,6 @@ def cell(entries: Sequence[Mapping[str, object]]) -> str:
 def mask_cells(label: str, paths: Sequence[str]) -> list[str]:
     """A cell for each path of a mask, "" for "" """
     return [cell([{"label": label, "path": path}] if path else []) for path in paths]
-
-
-def box_cells(
-    boxes: pd.DataFrame, studies: pd.Series, *, sizes: Mapping[str, tuple[int, int]] | None = None, side: int = 1024
-) -> list[str]:
-    """The JSON cell of each study, from a row a box (study_id, label, x, y, w, h), in the order of the rows.
-
-    sizes: study -> (width, height) of its file, to whose pixels boxes on `side` x `side` pixels are scaled.
-    """
-    entries: dict[str, list[dict]] = {}
-    for box in boxes[["study_id", "label", "x", "y", "w", "h"]].itertuples(index=False):
-        width, height = (sizes or {}).get(box.study_id, (side, side))
-        across, down = width / side, height / side
-        xywh = [round(value, 3) for value in (box.x * across, box.y * down, box.w * across, box.h * down)]
-        entries.setdefault(box.study_id, []).append({"label": box.label, "xywh": xywh})
-    return [cell(entries.get(study, [])) for study in studies]
 
 
 def label_texts(
@@ -514,23 +549,35 @@ def manifest_frame(table: pd.DataFrame, labels: Sequence[str] = ()) -> pd.DataFr
     blank = dict.fromkeys(("findings", "impression", "boxes", "masks"), "")
     defaults = {"patient_id": table["study_id"], "views": "FRONTAL", **blank}
     table = table.assign(**{name: value for name, value in defaults.items() if name not in table})
-    head = ["study_id", "patient_id", *(["split"] if "split" in table else []), "images", "views"]
+    known = [name for name in ("split", "label_rank") if name in table]
+    head = ["study_id", "patient_id", *known, "images", "views"]
     names = [*head, "findings", "impression", *labels, "boxes", "masks", *(n for n in table if n.startswith(META))]
     return table[names].reset_index(drop=True).rename_axis(columns=None)
 
 
 def finish(
-    frame: pd.DataFrame,
+    rows: Rows,
+    labels: Sequence[str] = (),
     *,
-    source: str,
     seed: int,
-    failures: Sequence[Failure] = (),
+    draw: Literal["", "valid", "all"] = "",
+    fraction: float = 1 / 8,
     leaks: Mapping[str, int] | None = None,
 ) -> pd.DataFrame:
-    """The frame with label ranks (unless it has some), checked; `attrs["excluded"]` are the failures."""
+    """The checked manifest of the rows, with label ranks unless they have some.
+
+    draw: the splits that are drawn by `seed`, patient-disjoint and stratified by `labels`: "all" (70/10/20 %), "valid"
+        (a `fraction` of train), or none.
+    `attrs["excluded"]` are the failures of the rows.
+    """
+    frame = manifest_frame(rows.table, labels)
+    if draw == "all":
+        frame = assign_splits(frame, seed=seed)
+    elif draw == "valid":
+        frame = draw_valid(frame, seed=seed, fraction=fraction)
     frame = frame if "label_rank" in frame else assign_label_ranks(frame, seed=seed)
-    checked = validate(frame, source=source)
-    checked.attrs["excluded"] = ExcludedRows.of(failures)
+    checked = validate(frame, source=f"manifest of {rows.source}")
+    checked.attrs["excluded"] = ExcludedRows.of(rows.failures)
     checked.attrs["leaks"] = dict(leaks or {})
     return checked
 

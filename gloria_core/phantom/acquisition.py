@@ -1,7 +1,5 @@
 """From density to an 8-bit radiograph: scatter, beam, detector noise, collimation and side markers."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from gloria_core.phantom.canvas import Array, Canvas, blur, clip01, pixel_centres, polyline

@@ -5,8 +5,6 @@ frontal view), y down, and one unit is half the image's width before the patient
 function of these coordinates, so the same patient can be drawn at any size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,8 +17,8 @@ from gloria_core.phantom.patient import Exposure, Patient, Pose
 Array = np.ndarray
 
 _TABLE_MIN, _TABLE_MAX, _TABLE_SIZE = -2.0, 2.0, 1024
+# The y values behind `Canvas.curve`
 TABLE_ROWS = np.linspace(_TABLE_MIN, _TABLE_MAX, _TABLE_SIZE)
-"""The y values behind `Canvas.curve`."""
 
 
 def pixel_centres(size: int) -> Array:
@@ -154,12 +152,12 @@ def smooth_line(knots: Array | list, step: float = 0.004) -> tuple[Array, Array]
     return polyline(np.concatenate([curve, k[-2:-1]]), step)
 
 
+# What a full depth of lung takes away from the density of the chest (display density 1 is white)
 AIR = 0.60
-"""What a full depth of lung takes away from the density of the chest (display density 1 is white)."""
+# On a frontal view the patient's right is on the image's left
 SIGN = {"right": -1.0, "left": 1.0}
-"""On a frontal view the patient's right is on the image's left."""
+# y of the middle of each lung zone at full inspiration; between them lie -0.27 and 0.08
 ZONES = {"upper": -0.46, "mid": -0.09, "lower": 0.24}
-"""y of the middle of each lung zone at full inspiration; between them lie -0.27 and 0.08."""
 
 
 @dataclass(frozen=True)

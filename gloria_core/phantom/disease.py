@@ -4,8 +4,6 @@
 sides (or its fixed side) and the chances of the upper and middle zone; and the findings and devices that come together.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -23,8 +21,8 @@ LABELS = (
     "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other", "Fracture", "Support Devices",
 )  # fmt: skip
 _OTHERS = tuple(label for label in _DATA["places"] if label not in COMPETITION)
+# How often each competition finding comes alone; the combinations below make up for the differences
 _SINGLE = (0.24, 0.14, 0.25, 0.19, 0.18)
-"""How often each competition finding comes alone; the combinations below make up for the differences."""
 _CHRONIC = {"Cardiomegaly", "Enlarged Cardiomediastinum", "Lung Lesion", "Pleural Other", "Fracture", "Support Devices"}
 
 

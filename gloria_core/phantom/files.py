@@ -3,8 +3,6 @@
 Nothing here imports pandas or torch, so that worker processes start quickly.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

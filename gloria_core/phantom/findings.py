@@ -4,8 +4,6 @@ Every function takes the scene and the finding and returns a bool mask (size, si
 `DRAW`, so that fluid covers what lies in it.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from gloria_core.phantom.canvas import SIGN, TABLE_ROWS, Array, RibFracture, Scene, clip01, polyline

@@ -1,7 +1,5 @@
 """The normal frontal chest radiograph: the sum of what lies in the beam, organ by organ."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
@@ -101,8 +99,8 @@ def tissue(scene: Scene) -> Array:
     return body - np.float32(AIR) * scene.air - 0.13 * trachea - (bronchi[0] + bronchi[1])
 
 
+# Density of the vessels of each generation
 VESSEL_PEAKS = (0.115, 0.085, 0.062, 0.042)
-"""Density of the vessels of each generation."""
 
 
 @lru_cache(maxsize=8)

@@ -4,8 +4,6 @@ Findings keep the height that they have on the frontal view. Pneumothorax, pleur
 and ECG leads are not drawn from the side.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from gloria_core.phantom.canvas import AIR, AnatomyChange, Array, Scene, clip01

@@ -1,14 +1,12 @@
 """Who is on the picture: body, pose and exposure, drawn from (seed, patient) and (seed, patient, study)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 
+# Independent random streams: what one draws never shifts what another draws
 BODY, COURSE, EXPOSURE, WORDS, NOISE = range(5)
-"""Independent random streams: what one draws never shifts what another draws."""
 
 
 def stream(seed: int, *key: int) -> np.random.Generator:

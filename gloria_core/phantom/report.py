@@ -7,8 +7,6 @@ Sizes are listed by severity: below 0.42, below 0.72, above. Clauses of a kind i
 Each of the `fillers` comes with the labels that it would contradict.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Sequence
@@ -24,8 +22,8 @@ _PHRASES = json.loads(Path(__file__).with_name("phrases.json").read_text(encodin
 _NOT_IN_THE_LUNGS = {
     "No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Pleural Other", "Fracture", "Support Devices",
 }  # fmt: skip
+# Certain beats uncertain beats denied, whichever was said last
 _RANK = {1.0: 3, -1.0: 2, 0.0: 1}
-"""Certain beats uncertain beats denied, whichever was said last."""
 
 
 @dataclass

@@ -1,7 +1,5 @@
 """One simulated study: pictures, report, labels and the truth that ties words to pixels."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from pydicom.dataset import FileDataset, FileMetaDataset
 
+from gloria_core.data import sources
 from gloria_core.data.manifest import ManifestError, read_manifest, write_manifest
 
 
@@ -61,6 +62,11 @@ def real_folder(name: str) -> Path:
     if not path.is_dir():
         pytest.skip(f"no folder {path}; set GLORIA_DATA")
     return path
+
+
+def adapter(dataset: str) -> Callable[..., pd.DataFrame]:
+    """`prepare` of one dataset, with its options as keywords."""
+    return lambda root, **options: sources.prepare(dataset, root, options)
 
 
 def refusal(prepare: Callable[..., pd.DataFrame], root: Path, **options: object) -> str:

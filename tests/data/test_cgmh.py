@@ -5,12 +5,15 @@ import re
 
 import numpy as np
 import pytest
+from owner_trees import adapter
 from PIL import Image
 
 from gloria_core.data import sources
 from gloria_core.data.manifest import ManifestError, read_manifest, write_manifest
 from gloria_core.data.prompts import PromptError, load_prompts
-from gloria_core.data.sources.cgmh import CGMH_LABELS, prepare
+from gloria_core.data.sources.cgmh import CGMH_LABELS
+
+prepare = adapter("cgmh")
 
 TASKS = ["Pneumothorax", "Foreign body"]
 TRAIN = """index,image,text_label
@@ -97,7 +100,7 @@ def test_paths_of_another_machine(tmp_path):
     assert frame.loc["train-0", "images"] == "img/0.png;img/1.png"
     (root / "train.csv").write_text(TRAIN.replace("img/", f"{root}/img/"))
     assert frame_of(root, test="").loc["train-0", "images"] == "img/0.png;img/1.png"
-    assert "does not begin with path_prefix '/other'" in fault(root, test="", path_prefix="/other")
+    assert "paths begin with path_prefix '/other'" in fault(root, test="", path_prefix="/other")
 
 
 def test_a_list_is_data_and_never_run(tmp_path):
@@ -217,13 +220,13 @@ def test_faulty_prompts(tmp_path):
 @pytest.mark.parametrize(
     ("train", "message"),
     [
-        ("image,text_label\nimg/0.png,[]\n,[]\n", "train.csv, row 3, column 'image': '' is empty"),
-        ("image,text_label\n[],[]\n", "row 2, column 'image': '[]' names no image"),
+        ("image,text_label\nimg/0.png,[]\n,[]\n", "train.csv, row 3, column 'image': '' is no list of texts"),
+        ("image,text_label\n[],[]\n", "column 'image': 1 bad value (row 2: nan); a study has at least one image"),
         ("image,text_label\n[img/0.png,[]\n", "row 2, column 'image': '[img/0.png' is no list"),
         ("image,text_label\n[1],[]\n", "row 2, column 'image': '[1]' is no list of texts"),
-        ("image,text_label\n../x.png,[]\n", "row 2, column 'image': '../x.png' has path '../x.png', which escapes"),
-        ("image,text_label\nimg/0.png,\n", "row 2, column 'text_label': '' is empty; write a list, []"),
-        ("image,text_label\nimg/0.png,Pneumotorax\n", "row 2, column 'text_label': 'Pneumotorax' has label"),
+        ("image,text_label\n../x.png,[]\n", "row 2, column 'image': path '../x.png' escapes"),
+        ("image,text_label\nimg/0.png,\n", "row 2, column 'text_label': '' is no list of texts; write it as"),
+        ("image,text_label\nimg/0.png,Pneumotorax\n", "row 2, column 'text_label': label 'Pneumotorax' is none"),
         ("image,text_label\nimg/0.png,Pneumotorax\n", "Did you mean 'Pneumothorax'?"),
         ("image,text_label\nimg/0.png,Edema\n", "Other labels are given as `tasks`"),
         ("image,text_labels\nimg/0.png,[]\n", "lacks column 'text_label'. Did you mean 'text_labels'?"),

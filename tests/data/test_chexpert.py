@@ -8,14 +8,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from owner_trees import prepared_twice, refusal, wheel_table, write_rows
+from owner_trees import adapter, prepared_twice, refusal, wheel_table, write_rows
 from PIL import Image
 
 from gloria_core.data.manifest import CHEXPERT_LABELS, COMPETITION_LABELS, write_manifest
 from gloria_core.data.raw_folder import Rows
 from gloria_core.data.sources import prepare as prepare_by_name
-from gloria_core.data.sources.chexpert import prepare, published_parts, read_images, ruled_5x200
-from gloria_core.data.sources.chexpert_5x200 import prepare as prepare_5x200
+from gloria_core.data.sources.chexpert import published_parts, read_images, ruled_5x200
+
+prepare = adapter("chexpert")
+prepare_5x200 = adapter("chexpert_5x200")
 
 HEADER = ",".join(["Path,Sex,Age,Frontal/Lateral,AP/PA", *CHEXPERT_LABELS])
 

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from owner_trees import prepared_twice, refusal
+from owner_trees import adapter, prepared_twice, refusal
 from PIL import Image
 
 from gloria_core.data.manifest import CHEXPERT_LABELS
-from gloria_core.data.sources.chexpert_plus import TABLE, prepare
+from gloria_core.data.sources.chexpert_plus import TABLE
+
+prepare = adapter("chexpert_plus")
 
 
 def make_tree(root: Path, *, home: str = "", suffix: str = ".jpg", n: int = 60, labels: bool = True) -> pd.DataFrame:

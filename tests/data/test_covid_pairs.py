@@ -5,12 +5,14 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from owner_trees import prepared_twice, real_folder
+from owner_trees import adapter, prepared_twice, real_folder
 from PIL import Image
 
 from gloria_core.data.manifest import ManifestError, masks_of
 from gloria_core.data.prompts import load_prompts
-from gloria_core.data.sources import covid_pairs, prepare
+from gloria_core.data.sources import covid_pairs
+
+prepare = adapter("covid_pairs")
 
 COLUMNS = list(covid_pairs.COLUMNS)
 ROWS = [
@@ -53,7 +55,7 @@ def reasons(frame):
 
 
 def test_frontal_images_with_text(root):
-    frame = covid_pairs.prepare(root).set_index("study_id")
+    frame = prepare(root).set_index("study_id")
     assert list(frame.index) == ["a", "b", "e", "f"]
     assert frame.loc["a", "impression"] == "Ground-glass opacities and consolidation."
     assert frame["views"].tolist() == ["PA", "AP", "AP", "PA"] and frame["is_ap_view"].tolist() == [0, 1, 1, 0]
@@ -64,17 +66,17 @@ def test_frontal_images_with_text(root):
 
 
 def test_what_is_left_out_is_named(root):
-    left = reasons(covid_pairs.prepare(root, deduplicate=True))
+    left = reasons(prepare(root, deduplicate=True))
     assert set(left) == {"b", "c", "d"}
     assert "earlier image" in left["b"] and "no sentence" in left["c"] and "lateral" in left["d"]
-    everything = covid_pairs.prepare(root, texts_only=False, lateral=True, split_rule="test").set_index("study_id")
+    everything = prepare(root, texts_only=False, lateral=True, split_rule="test").set_index("study_id")
     assert len(everything) == 6 and not everything.attrs.get("excluded") and set(everything["split"]) == {"test"}
     assert everything.loc["d", "views"] == "LATERAL" and np.isnan(everything.loc["d", "is_ap_view"])
     assert np.isnan(everything.loc["d", "is_male"]) and everything.loc["c", "impression"] == ""
 
 
 def test_masks_name_their_words(root):
-    row = covid_pairs.prepare(root).iloc[0]
+    row = prepare(root).iloc[0]
     masks = {mask["label"]: mask for mask in masks_of(row)}
     assert set(masks) == {"Lung", "Ground Glass Opacity", "Consolidation", "Left Lung", "Pneumothorax"}
     words = {label: [row[s][a:b] for s, a, b in mask.get("spans", [])] for label, mask in masks.items()}
@@ -97,22 +99,22 @@ def test_masks_name_their_words(root):
 def test_bad_cells_are_named(root, column, value, message):
     change(root, 1, column, value)
     with pytest.raises(ManifestError, match=message):
-        covid_pairs.prepare(root)
+        prepare(root)
 
 
 def test_missing_files_can_be_excluded(root):
     (root / "images/a.jpg").unlink()
-    frame = covid_pairs.prepare(root, on_error="exclude")
+    frame = prepare(root, on_error="exclude")
     assert "a" not in set(frame["study_id"]) and "no such image file" in reasons(frame)["a"]
 
 
 def test_bad_options(root, tmp_path):
     with pytest.raises(ValueError, match="split_rule"):
-        covid_pairs.prepare(root, split_rule="published")
+        prepare(root, split_rule="published")
     with pytest.raises(ManifestError, match=r"index\.csv"):
-        covid_pairs.prepare(root / "images")
+        prepare(root / "images")
     with pytest.raises(TypeError, match="no option"):
-        prepare("covid_pairs", root, {"seeds": 1})
+        prepare(root, seeds=1)
 
 
 def test_prompts_know_every_label():
@@ -121,12 +123,12 @@ def test_prompts_know_every_label():
 
 def test_the_real_collection(tmp_path):
     root = real_folder("covid_pairs")
-    frame = prepared_twice(covid_pairs.prepare, root, tmp_path, lateral=True)
+    frame = prepared_twice(prepare, root, tmp_path, lateral=True)
     assert len(frame) == 338 and frame["patient_id"].nunique() == 182
     assert set(frame["split"]) == {"train", "valid", "test"}
-    distinct = covid_pairs.prepare(root, lateral=True, deduplicate=True)
+    distinct = prepare(root, lateral=True, deduplicate=True)
     assert 270 < len(distinct) <= 275  # 275 texts as they are written; fewer by their words
-    everything = covid_pairs.prepare(root, lateral=True, texts_only=False)
+    everything = prepare(root, lateral=True, texts_only=False)
     labels = [[mask["label"] for mask in masks_of(row)] for row in everything.to_dict("records")]
     assert sum("Lung" in row for row in labels) == 181
     assert sum("Ground Glass Opacity" in row for row in labels) == 36

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from owner_trees import prepared_twice, refusal, write_picture
+from owner_trees import adapter, prepared_twice, refusal, write_picture
 
-from gloria_core.data.sources.covidx import prepare
+prepare = adapter("covidx")
+
 
 KINDS = ("normal", "pneumonia", "COVID-19")
 

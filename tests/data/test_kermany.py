@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from owner_trees import prepared_twice, real_folder, refusal, write_picture, write_rows
+from owner_trees import adapter, prepared_twice, real_folder, refusal, write_picture, write_rows
 from PIL import Image
 
 from gloria_core.data.manifest import masks_of
-from gloria_core.data.sources.kermany import prepare
+
+prepare = adapter("kermany")
 
 HEADER = "id,image,lung_mask,label,subtype,patient,split_original,mask_matched_by"
 

@@ -8,17 +8,19 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from owner_trees import prepared_twice, refusal
+from owner_trees import adapter, prepared_twice, refusal
 from PIL import Image
 
 from gloria_core.data.manifest import CHEXPERT_LABELS
-from gloria_core.data.sources.mimic_cxr import mimic_sections, prepare, section_name
+from gloria_core.data.sources.mimic_cxr import mimic_sections, section_name
 
 TABLES = {name: f"mimic-cxr-2.0.0-{name}.csv.gz" for name in ("metadata", "split", "chexpert")}
 LONG = (
     " FINDINGS: \n \n The lungs are clear without\n effusion.  Heart is normal. No edema.\n \n"
     " IMPRESSION: \n \n Normal chest."
 )
+
+prepare = adapter("mimic_cxr")
 REPORTS = {
     0: f" FINAL REPORT\n EXAMINATION:  CHEST\n \n{LONG}\n",
     1: " FINAL REPORT\n CHEST, TWO VIEWS: \n Small left effusion.\n \n CONCLUSION:  Stable.\n",

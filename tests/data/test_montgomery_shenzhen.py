@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from owner_trees import prepared_twice, refusal, write_picture
+from owner_trees import adapter, prepared_twice, refusal, write_picture
 
 from gloria_core.data.manifest import masks_of
-from gloria_core.data.sources.montgomery_shenzhen import prepare
+
+prepare = adapter("montgomery_shenzhen")
 
 
 def make(root: Path, n: int = 10) -> None:

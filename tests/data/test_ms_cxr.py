@@ -5,12 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from owner_trees import prepared_twice, refusal
+from owner_trees import adapter, prepared_twice, refusal
 from PIL import Image
 
 from gloria_core.data.manifest import boxes_of, masks_of
-from gloria_core.data.sources.ms_cxr import patients_of, prepare
+from gloria_core.data.sources.ms_cxr import patients_of
 from gloria_core.tasks.phrases import phrases_from_masks
+
+prepare = adapter("ms_cxr")
 
 NAME = "MS_CXR_Local_Alignment_v1.1.0.csv"
 COLUMNS = ["category_name", "label_text", "path", "x", "y", "w", "h", "dicom_id", "image_width", "image_height"]

@@ -9,18 +9,20 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from owner_trees import prepared_twice, real_folder, refusal, wheel_table, write_rows
+from owner_trees import adapter, prepared_twice, real_folder, refusal, wheel_table, write_rows
 from PIL import Image
 
 from gloria_core.data.manifest import boxes_of
 from gloria_core.data.prompts import load_prompts
-from gloria_core.data.sources.nih import NIH_LABELS, prepare, read_boxes, read_entries
+from gloria_core.data.sources.nih import NIH_LABELS, read_boxes, read_entries
 from gloria_core.data.splits import label_subset
 
 HEADER = (
     "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
     "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]"
 )
+
+prepare = adapter("nih")
 BOX_HEADER = "Image Index,Finding Label,Bbox [x,y,w,h],,,"
 
 
@@ -231,7 +233,7 @@ def test_box_on_an_unreadable_image(tmp_path):
     (tmp_path / "images_001/images/00000001_000.png").write_bytes(b"broken")
     assert "cannot be read" in refusal(prepare, tmp_path)
     frame = prepare(tmp_path, on_error="exclude")
-    assert len(frame) == 40 and "cannot be read" in frame.attrs["excluded"][0]["reason"]
+    assert len(frame) == 39 and "cannot be read" in frame.attrs["excluded"][0]["reason"]
 
 
 def test_image_twice_table_twice_or_absent(tmp_path):

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from owner_trees import prepared_twice, refusal, write_picture
+from owner_trees import adapter, prepared_twice, refusal, write_picture
 from PIL import Image
 
 from gloria_core.data.manifest import boxes_of, masks_of
-from gloria_core.data.sources.object_cxr import filled, prepare
+from gloria_core.data.sources.object_cxr import filled
+
+prepare = adapter("object_cxr")
 
 SHAPES = "0 2 3 10 8;1 12 4 22 14;2 1 15 9 15 5 22"
 

@@ -12,20 +12,14 @@ from typing import ClassVar
 
 import pandas as pd
 import pytest
-from owner_trees import prepared_twice, refusal
+from owner_trees import adapter, prepared_twice, refusal
 from PIL import Image
 
 from gloria_core.data.download import DownloadError, fetch
-from gloria_core.data.sources.openi import (
-    IMAGES,
-    REPORTS,
-    download,
-    image_key,
-    prepare,
-    projections,
-    read_reports,
-    wheel_file,
-)
+from gloria_core.data.raw_folder import RawFolder
+from gloria_core.data.sources.openi import IMAGES, REPORTS, download, image_key, projections, read_reports, wheel_file
+
+prepare = adapter("openi")
 
 needs_wheel = pytest.mark.skipif(wheel_file(REPORTS) is None, reason="torchxrayvision is not installed")
 
@@ -115,8 +109,9 @@ def test_the_real_reports_and_projections(tmp_path):
     assert len(reports) == 3955 and reports["images"].str.len().sum() == 7470
     assert (reports["findings"] == "").sum() == 530 and (reports["impression"] == "").sum() == 34
     assert ((reports["findings"] == "") & (reports["impression"] == "")).sum() == 28
-    views = Counter(projections(tmp_path).values())
-    assert len(projections(tmp_path).keys() & {image_key(name) for names in reports["images"] for name in names}) > 4900
+    known = projections(RawFolder(tmp_path, "Open-I"))
+    views = Counter(known.values())
+    assert len(known.keys() & {image_key(name) for names in reports["images"] for name in names}) > 4900
     assert views["LATERAL"] > 1300
     frame = prepare(tmp_path, check_images=False)
     assert len(frame) == 3632 and not frame["images"].str.contains(";").any()

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from owner_trees import prepared_twice, refusal, write_picture, write_rows
+from owner_trees import adapter, prepared_twice, refusal, write_picture, write_rows
 
 from gloria_core.data.sources import prepare as prepare_any
-from gloria_core.data.sources.own_csv import prepare
+
+prepare = adapter("own_csv")
 
 HEADER = "file;person;report;Effusion;Tube in place;meta_scanner"
 OPTIONS = {

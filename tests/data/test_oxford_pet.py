@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from owner_trees import prepared_twice, refusal, write_picture
+from owner_trees import adapter, prepared_twice, refusal, write_picture
 from PIL import Image
 
 from gloria_core.data.manifest import masks_of
-from gloria_core.data.sources.oxford_pet import prepare
+
+prepare = adapter("oxford_pet")
 
 
 def make(root: Path, n: int = 16) -> None:

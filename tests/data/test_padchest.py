@@ -5,12 +5,14 @@ from collections import Counter
 from pathlib import Path
 
 import pandas as pd
-from owner_trees import prepared_twice, refusal, wheel_table
+from owner_trees import adapter, prepared_twice, refusal, wheel_table
 from PIL import Image
 
 from gloria_core.data.raw_folder import read_table
 from gloria_core.data.sources.padchest import COLUMNS as RULES
-from gloria_core.data.sources.padchest import LABELS, NAME, prepare
+from gloria_core.data.sources.padchest import LABELS, NAME
+
+prepare = adapter("padchest")
 
 COLUMNS = ["ImageID", "ImageDir", "StudyID", "PatientID", "PatientSex_DICOM", "Projection", "MethodLabel", "Labels"]
 COLUMNS += ["Report", "StudyDate_DICOM"]

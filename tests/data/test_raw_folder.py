@@ -12,20 +12,16 @@ from owner_trees import write_picture
 from gloria_core.data.manifest import ManifestError
 from gloria_core.data.raw_folder import (
     Column,
+    RawFolder,
     Rows,
     check_boxes,
     check_cells,
     check_paths,
     draw_valid,
-    existing,
     finish,
-    first_existing,
     group_studies,
-    locate,
     manifest_frame,
-    optional_file,
     read_table,
-    require,
 )
 
 
@@ -42,31 +38,32 @@ def test_require_finds_alternatives_patterns_folders_and_packed_tables(tmp_path)
     for name in ("a.csv.gz", "t-2.0-x.csv", "LOWER.CSV.zip"):
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "images").mkdir()
-    found = require(tmp_path, {"b.csv|a.csv": "", "t-*.csv": "", "lower.csv": "", "images/": ""}, "Some")
-    assert [path.name for path in found.values()] == ["a.csv.gz", "t-2.0-x.csv", "LOWER.CSV.zip", "images"]
+    found = RawFolder(tmp_path, "Some").require({"b.csv|a.csv": "", "t-*.csv": "", "lower.csv": "", "images/": ""})
+    assert [path.name for path in found] == ["a.csv.gz", "t-2.0-x.csv", "LOWER.CSV.zip", "images"]
 
 
 def test_require_names_all_that_is_missing_and_what_is_there(tmp_path):
     (tmp_path / "other.txt").write_text("")
-    text = said(require, tmp_path, {"a.csv": "labels, from there", "images/": "the images"}, "Some")
+    folder = RawFolder(tmp_path, "Some")
+    text = said(folder.require, {"a.csv": "labels, from there", "images/": "the images"})
     assert "a.csv: labels, from there" in text and "images/: the images" in text and "it has: other.txt" in text
-    assert "is not a folder" in said(require, tmp_path / "no", {"a.csv": ""}, "Some")
+    assert "is not a folder" in said(RawFolder, tmp_path / "no", "Some")
     (tmp_path / "x1.csv").write_text("")
     (tmp_path / "x2.csv").write_text("")
-    assert "several files x*.csv: x1.csv, x2.csv" in said(require, tmp_path, {"x*.csv": ""}, "Some")
+    assert "several files x*.csv: x1.csv, x2.csv" in said(folder.require, {"x*.csv": ""})
 
 
 @pytest.mark.parametrize("name", ["boxes_2017.csv", "BOXES_2017.csv", "Boxes_2017.csv.gz", "boxes_2017.csv.zip"])
 def test_optional_files_are_found(tmp_path, recwarn, name):
     (tmp_path / name).write_bytes(b"")
-    assert optional_file(tmp_path, "boxes_2017.csv", "Some").name == name and not recwarn.list
+    assert RawFolder(tmp_path, "Some").optional("boxes_2017.csv").name == name and not recwarn.list
 
 
 @pytest.mark.parametrize("name", ["boxes_2018.csv", "boxes-2017.txt", "Boxes_2017_final.xlsx"])
 def test_a_table_that_is_nearly_an_optional_one_is_named(tmp_path, name):
     (tmp_path / name).write_bytes(b"")
     with pytest.warns(UserWarning, match=f"{name} is not read.*boxes_2017.csv"):
-        assert optional_file(tmp_path, "boxes_2017.csv", "Some") is None
+        assert RawFolder(tmp_path, "Some").optional("boxes_2017.csv") is None
 
 
 def test_existing_lists_each_folder_once(tmp_path, monkeypatch):
@@ -78,7 +75,8 @@ def test_existing_lists_each_folder_once(tmp_path, monkeypatch):
     scandir = os.scandir
     monkeypatch.setattr(os, "scandir", lambda path: listed.append(str(path)) or scandir(path))
     asked = ["a/1.png", "a/2.png", "a/3.png", "top.png", "b/1.png", "a/folder.png", "top.png/x"]
-    assert existing(tmp_path, asked) == {"a/1.png", "a/2.png", "top.png"}
+    folder = RawFolder(tmp_path, "Some")
+    assert folder.existing(asked) == folder.existing(asked) == {"a/1.png", "a/2.png", "top.png"}
     assert len(listed) == len(set(listed)) == 4
 
 
@@ -86,10 +84,11 @@ def test_places_of_images(tmp_path):
     for name in ("a/1.png", "b/1.png", "b/2.PNG", "3.jpg"):
         write_picture(tmp_path / name)
     names = pd.Series(["1.png", "2.PNG", "4.png"], index=[5, 5, 7])
-    assert first_existing(tmp_path, ["b/" + names, "a/" + names]).tolist() == ["b/1.png", "b/2.PNG", ""]
+    folder = RawFolder(tmp_path, "Some")
+    assert folder.first_existing(["b/" + names, "a/" + names]).tolist() == ["b/1.png", "b/2.PNG", ""]
     stems = pd.Series(["2", "3", "4"])
-    assert locate(tmp_path, stems, ["b", ""], [".png", ".jpg"]).tolist() == ["b/2.PNG", "3.jpg", ""]
-    assert "image '1' occurs twice, a/1.png and b/1.png" in said(locate, tmp_path, names.str[0], ["a", "b"], [".png"])
+    assert folder.locate(stems, ["b", ""], [".png", ".jpg"]).tolist() == ["b/2.PNG", "3.jpg", ""]
+    assert "image '1' occurs twice, a/1.png and b/1.png" in said(folder.locate, names.str[0], ["a", "b"], [".png"])
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -282,11 +281,10 @@ def test_valid_is_drawn_from_train_alone():
 
 
 def test_finish_checks_and_reports():
-    frame = manifest_frame(
-        pd.DataFrame({"study_id": ["a", "b"], "split": ["train", "test"], "images": ["x", "y"], "Edema": 1.0}),
-        ["Edema"],
-    )
-    done = finish(frame, source="f", seed=0, leaks={"patients": 0})
+    table = pd.DataFrame({"study_id": ["a", "b"], "split": ["train", "test"], "images": ["x", "y"], "Edema": 1.0})
+    rows = Rows(table, source="f", cell=("Image", "images"))
+    done = finish(rows, ["Edema"], seed=0, leaks={"patients": 0})
     assert done.attrs == {"excluded": [], "leaks": {"patients": 0}} and done["label_rank"].between(0, 1).all()
     assert done["patient_id"].tolist() == ["a", "b"] and set(done["views"]) == {"FRONTAL"}
-    assert "patient in two splits" in said(finish, frame.assign(patient_id="p"), source="f", seed=0)
+    rows.table = table.assign(patient_id="p")
+    assert "patient in two splits" in said(finish, rows, ["Edema"], seed=0)

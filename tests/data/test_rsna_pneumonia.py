@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from owner_trees import prepared_twice, real_folder, refusal, wheel_table, write_dicom, write_rows
+from owner_trees import adapter, prepared_twice, real_folder, refusal, wheel_table, write_dicom, write_rows
 from PIL import Image
 
 from gloria_core.data.images import read_gray
 from gloria_core.data.manifest import boxes_of
-from gloria_core.data.sources.rsna_pneumonia import prepare
+
+prepare = adapter("rsna_pneumonia")
 
 HEADER = "patientId,x,y,width,height,Target"
 
@@ -49,7 +50,7 @@ def test_owners_tree_becomes_a_good_manifest(tmp_path):
     frame = prepared_twice(prepare, root, tmp_path, headers=True)
     rows = frame.set_index("study_id")
     assert rows["Pneumonia"].sum() == 5 and set(frame["split"]) == {"train", "valid", "test"}
-    assert boxes_of(rows.loc["id-00"])[0] == {"label": "Pneumonia", "image": 0, "xywh": [264.0, 152.0, 213.0, 379.0]}
+    assert boxes_of(rows.loc["id-00"])[0] == {"label": "Pneumonia", "image": 0, "xywh": [4.125, 2.375, 3.328, 5.922]}
     assert len(boxes_of(rows.loc["id-00"])) == 2 and rows.loc["id-01", "boxes"] == ""
     assert list(rows.loc["id-01", ["views", "is_ap_view", "is_male", "meta_age"]]) == ["PA", 0, 1, "021Y"]
     assert list(rows.loc["id-00", ["views", "is_male", "meta_rsna_class"]]) == ["AP", 0, "Lung Opacity"]

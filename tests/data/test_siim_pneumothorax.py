@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from owner_trees import prepared_twice, refusal, wheel_table, write_dicom, write_picture, write_rows
+from owner_trees import adapter, prepared_twice, refusal, wheel_table, write_dicom, write_picture, write_rows
 from PIL import Image
 
 from gloria_core.data.annotations import decode_rle
 from gloria_core.data.manifest import masks_of
-from gloria_core.data.sources.siim_pneumothorax import prepare
 from gloria_core.data.splits import random_split
+
+prepare = adapter("siim_pneumothorax")
 
 RUNS = ("1024 3 1021 2", "20 5", "300000 10 1014 10")
 

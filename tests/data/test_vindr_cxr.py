@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from owner_trees import prepared_twice, refusal, wheel_table, write_dicom, write_rows
+from owner_trees import adapter, prepared_twice, refusal, wheel_table, write_dicom, write_rows
 
 from gloria_core.data.manifest import boxes_of
-from gloria_core.data.sources.vindr_cxr import labels_of_boxes, prepare, read_boxes
+from gloria_core.data.sources.vindr_cxr import labels_of_boxes, read_boxes
+
+prepare = adapter("vindr_cxr")
 
 BOXES, LABELS = "image_id,rad_id,class_name,x_min,y_min,x_max,y_max", "image_id,rad_id,Cardiomegaly,Nodule/Mass,COPD"
 TEST_BOXES, TEST_LABELS = "image_id,class_name,x_min,y_min,x_max,y_max", "image_id,Cardiomegaly,Nodule/Mass,COPD"

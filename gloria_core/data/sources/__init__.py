@@ -1,11 +1,9 @@
-"""One small file per public dataset; each offers `prepare(root, *, ...) -> manifest frame`.
+"""One small file per public dataset; each has a function `prepare(root, *, ...) -> manifest frame`.
 
-`prepare("nih", root, options)` calls `gloria_core.data.sources.nih.prepare(root, **options)`. A new dataset is one new
-module here and one card in `data_manifests/`; nothing else is edited. Long lists of an owner's words are in
-`vocabularies.json`.
+`prepare("nih", root, options)` calls that of `gloria_core.data.sources.nih` and checks its options by their types. A
+new dataset is one new module here and one card in `data_manifests/`; nothing else is edited. Long lists of an owner's
+words are in `vocabularies.json`.
 """
-
-from __future__ import annotations
 
 import importlib
 import inspect
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from pydantic import validate_call
 
 from gloria_core.data.files import did_you_mean
 
@@ -43,11 +42,12 @@ def options_of(dataset: str) -> tuple[str, ...]:
 def prepare(dataset: str, root: str | Path, options: Mapping[str, object] | None = None) -> pd.DataFrame:
     """Turn the raw folder `root` of `dataset` into one checked manifest frame.
 
-    Raises ValueError for a dataset without a module here, TypeError for an option that the source does not have.
+    Raises ManifestError naming file, row, column and remedy; ValueError for a dataset without a module here and for a
+    value that an option cannot have, TypeError for an option that the source does not have.
     """
     known = options_of(dataset)
     for option in options or {}:
         if option not in known:
             raise TypeError(f"dataset {dataset!r} has no option {option!r}; it has: {', '.join(known)}")
     function = importlib.import_module(f"{__name__}.{dataset}").prepare
-    return function(Path(root), **(options or {}))
+    return validate_call(function)(Path(root), **(options or {}))

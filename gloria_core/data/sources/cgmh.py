@@ -9,31 +9,29 @@ A list is read as data (`ast.literal_eval`) and never run. The images are Chang 
 public: everybody brings tables of their own, and with `tasks` labels of their own.
 """
 
-from __future__ import annotations
-
 import ast
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import pandas as pd
-from pydantic import Field, TypeAdapter, validate_call
+from pydantic import Field, StringConstraints, TypeAdapter
 
 from gloria_core.data import raw_folder as raw
 from gloria_core.data.files import did_you_mean
-from gloria_core.data.manifest import ManifestError, OnError, path_problem, shorten
+from gloria_core.data.manifest import ManifestError, OnError, shorten
 from gloria_core.data.prompts import NO_FINDING, Kind, PromptError, PromptSet, available_prompts, load_prompts
 from gloria_core.data.sources import vocabulary
-from gloria_core.data.splits import assign_label_ranks
 
 CGMH_LABELS = tuple(vocabulary("cgmh", "labels"))
+# The fork's label list, prompts and tables have the former; both are read, and the manifest has the latter
 OTHER_SPELLINGS = {"Pigtail malpositon": "Pigtail malposition"}
-"""The fork's label list, prompts and tables have the former; both are read, and the manifest has the latter."""
 
 
 _FORK = TypeAdapter(dict[str, dict[Kind, list[str]]])
+_STRINGS = TypeAdapter(list[Annotated[str, StringConstraints(strip_whitespace=True)]])
 
 
 def read_studies(path: Path, root: Path, split: str, tasks: Sequence[str], prefix: str) -> pd.DataFrame:
@@ -49,77 +47,48 @@ def read_studies(path: Path, root: Path, split: str, tasks: Sequence[str], prefi
         optional[index] = raw.Column("index", unique=True)
     remedy = "Rename it, or give the labels of this table as `tasks`"
     table = raw.read_table(path, wanted, optional=optional, remedy=remedy)
-    images = _cells(path, "image", table["image"], lambda text: _images(text, root, prefix))
+    images = _lists(path, "image", table["image"]).explode()
+    raw.check_cells(path, "image", images, images.notna(), "a study has at least one image")
+    if prefix:
+        remedy = f"paths begin with path_prefix {prefix!r}, or leave it out"
+        raw.check_cells(path, "image", images, images.str.startswith(prefix), remedy)
+        images = images.str.removeprefix(prefix).str.lstrip("/")
+    images = images.str.removeprefix(f"{root.absolute().as_posix()}/")
+    raw.check_paths(path, "image", images, remedy="path_prefix cuts a common beginning off")
+    images = images.groupby(level=0)
     numbers = table["index"] if index else table.index.astype(str).to_series(table.index)
     ids = f"{path.name.partition('.')[0]}-" + numbers
     if split != "test":
-        present = _cells(path, "text_label", table["labels"], lambda text: _known(_list(text), tasks))
+        present = _lists(path, "text_label", table["labels"]).explode().replace(OTHER_SPELLINGS)
+        for index, name in present[present.notna() & ~present.isin([*tasks, NO_FINDING])].items():
+            hint = did_you_mean(name, tasks)
+            remedy = f"is none of the tasks.{hint} Other labels are given as `tasks`"
+            raise ManifestError(f"{path}, row {index + 2}, column 'text_label': label {name!r} {remedy}")
         for name in tasks:
-            table[name] = [float(name in names) for names in present]
+            table[name] = (present == name).groupby(level=0).any().astype(float)
     return table.assign(
         study_id=ids,
         patient_id=table["patient_id"].str.strip() if "patient_id" in header else ids,
         split=split,
-        images=[";".join(paths) for paths in images],
-        views=[";".join(["FRONTAL"] * len(paths)) for paths in images],
+        images=images.agg(";".join),
+        views=images.agg(lambda paths: ";".join(["FRONTAL"] * len(paths))),
         impression=table["text"] if split == "test" else "",
     )
 
 
-def _cells(path: Path, column: str, cells: pd.Series, read: Callable[[str], list[str]]) -> list[list[str]]:
-    """Every cell of a column as `read` gives it; its ValueError becomes the one that names file, row and column."""
-    values = []
-    for row, text in enumerate(cells, start=2):
+def _lists(path: Path, column: str, cells: pd.Series) -> pd.Series:
+    """The cells as lists of texts: list literals of strings, or strings without brackets, as the fork reads both."""
+    lists = []
+    for index, cell in cells.str.strip().items():
         try:
-            values.append(read(text.strip()))
-        except ValueError as error:
-            raise ManifestError(f"{path}, row {row}, column {column!r}: {shorten(text)} {error}") from error
-    return values
+            values = ast.literal_eval(cell or "None") if cell[:1] in ("[", "(", "") else [cell]
+            lists.append(_STRINGS.validate_python(values))
+        except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
+            remedy = "is no list of texts; write it as ['first', 'second'], [] for one without entries"
+            raise ManifestError(f"{path}, row {index + 2}, column {column!r}: {shorten(cell)} {remedy}") from error
+    return pd.Series(lists, cells.index, dtype=object)
 
 
-def _list(cell: str) -> list[str]:
-    """A list literal of strings, or one string without brackets, as the fork reads both; else ValueError."""
-    if not cell:
-        raise ValueError("is empty; write a list, [] for one without entries")
-    if cell[0] not in "[(":
-        return [cell]
-    try:
-        values = ast.literal_eval(cell)
-    except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
-        raise ValueError("is no list; write it as ['first', 'second']") from error
-    if not isinstance(values, list | tuple) or not all(isinstance(value, str) for value in values):
-        raise ValueError("is no list of texts; write it as ['first', 'second']")
-    return [value.strip() for value in values]
-
-
-def _images(cell: str, root: Path, prefix: str) -> list[str]:
-    """Paths below the root."""
-    paths = []
-    for path in _list(cell):
-        if prefix and not path.startswith(prefix):
-            raise ValueError(f"has path {path!r}, which does not begin with path_prefix {prefix!r}")
-        path = path.removeprefix(prefix).lstrip("/") if prefix else path
-        if Path(path).is_absolute() and Path(path).is_relative_to(root.absolute()):
-            path = Path(path).relative_to(root.absolute()).as_posix()
-        problem = path_problem(path) or ("has a ';', which separates images" if ";" in path else None)
-        if problem:
-            raise ValueError(f"has path {path!r}, which {problem}; path_prefix cuts a common beginning off")
-        paths.append(path)
-    if not paths:
-        raise ValueError("names no image; give at least one")
-    return paths
-
-
-def _known(names: list[str], tasks: Sequence[str]) -> list[str]:
-    names = [OTHER_SPELLINGS.get(name, name) for name in names]
-    for name in names:
-        if name not in tasks and name != NO_FINDING:
-            hint = did_you_mean(name, tasks)
-            raise ValueError(f"has label {name!r}, which is none of the tasks.{hint} Other labels are given as `tasks`")
-    return names
-
-
-@validate_call
 def prepare(
     root: Path,
     *,
@@ -154,21 +123,20 @@ def prepare(
     named = {split: name for split, name in (("train", train), ("valid", valid), ("test", test)) if name}
     if not named:
         raise ValueError("give at least one of train, valid and test")
+    folder, parts = raw.RawFolder(root, "cgmh"), []
     needs = {name: f"the table of {split}; option {split} names another, or none" for split, name in named.items()}
-    parts, failures = [], []
-    for split, path in zip(named, raw.require(root, needs, "cgmh").values(), strict=True):
+    for split, path in zip(named, folder.require(needs), strict=True):
         rows = raw.Rows(read_studies(path, root, split, tasks, path_prefix), source=path, cell=("images", "images"))
-        rows.exclude_missing(raw.complete(root, rows.table["images"]), on_error)
-        parts.append(rows.table)
-        failures += rows.failures
-    frame = raw.manifest_frame(pd.concat(parts), tasks)
+        rows.exclude_missing(folder.complete(rows.table["images"]), on_error)
+        parts.append(rows)
+    rows = raw.Rows.concat(parts, source=f"{root} ({', '.join(named.values())}, in this order)")
+    frame = raw.manifest_frame(rows.table, tasks)
     if not valid:
         frame = raw.draw_valid(frame, fraction=0.1, seed=seed)
-    frame = assign_label_ranks(frame, seed=seed)
     if prompts:
         frame = _with_texts(frame, _prompts(prompts, root), tasks, seed=seed, n_negative=n_negative)
-    source = f"manifest of {root} ({', '.join(named.values())}, in this order)"
-    return raw.finish(frame, source=source, seed=seed, failures=failures)
+    rows.table = frame
+    return raw.finish(rows, tasks, seed=seed)
 
 
 def _prompts(given: str | PromptSet, root: Path) -> PromptSet:

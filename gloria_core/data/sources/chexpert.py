@@ -8,15 +8,12 @@ by the prompt set "chexpert".
 released code of GLoRIA (`preprocess_datasets.py`) and MGCA (`chexpert.py`).
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pandas as pd
-from pydantic import validate_call
 
 from gloria_core.data import raw_folder as raw
 from gloria_core.data.manifest import CHEXPERT_LABELS, COMPETITION_LABELS, ManifestError, OnError
@@ -147,16 +144,15 @@ def listed_patients(path: str | Path) -> set[str]:
     return set(read_list(Path(path))["key"].str.split("/").str[1]) if str(path) else set()
 
 
+# Fraction of the training patients that is valid by default; near the 5,000 images of GLoRIA and MGCA
 VALID_FRACTION = 0.02
-"""Fraction of the training patients that is valid by default; near the 5,000 images of GLoRIA and MGCA."""
 PUBLISHED_VALID = 5000
 
 
-@validate_call
 def prepare(
     root: Path,
     *,
-    split_rule: Literal["patient", "published"] = "patient",
+    split_rule: raw.SplitRule = "patient",
     paper: Paper = "gloria",
     unit: raw.Unit = "study",
     views: raw.ViewRule = "frontal",
@@ -180,11 +176,12 @@ def prepare(
         json). With split_rule="patient" its patients are left out of train and valid; "" keeps everybody.
     on_error: "exclude" leaves out images that are not there, and lists them in `attrs["excluded"]`.
     check_images: False skips the look at the image files (when only the tables are there).
-    Raises ManifestError naming file, row, column and remedy; ValueError for an unknown option value.
     """
-    paths = raw.require(root, NEEDS, "CheXpert")
-    tables = {path: read_images(path) for path in paths.values()}
-    learn, official = (raw.Rows(tables[path], source=path, cell=("Path", "path"), key="image_id") for path in tables)
+    folder = raw.RawFolder(root, "CheXpert")
+    paths = folder.require(NEEDS)
+    learn, official = (
+        raw.Rows(read_images(path), source=path, cell=("Path", "path"), key="image_id") for path in paths
+    )
     leaks = {}
     if split_rule == "published":
         parts, leaks = published_parts(learn, official, paper, hold_out)
@@ -195,25 +192,21 @@ def prepare(
         held = set(ruled_5x200(train, seed=seed)["patient_id"]) if own else listed_patients(hold_out)
         learn.exclude(train["patient_id"].isin(held), "its patient is held out for the 5x200 test set")
         parts = {"train": learn, "test": official}
-    frames = []
     for split, rows in parts.items():
-        table = rows.table.assign(images=locate(root, paths[TRAIN].parent, rows.table))
+        table = rows.table.assign(images=locate(root, paths[0].parent, rows.table))
         rows.table = table if unit == "study" else table.assign(study_id=table["image_id"])
         if check_images:
-            rows.exclude_missing(raw.complete(root, rows.table["images"]), on_error)
+            rows.exclude_missing(folder.complete(rows.table["images"]), on_error)
         rows.keep_views(views)
-        frames.append(raw.group_studies(rows.table).assign(split=split))
-    failures = [failure for rows in parts.values() for failure in rows.failures]
-    frame = pd.concat(frames, ignore_index=True)
-    if frame.empty:
-        raise ManifestError(f"{paths[TRAIN]}: no image of view {views!r}; use views='all'")
-    frame = raw.manifest_frame(frame, [*CHEXPERT_LABELS, "is_ap_view", "is_male"])
-    if split_rule == "patient":
-        frame = raw.draw_valid(frame, fraction=VALID_FRACTION, seed=seed)
-    elif paper != "cxr_clip":
-        leaks = count_leaks(frame["patient_id"], frame["split"]) | leaks
-        frame = frame.assign(meta_patient=frame["patient_id"], patient_id=frame["study_id"])
-    return raw.finish(frame, source=f"manifest of {root}", seed=seed, failures=failures, leaks=leaks)
+        rows.table = raw.group_studies(rows.table).assign(split=split)
+    rows = raw.Rows.concat(list(parts.values()), source=root)
+    rows.check_rest("use views='all'")
+    if split_rule == "published" and paper != "cxr_clip":
+        leaks = count_leaks(rows.table["patient_id"], rows.table["split"]) | leaks
+        rows.table = rows.table.assign(meta_patient=rows.table["patient_id"], patient_id=rows.table["study_id"])
+    draw = "valid" if split_rule == "patient" else ""
+    labels = [*CHEXPERT_LABELS, "is_ap_view", "is_male"]
+    return raw.finish(rows, labels, seed=seed, draw=draw, fraction=VALID_FRACTION, leaks=leaks)
 
 
 def published_parts(

@@ -5,14 +5,11 @@ in full, so it is built from CheXpert's train.csv by rule and seed, or read from
 `chexpert.prepare` keeps the patients of this set out of training.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pandas as pd
-from pydantic import validate_call
 
 from gloria_core.data import raw_folder as raw
 from gloria_core.data.manifest import CHEXPERT_LABELS, COMPETITION_LABELS, ManifestError, OnError
@@ -29,7 +26,6 @@ from gloria_core.data.sources.chexpert import (
 )
 
 
-@validate_call
 def prepare(
     root: Path,
     *,
@@ -51,13 +47,13 @@ def prepare(
     reports: the table df_chexpert_plus_240401.csv, whose impressions become the texts; otherwise those of the list
         (`Report Impression`), or none.
     on_error: "exclude" leaves out images that are not there (or lack a report in `reports`), and lists them.
-    Raises ManifestError naming file, row, column and remedy.
     """
-    if given and raw.optional_file(root, TRAIN, "CheXpert") is None:
-        path, folder, table = Path(given), root, _from_list(Path(given))
+    folder, home = raw.RawFolder(root, "CheXpert"), root
+    if given and folder.optional(TRAIN) is None:
+        path, table = Path(given), _from_list(Path(given))
     else:
-        path = raw.require(root, {TRAIN: NEEDS[TRAIN]}, "CheXpert")[TRAIN]
-        folder, table = path.parent, read_images(path)
+        (path,) = folder.require({TRAIN: NEEDS[TRAIN]})
+        home, table = path.parent, read_images(path)
         if given:
             table = _listed(table, Path(given), path)
         elif rule == "seed":
@@ -66,17 +62,16 @@ def prepare(
             raise ValueError(f"per_class is {per_class}; the released code of {rule} draws 200, use rule='seed'")
         else:
             table = table[table["path"].isin(published_5x200(table, rule)[0])].sort_values("image_id")
-    places = locate(root, folder, table)
+    places = locate(root, home, table)
     table = table.assign(images=places, study_id=table["image_id"], views=table["view"], split="test")
     if reports:
         table["impression"] = table["key"].map(_impressions(Path(reports)))
     rows = raw.Rows(table, source=path, cell=("Path", "path"))
     if check_images:
-        rows.exclude_missing(raw.complete(root, table["images"]), None)
+        rows.exclude_missing(folder.complete(table["images"]), None)
     silent = rows.table["impression"].fillna("") == "" if reports else pd.Series(False, index=rows.table.index)
     rows.exclude_missing(~silent, on_error, reason="no impression")
-    frame = raw.manifest_frame(rows.table, [*CHEXPERT_LABELS, "is_ap_view", "is_male"])
-    return raw.finish(frame, source=f"5x200 of {root}", seed=seed, failures=rows.failures)
+    return raw.finish(rows, [*CHEXPERT_LABELS, "is_ap_view", "is_male"], seed=seed)
 
 
 def _listed(table: pd.DataFrame, given: Path, path: Path) -> pd.DataFrame:

@@ -4,15 +4,12 @@ Reads `df_chexpert_plus_240401.csv` and, where it is there, the labels in `chexb
 JPEG (original or small) or the PNG of CheXpert Plus.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pandas as pd
-from pydantic import validate_call
 
 from gloria_core.data import raw_folder as raw
 from gloria_core.data.manifest import CHEXPERT_LABELS, ManifestError, OnError
@@ -35,15 +32,14 @@ COLUMNS = {
     "section_impression": "impression",
 }
 OPTIONAL = {"age": "meta_age", "sex": "meta_sex", "race": "meta_race", "ethnicity": "meta_ethnicity"}
+# Folders under the root that train/ and valid/ may lie in
 HOMES = ("", "PNG/", "PNG/PNG/", "CheXpert-v1.0/", "CheXpert-v1.0-small/", "images/")
-"""Folders under the root that train/ and valid/ may lie in."""
 
 
-@validate_call
 def prepare(
     root: Path,
     *,
-    split_rule: Literal["patient", "published"] = "patient",
+    split_rule: raw.SplitRule = "patient",
     labels: Literal["report", "impression", "findings", "none"] = "impression",
     unit: raw.Unit = "study",
     views: raw.ViewRule = "frontal",
@@ -62,9 +58,9 @@ def prepare(
     texts_only: leaves out studies with neither findings nor impression, and lists them as excluded.
     hold_out: a 5x200 list (csv with Path, PRIOR's json) whose patients are left out of train and valid.
     De-identification marks stay as the owner wrote them; wrapped lines are joined.
-    Raises ManifestError naming file, row, column and remedy; ValueError for an unknown option value.
     """
-    path = raw.require(root, {TABLE: f"reports and metadata of 223,462 images, {WHERE}"}, "CheXpert Plus")[TABLE]
+    folder = raw.RawFolder(root, "CheXpert Plus")
+    (path,) = folder.require({TABLE: f"reports and metadata of 223,462 images, {WHERE}"})
     table = named_images(path, "path_to_image", raw.read_table(path, COLUMNS, optional=OPTIONAL))
     for name in ("findings", "impression"):
         table[name] = [unwrapped(text) for text in table[name]]
@@ -74,38 +70,36 @@ def prepare(
     if texts_only:
         silent = (rows.table["findings"] == "") & (rows.table["impression"] == "")
         rows.exclude(silent, "neither findings nor impression")
-    rows.table["images"] = _places(root, rows.table) if check_images else rows.table["path"]
+    rows.table["images"] = _places(folder, rows.table) if check_images else rows.table["path"]
     rows.exclude_missing(rows.table["images"] != "", on_error)
     rows.keep_views(views)
     rows.check_rest("use views='all' or texts_only=False")
     table = rows.table if unit == "study" else rows.table.assign(study_id=rows.table["image_id"])
-    names = []
-    if (known := _labels(root, labels)) is not None:
+    names, draw = [], ""
+    if (known := _labels(folder, labels)) is not None:
         table, names = table.join(known, on="key"), list(CHEXPERT_LABELS)
-    frame = raw.manifest_frame(raw.group_studies(table), [*names, "is_ap_view", "is_male"])
     if split_rule == "patient":
-        official = frame["split"] == "valid"
-        frame = raw.draw_valid(frame, fraction=VALID_FRACTION, seed=seed)
-        frame["split"] = frame["split"].mask(official, "test")
-    return raw.finish(frame, source=f"manifest of {root}", seed=seed, failures=rows.failures)
+        table["split"], draw = table["split"].replace("valid", "test"), "valid"
+    rows.table = raw.group_studies(table)
+    return raw.finish(rows, [*names, "is_ap_view", "is_male"], seed=seed, draw=draw, fraction=VALID_FRACTION)
 
 
-def _places(root: Path, table: pd.DataFrame) -> pd.Series:
+def _places(folder: raw.RawFolder, table: pd.DataFrame) -> pd.Series:
     """Path below the root of each image, "" where there is none; JPEG or PNG, in the first home that has it."""
-    homes = [home for home in HOMES if any((root / home / part).is_dir() for part in ("train", "valid"))]
+    homes = [home for home in HOMES if any((folder.root / home / part).is_dir() for part in ("train", "valid"))]
     paths = [home + table["key"] + suffix for home in homes for suffix in (".jpg", ".png")]
-    return raw.first_existing(root, paths or [table["path"]])
+    return folder.first_existing(paths or [table["path"]])
 
 
-def _labels(root: Path, which: str) -> pd.DataFrame | None:
+def _labels(folder: raw.RawFolder, which: str) -> pd.DataFrame | None:
     """Labels by key (train/patient.../view1_frontal), from a file with a JSON object a line; None without one."""
     if which == "none":
         return None
     name = f"{which}_fixed.json"
-    path = raw.optional_file(root, f"chexbert_labels/{name}|*/{name}|{name}", "CheXpert Plus")
+    path = folder.optional(f"chexbert_labels/{name}|*/{name}|{name}")
     if path is None:
         if which != "impression":
-            raise ManifestError(f"{root} lacks chexbert_labels/{name}, {WHERE}; or use labels='none'")
+            raise ManifestError(f"{folder.root} lacks chexbert_labels/{name}, {WHERE}; or use labels='none'")
         return None
     rows = []
     with path.open(encoding="utf-8") as file:

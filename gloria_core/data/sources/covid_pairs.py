@@ -5,8 +5,6 @@ The texts are from case reports, not from hospitals, and nearly all patients hav
 but no place to claim accuracy. Read is one `index.csv` (an image a row) with images, lung and lesion masks beside it.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path
@@ -14,19 +12,17 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
-from pydantic import validate_call
 
 from gloria_core.data import raw_folder as raw
 from gloria_core.data.manifest import ManifestError, OnError
 from gloria_core.data.sources import vocabulary
-from gloria_core.data.splits import assign_splits
 
+# Label columns, and how they are read from the column `finding` ("Pneumonia/Viral/COVID-19")
 LABELS = vocabulary("covid_pairs", "labels")
-"""Label columns, and how they are read from the column `finding` ("Pneumonia/Viral/COVID-19")."""
 UNKNOWN = ("Unknown", "todo", "")
 VIEWS = {"PA": "PA", "AP": "AP", "AP Supine": "AP", "AP Erect": "AP", "L": "LATERAL"}
+# Lesion masks that a sentence may name: their label, and the words that name them
 WORDS = vocabulary("covid_pairs", "lesions")
-"""Lesion masks that a sentence may name: their label, and the words that name them."""
 COLUMNS = {
     "id": raw.Column("study_id", filled=True, unique=True, remedy="give every image one id"),
     "path": raw.Column("images", path=True, filled=True),
@@ -46,7 +42,6 @@ COLUMNS = {
 }
 
 
-@validate_call
 def prepare(
     root: Path,
     *,
@@ -68,12 +63,12 @@ def prepare(
     Masks: "Lung" (both in one file, the v7labs annotation); by other annotators, for a few images, "Left Lung", "Right
     Lung", lesions, tubes and mediastinum, with the words of the sentences that name them. Boxes: each lung.
     What is left out is listed in `attrs["excluded"]` with its row and the reason; on_error="exclude" leaves out, too,
-    images that are not there. Raises ManifestError naming file, row, column and remedy.
+    images that are not there.
     """
-    path = raw.require(root, {"index.csv": "the table, beside images/"}, "covid_pairs")["index.csv"]
-    table = raw.read_table(path, COLUMNS)
-    rows = raw.Rows(table, source=path, cell=("id", "study_id"))
-    rows.exclude_missing(raw.complete(root, table["images"]), on_error, cell=("path", "images"))
+    folder = raw.RawFolder(root, "covid_pairs")
+    (path,) = folder.require({"index.csv": "the table, beside images/"})
+    rows = raw.Rows(raw.read_table(path, COLUMNS), source=path, cell=("id", "study_id"))
+    rows.exclude_missing(folder.complete(rows.table["images"]), on_error, cell=("path", "images"))
     if not lateral:
         rows.exclude(rows.table["meta_view"] == "L", "a lateral view")
     if texts_only:
@@ -90,9 +85,9 @@ def prepare(
     table["is_ap_view"], table["is_male"] = raw.ap_view(table["views"]), raw.male(table["meta_sex"])
     cells = [_cells(row, path, index + 2) for index, row in zip(table.index, table.to_dict("records"), strict=True)]
     table["boxes"], table["masks"] = zip(*cells, strict=True)
-    frame = raw.manifest_frame(table, [*LABELS, "is_ap_view", "is_male"])
-    frame = assign_splits(frame, seed=seed) if split_rule == "patient" else frame.assign(split="test")
-    return raw.finish(frame, source=f"manifest of {root}", seed=seed, failures=rows.failures)
+    rows.table = table if split_rule == "patient" else table.assign(split="test")
+    labels = [*LABELS, "is_ap_view", "is_male"]
+    return raw.finish(rows, labels, seed=seed, draw="all" if split_rule == "patient" else "")
 
 
 def _cells(row: dict[str, str], path: Path, number: int) -> tuple[str, str]:

@@ -5,36 +5,26 @@ and lists `train_COVIDx9A.txt`, `test_COVIDx9A.txt` of any version: patient, fil
 with spaces between. Versions "A" and up to 5 have normal, pneumonia and COVID-19; "B" has negative and positive.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
-from typing import Literal
 
 import pandas as pd
-from pydantic import validate_call
 
 from gloria_core.data import raw_folder as raw
 from gloria_core.data.manifest import ManifestError, OnError
 from gloria_core.data.sources import vocabulary
 from gloria_core.data.splits import random_split
 
+# Class of the list -> its labels
 CLASSES = vocabulary("covidx", "classes")
-"""Class of the list -> its labels."""
 HOW = "github.com/lindawangg/COVID-Net, docs/COVIDx.md, or Kaggle, andyczhao/covidx-cxr2"
+# Split -> how its list and its folder are called
 LISTS = {"train": "train", "test": "test", "valid": "val"}
-"""Split -> how its list and its folder are called."""
 _LINE = re.compile(rf"(\S+)\s+(.+?)\s+({'|'.join(CLASSES)})(?:\s+(\S+))?")
 
 
-@validate_call
 def prepare(
-    root: Path,
-    *,
-    version: str = "",
-    split_rule: Literal["patient", "published"] = "patient",
-    seed: int = 0,
-    on_error: OnError = "raise",
+    root: Path, *, version: str = "", split_rule: raw.SplitRule = "patient", seed: int = 0, on_error: OnError = "raise"
 ) -> pd.DataFrame:
     """The checked manifest: one study an image, labels "Normal", "Pneumonia" (no COVID-19) and "COVID-19", or the last.
 
@@ -45,9 +35,10 @@ def prepare(
         (Wang et al. 2022): a fifth of the training rows as valid by scikit-learn; patients on both sides are counted in
         `attrs["leaks"]`. A patient is source and number: sources number theirs independently.
     on_error="exclude" leaves out images that are not there. What is left out is in `attrs["excluded"]`.
-    Raises ManifestError naming file, line and remedy.
+
     """
-    table = pd.concat([_read(path, split) for split, path in _lists(root, version).items()])
+    folder = raw.RawFolder(root, "covidx")
+    table = pd.concat([_read(path, split) for split, path in _lists(folder, version).items()])
     twice = table["study_id"].duplicated().to_numpy()
     if twice.any():
         path, line, name = table.loc[twice, ["list", "line", "study_id"]].iloc[0]
@@ -58,7 +49,7 @@ def prepare(
         table.loc[learn, "split"] = random_split(int(learn.sum()), held_out=0.2)
         table["patient_id"], leaks = raw.tear(table["patient_id"], table["split"], rows="images", unit="patient")
     # in the folder of its list, or below data/, where COVID-Net's scripts put it
-    table["images"] = raw.first_existing(root, [folder + table["place"] for folder in ("", "data/")])
+    table["images"] = folder.first_existing([home + table["place"] for home in ("", "data/")])
     rows = raw.Rows(table, source=f"{root}: lists of COVIDx", cell=("file", "study_id"))
     rows.exclude_missing(table["images"] != "", on_error)
     if split_rule == "patient":
@@ -69,17 +60,15 @@ def prepare(
             held = (rows.table["split"] == "train") & rows.table["patient_id"].isin(patients["valid"])
             rows.table["split"] = rows.table["split"].mask(held, "valid")
     labels = [name for name in CLASSES["normal"] if rows.table[name].notna().any()]
-    frame = raw.manifest_frame(rows.table, labels)
-    if split_rule == "patient" and not (frame["split"] == "valid").any():
-        frame = raw.draw_valid(frame, seed=seed)
-    return raw.finish(frame, source=f"manifest of {root}", seed=seed, failures=rows.failures, leaks=leaks)
+    undrawn = split_rule == "patient" and not (rows.table["split"] == "valid").any()
+    return raw.finish(rows, labels, seed=seed, draw="valid" if undrawn else "", leaks=leaks)
 
 
-def _lists(root: Path, version: str) -> dict[str, Path]:
+def _lists(folder: raw.RawFolder, version: str) -> dict[str, Path]:
     """Split -> list file, of one version."""
     ends = [f"_COVIDx{version}", f"_COVIDx_{version}"] if version else ["", "_COVIDx*"]
-    pattern = "|".join(f"{folder}train{end}.txt" for folder in ("", "labels/") for end in ends)
-    train = raw.require(root, {pattern: f"the training list; option version names another; {HOW}"}, "covidx")[pattern]
+    pattern = "|".join(f"{home}train{end}.txt" for home in ("", "labels/") for end in ends)
+    (train,) = folder.require({pattern: f"the training list; option version names another; {HOW}"})
     lists = {split: train.with_name(train.name.replace("train", word)) for split, word in LISTS.items()}
     if not lists["test"].is_file():
         raise ManifestError(f"covidx: {lists['test']} is missing; it belongs to {train.name}; {HOW}")

@@ -5,18 +5,13 @@ re-packed one with an `index.csv` and lung masks of v7labs (https://github.com/v
 The label is nearly trivial (see the card); the masks are what the set is good for.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pandas as pd
-from pydantic import validate_call
 
 from gloria_core.data import raw_folder as raw
 from gloria_core.data.manifest import ManifestError, OnError
-from gloria_core.data.splits import assign_splits
 
 LABEL, MASK = "Pneumonia", "Lungs"
 NEEDS = {
@@ -41,13 +36,8 @@ NAMES = (
 )
 
 
-@validate_call
 def prepare(
-    root: Path,
-    *,
-    split_rule: Literal["patient", "published"] = "patient",
-    seed: int = 0,
-    on_error: OnError = "raise",
+    root: Path, *, split_rule: raw.SplitRule = "patient", seed: int = 0, on_error: OnError = "raise"
 ) -> pd.DataFrame:
     """The checked manifest: one study an image, label "Pneumonia", masks "Lungs" where the folder has them.
 
@@ -55,37 +45,34 @@ def prepare(
         as test and draws an eighth of the other patients as valid (Kaggle's val/ of 16 images is too small to select
         by). Patients are read from the file names; those on both sides are counted in `attrs["leaks"]`.
     on_error="exclude" leaves out images or masks of the index that are not there and lists them in `attrs["excluded"]`.
-    Raises ManifestError naming file, row, column and remedy.
     """
-    path = raw.optional_file(root, "index.csv", "kermany")
-    table = raw.read_table(path, COLUMNS, optional=OPTIONAL) if path else _read_folders(root)
+    folder, leaks = raw.RawFolder(root, "kermany"), {}
+    path = folder.optional("index.csv")
+    table = raw.read_table(path, COLUMNS, optional=OPTIONAL) if path else _read_folders(folder)
     rows = raw.Rows(table, source=path or root, cell=("image", "images"))
-    rows.exclude_missing(raw.complete(root, table["images"]), None)
+    rows.exclude_missing(folder.complete(table["images"]), None)
     mask = rows.table["mask"]
-    there = (mask == "") | raw.complete(root, mask)
+    there = (mask == "") | folder.complete(mask)
     rows.exclude_missing(there, on_error, reason="no such mask file", cell=("lung_mask", "mask"))
-    table = rows.table.assign(views="AP", masks=raw.mask_cells(MASK, rows.table["mask"]))
     order = ["meta_subtype", "meta_original_split", "meta_mask_matched_by"]
-    frame = raw.manifest_frame(table[[name for name in table if name not in order] + order], [LABEL])
-    leaks = {}
-    if split_rule == "patient":
-        frame = assign_splits(frame, seed=seed)
-    else:
-        frame["split"] = np.where(frame["meta_original_split"] == "test", "test", "train")
-        frame["patient_id"], leaks = raw.tear(frame["patient_id"], frame["split"], rows="images", unit="patient")
-        frame = raw.draw_valid(frame, seed=seed)
-    return raw.finish(frame, source=f"manifest of {root}", seed=seed, failures=rows.failures, leaks=leaks)
+    table = rows.table[[name for name in rows.table if name not in order] + order]
+    rows.table = table = table.assign(views="AP", masks=raw.mask_cells(MASK, table["mask"]))
+    if split_rule == "published":
+        table["split"] = np.where(table["meta_original_split"] == "test", "test", "train")
+        table["patient_id"], leaks = raw.tear(table["patient_id"], table["split"], rows="images", unit="patient")
+    return raw.finish(rows, [LABEL], seed=seed, draw="all" if split_rule == "patient" else "valid", leaks=leaks)
 
 
-def _read_folders(root: Path) -> pd.DataFrame:
+def _read_folders(folder: raw.RawFolder) -> pd.DataFrame:
     """The same columns from the owner's tree; patients are read from the names."""
+    root = folder.root
     if (root / "chest_xray").is_dir() and not (root / "train").is_dir():
         raise ManifestError(f"kermany: {root} holds the folder chest_xray; give {root / 'chest_xray'} as the root")
-    raw.require(root, NEEDS, "kermany")
+    folder.require(NEEDS)
     rows = []
     for split in ("train", "val", "test"):
         for kind, label in KINDS.items():
-            files = raw.files_by_stem(root, [f"{split}/{kind}"], raw.PICTURES)
+            files = folder.by_stem([f"{split}/{kind}"], raw.PICTURES)
             if not files and split != "val":
                 raise ManifestError(f"kermany: {root / split / kind} has no image (.jpeg); unpack the archive again")
             rows += [(name, path, label, split) for name, paths in files.items() for path in paths]

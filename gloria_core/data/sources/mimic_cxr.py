@@ -9,8 +9,6 @@ findings; of a section that occurs twice the last counts. A report with neither 
 paragraph. The makers' hand-made exceptions for 54 studies are not applied.
 """
 
-from __future__ import annotations
-
 import difflib
 import re
 import zipfile
@@ -22,7 +20,6 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
-from pydantic import validate_call
 
 from gloria_core.data import raw_folder as raw
 from gloria_core.data.manifest import CHEXPERT_LABELS, ManifestError, OnError
@@ -90,7 +87,7 @@ def unwrapped(text: str) -> str:
     return "\n\n".join(part for part in paragraphs if part)
 
 
-def read_reports(root: Path, studies: pd.DataFrame) -> pd.DataFrame:
+def read_reports(folder: raw.RawFolder, studies: pd.DataFrame) -> pd.DataFrame:
     """Columns findings, impression and last_paragraph of the reports that are there, by study_id ("s50414267").
 
     From `mimic-cxr-reports.zip`, or from the folder that it was unpacked to: below the root, in a folder there, or in
@@ -98,16 +95,19 @@ def read_reports(root: Path, studies: pd.DataFrame) -> pd.DataFrame:
     Raises ManifestError where there is neither, for a broken archive, and for a study that has two reports.
     """
     sections = {}
-    for name, content in _report_texts(root, studies):
+    for name, content in _report_texts(folder, studies):
         if name in sections:
-            raise ManifestError(f"{root / REPORTS}: the report of study {name} occurs twice; keep one {name}.txt")
+            raise ManifestError(
+                f"{folder.root / REPORTS}: the report of study {name} occurs twice; keep one {name}.txt"
+            )
         parts = mimic_sections(content.decode("utf-8", "replace").replace("\r\n", "\n"))
         sections[name] = [parts.get(section, "") for section in TEXTS]
     return pd.DataFrame.from_dict(sections, orient="index", columns=TEXTS)
 
 
-def _report_texts(root: Path, studies: pd.DataFrame) -> Iterator[tuple[str, bytes]]:
+def _report_texts(folder: raw.RawFolder, studies: pd.DataFrame) -> Iterator[tuple[str, bytes]]:
     """Study id and bytes of each wanted report."""
+    root = folder.root
     path = next((path for path in (root / REPORTS, *sorted(root.glob(f"*/{REPORTS}"))) if path.is_file()), None)
     if path is not None:
         wanted = set(studies["study_id"])
@@ -125,14 +125,14 @@ def _report_texts(root: Path, studies: pd.DataFrame) -> Iterator[tuple[str, byte
         return
     patient, study = studies["patient_id"], studies["study_id"]
     below = patient.str[:3] + "/" + patient + "/" + study + ".txt"
-    folders = sorted(folder.name for folder in root.iterdir() if folder.is_dir())
-    for folder in ("", *(f"{name}/" for name in folders), *(f"{name}/files/" for name in folders)):
-        if there := raw.existing(root, folder + below):
+    homes = sorted(home.name for home in root.iterdir() if home.is_dir())
+    for home in ("", *(f"{name}/" for name in homes), *(f"{name}/files/" for name in homes)):
+        if there := folder.existing(home + below):
             yield from ((Path(name).stem, (root / name).read_bytes()) for name in sorted(there))
             return
     place = "mimic-cxr-reports/files/p10/p10000032/s50414267.txt"
     what = "the reports, from https://physionet.org/content/mimic-cxr/ (a download of its own)"
-    raw.require(root, {REPORTS: f"{what}, or unpacked as {place}"}, "MIMIC-CXR-JPG")
+    folder.require({REPORTS: f"{what}, or unpacked as {place}"})
 
 
 WHERE = "from https://physionet.org/content/mimic-cxr-jpg/ (credentialed access)"
@@ -153,11 +153,10 @@ MGCA_TOKENS = 3
 PRIOR_SENTENCES = 4
 
 
-@validate_call
 def prepare(
     root: Path,
     *,
-    split_rule: Literal["patient", "published"] = "patient",
+    split_rule: raw.SplitRule = "patient",
     paper: Literal["mgca", "prior", "cxr_clip"] = "mgca",
     views: raw.ViewRule = "frontal",
     text_rule: Literal["any", "none", "mgca", "prior"] = "any",
@@ -183,20 +182,20 @@ def prepare(
         MS-CXR, when grounding will be scored on it.
     on_error: "exclude" leaves out images and reports that are not there, and lists them in `attrs["excluded"]`.
     check_images: False skips the look at the image files.
-    Raises ManifestError naming file, row, column and remedy; ValueError for an unknown option value.
     """
     what = {"metadata": "a row an image", "split": "the official split", labels: "labels by study"}
     needs = {TABLE.format(name): f"{text}, {WHERE}" for name, text in what.items()}
-    metadata, official, labeler = raw.require(root, needs, "MIMIC-CXR-JPG").values()
+    folder = raw.RawFolder(root, "MIMIC-CXR-JPG")
+    metadata, official, labeler = folder.require(needs)
     rows = raw.Rows(_read_images(metadata, official), source=metadata, cell=("dicom_id", "dicom"))
     rows.keep_views(views, known="known")
     if check_images:
-        rows.exclude_missing(raw.complete(root, rows.table["images"]), on_error, cell=("dicom_id", "images"))
+        rows.exclude_missing(folder.complete(rows.table["images"]), on_error, cell=("dicom_id", "images"))
     rows.check_rest("use views='all'")
     rows.table["row"] = rows.table.index
     rows.table = raw.group_studies(rows.table).set_index("row")
     rows.cell = ("study_id", "study_id")
-    reports = read_reports(root, rows.table)
+    reports = read_reports(folder, rows.table)
     rows.source = f"{root}: the reports"
     rows.exclude_missing(rows.table["study_id"].isin(reports.index), on_error, reason="no report in mimic-cxr-reports")
     rows.table = rows.table.join(reports, on="study_id").join(_read_labels(labeler), on="study_id")
@@ -208,9 +207,11 @@ def prepare(
     if str(hold_out):
         held = rows.table["patient_id"].isin(patients_of(Path(hold_out))) & (rows.table["split"] != "test")
         rows.exclude(held, f"its patient is held out by {Path(hold_out).name}")
-    frame = raw.manifest_frame(rows.table, ["is_ap_view", *CHEXPERT_LABELS])
-    frame, leaks = _published(frame, paper) if split_rule == "published" else (frame, {})
-    return raw.finish(frame, source=f"manifest of {root}", seed=seed, failures=rows.failures, leaks=leaks)
+    leaks = {}
+    if split_rule == "published":
+        rows.table, leaks = _published(rows.table, paper)
+    rows.source = metadata
+    return raw.finish(rows, ["is_ap_view", *CHEXPERT_LABELS], seed=seed, leaks=leaks)
 
 
 def _read_images(metadata: Path, official: Path) -> pd.DataFrame:

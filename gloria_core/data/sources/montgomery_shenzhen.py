@@ -6,15 +6,13 @@ https://doi.org/10.3978/j.issn.2223-4292.2014.11.20. Read is the owner's folder:
 whether tuberculosis is seen; `ClinicalReadings/*.txt` has sex, age and a short reading.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 import pandas as pd
-from pydantic import Field, validate_call
+from pydantic import Field
 
 from gloria_core.data import raw_folder as raw
 from gloria_core.data.manifest import ManifestError, OnError
@@ -23,15 +21,14 @@ from gloria_core.data.splits import assign_splits
 LABEL, MASK = "Tuberculosis", "Lungs"
 HOW = "National Library of Medicine, https://data.lhncbc.nlm.nih.gov/public/Tuberculosis-Chest-X-ray-Datasets"
 SETS = {"montgomery": ("MontgomerySet", r"MCUCXR_\d{4}_[01]"), "shenzhen": ("ChinaSet_AllFiles", r"CHNCXR_\d{4}_[01]")}
+# Side -> what its files' names end in, and the folders they may be in
 MASKS = {
     "left": ("", ["MontgomerySet/ManualMask/leftMask"]),
     "right": ("", ["MontgomerySet/ManualMask/rightMask"]),
     "both": ("_mask", ["mask", "masks", "mask/mask", "ChinaSet_AllFiles/mask", "ChinaSet_AllFiles/masks"]),
 }
-"""Side -> what its files' names end in, and the folders they may be in."""
 
 
-@validate_call
 def prepare(
     root: Path,
     *,
@@ -48,11 +45,12 @@ def prepare(
     split_rule: "patient" draws 70/10/20 %, stratified by label and set; "test" puts everything there, for models that
         were trained elsewhere. Each image is of its own patient.
     on_error="exclude" leaves out images of Montgomery that lack a side's mask. What is left out is in
-    `attrs["excluded"]`. Raises ManifestError naming folder, file and remedy.
+    `attrs["excluded"]`.
     """
-    table = pd.concat([_images(root, name) for name in sets], ignore_index=True)
+    folder = raw.RawFolder(root, "montgomery_shenzhen")
+    table = pd.concat([_images(folder, name) for name in sets], ignore_index=True)
     names = table["study_id"]
-    masks = {side: raw.locate(root, names + end, folders, [".png"]) for side, (end, folders) in MASKS.items()}
+    masks = {side: folder.locate(names + end, homes, [".png"]) for side, (end, homes) in MASKS.items()}
     rows = raw.Rows(table.assign(**masks), source=root, cell=("masks", "images"))
     complete = (table["meta_source"] == "shenzhen") | ((masks["left"] != "") & (masks["right"] != ""))
     rows.exclude_missing(complete, on_error, reason="a side's mask is missing")
@@ -63,25 +61,23 @@ def prepare(
     table = _with_readings(rows.table, root)
     table["views"] = table["meta_source"].map({"montgomery": "PA", "shenzhen": "FRONTAL"})
     frame = raw.manifest_frame(table, [LABEL, "is_male"])
-    if split_rule == "patient":
-        first = (frame["meta_source"] == sets[0]).astype(float)
-        frame["split"] = assign_splits(frame.assign(is_first_set=first), seed=seed)["split"]
-    else:
-        frame["split"] = "test"
-    return raw.finish(frame, source=f"manifest of {root}", seed=seed, failures=rows.failures)
+    first = (frame["meta_source"] == sets[0]).astype(float)
+    drawn = assign_splits(frame.assign(is_first_set=first), seed=seed)["split"]
+    rows.table = frame.assign(split=drawn if split_rule == "patient" else "test")
+    return raw.finish(rows, [LABEL, "is_male"], seed=seed)
 
 
-def _images(root: Path, name: str) -> pd.DataFrame:
+def _images(folder: raw.RawFolder, name: str) -> pd.DataFrame:
     """study_id, images, label and meta_source of one set, by name."""
-    folder, pattern = SETS[name]
-    place = f"{folder}/CXR_png"
-    raw.require(root, {f"{place}/": f"the images of {name} ({HOW}), or leave it out of sets"}, "montgomery_shenzhen")
-    files = raw.files_by_stem(root, [place], [".png"])
+    home, pattern = SETS[name]
+    place = f"{home}/CXR_png"
+    folder.require({f"{place}/": f"the images of {name} ({HOW}), or leave it out of sets"})
+    files = folder.by_stem([place], [".png"])
     for study in files:
         if not re.fullmatch(pattern, study):
-            raise ManifestError(f"{root / place / study}.png: names are like {pattern}.png; rename or remove it")
+            raise ManifestError(f"{folder.root / place / study}.png: names are like {pattern}.png; rename or remove it")
     if not files:
-        raise ManifestError(f"{root / place}: no image (.png); unpack the archive again ({HOW})")
+        raise ManifestError(f"{folder.root / place}: no image (.png); unpack the archive again ({HOW})")
     table = pd.DataFrame({"study_id": list(files), "images": [paths[0] for paths in files.values()]})
     return table.assign(meta_source=name, **{LABEL: table["study_id"].str[-1].astype(float)})
 

@@ -5,14 +5,10 @@ of MIMIC-CXR-JPG. An image is a row: `impression` holds its phrases as sentences
 regions with the characters of the text that name them, which is what grounding is scored with.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pandas as pd
-from pydantic import validate_call
 
 from gloria_core.data import raw_folder as raw
 from gloria_core.data.annotations import write_mask
@@ -34,12 +30,11 @@ COLUMNS = {
 NUMBERS = {name: name for name in ("x", "y", "w", "h", "image_width", "image_height")}
 
 
-@validate_call
 def prepare(
     root: Path,
     *,
     table: str | Path = "",
-    split_rule: Literal["patient", "published"] = "patient",
+    split_rule: raw.SplitRule = "patient",
     write_masks: bool = True,
     seed: int = 0,
     on_error: OnError = "raise",
@@ -53,23 +48,23 @@ def prepare(
     write_masks: writes a 1-bit PNG for each phrase into root/ms_cxr_masks and lists it in `masks` with its spans;
         False leaves `masks` empty (boxes carry the spans, too).
     Boxes are scaled to the size of the image file that is there. Labels: 1 for a finding that has a phrase, else blank,
-    for nobody looked for it. Raises ManifestError naming file, row, column and remedy.
+    for nobody looked for it.
     """
-    path = Path(table) if table else raw.require(root, {TABLES: f"phrases and boxes, {WHERE}"}, "MS-CXR")[TABLES]
+    folder = raw.RawFolder(root, "MS-CXR")
+    path = Path(table) if table else folder.require({TABLES: f"phrases and boxes, {WHERE}"})[0]
     source = f"{path} (images of MIMIC-CXR-JPG under {root})"
     rows = raw.Rows(_read(path), source=source, cell=("path", "images"))
     if check_images:
-        rows.exclude_missing(raw.complete(root, rows.table["images"]), on_error)
-        rows.table = _scaled(rows.table, root, path)
+        rows.exclude_missing(folder.complete(rows.table["images"]), on_error)
+        rows.table = _scaled(rows.table, folder, path)
     if split_rule == "published":
         split, remedy = rows.table["split"], "it is train, val or test (version 1.1.0); or use 'patient'"
         rows.table["split"] = raw.Column("split", values=SPLITS, remedy=remedy).checked(path, "split", split)
     else:
         rows.table["split"] = "test"
-    studies = [_study(part, root, write_masks) for _, part in rows.table.groupby("study_id", sort=True)]
-    frame = raw.manifest_frame(pd.DataFrame(studies), LABELS)
-    leaks = _seen_by_mimic(root, frame)
-    return raw.finish(frame, source=f"manifest of {path}", seed=seed, failures=rows.failures, leaks=leaks)
+    parts = rows.table.groupby("study_id", sort=True)
+    rows.table = pd.DataFrame([_study(part, root, write_masks) for _, part in parts])
+    return raw.finish(rows, LABELS, seed=seed, leaks=_seen_by_mimic(folder, rows.table))
 
 
 def _read(path: Path) -> pd.DataFrame:
@@ -84,10 +79,9 @@ def _read(path: Path) -> pd.DataFrame:
     return table.assign(patient_id=parts[0], meta_study=parts[1])
 
 
-def _scaled(rows: pd.DataFrame, root: Path, path: Path) -> pd.DataFrame:
+def _scaled(rows: pd.DataFrame, folder: raw.RawFolder, path: Path) -> pd.DataFrame:
     """Boxes in pixels of the files that are there."""
-    sizes = raw.file_sizes(root, rows["images"])
-    size = rows["images"].map(sizes)
+    size = rows["images"].map(folder.sizes(rows["images"]))
     raw.check_cells(path, "path", rows["images"], size.notna(), "the image file cannot be read; download it again")
     across, down = size.str[0] / rows["image_width"], size.str[1] / rows["image_height"]
     scaled = {name: rows[name] * (across if name in ("x", "w", "image_width") else down) for name in NUMBERS}
@@ -130,12 +124,12 @@ def _filled(boxes: list[list[float]], shape: tuple[int, int]) -> np.ndarray:
     return mask
 
 
-def _seen_by_mimic(root: Path, frame: pd.DataFrame) -> dict[str, int]:
+def _seen_by_mimic(folder: raw.RawFolder, frame: pd.DataFrame) -> dict[str, int]:
     """Patients of the frame in the official training split of MIMIC-CXR, where its table is under the root."""
-    tables = sorted(root.glob("mimic-cxr-2*-split.csv*"))
-    if not tables:
+    path = folder.optional("mimic-cxr-2*-split.csv")
+    if path is None:
         return {}
-    official = raw.read_table(tables[0], {"subject_id": "subject", "split": "split"})
+    official = raw.read_table(path, {"subject_id": "subject", "split": "split"})
     seen = set("p" + official.loc[official["split"] == "train", "subject"])
     test = frame["patient_id"][frame["split"] == "test"]
     return {"test patients in the official MIMIC-CXR train": int(test.drop_duplicates().isin(seen).sum())}

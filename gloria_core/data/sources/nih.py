@@ -6,13 +6,9 @@ from labels by prompts, in the way of CXR-CLIP (You et al. 2023, https://arxiv.o
 `impression` says the findings, `findings` holds one sentence on the projection and nothing else.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import Literal
 
 import pandas as pd
-from pydantic import validate_call
 
 from gloria_core.data import raw_folder as raw
 from gloria_core.data.manifest import OnError, raise_failures
@@ -65,20 +61,19 @@ def read_boxes(path: Path) -> pd.DataFrame:
     return raw.check_boxes(path, table, {f"Bbox {name}": name for name in numbers.values()})
 
 
-def read_extra(root: Path, name: str, value: str, images: pd.Series) -> pd.Series | None:
+def read_extra(folder: raw.RawFolder, name: str, value: str, images: pd.Series) -> pd.Series | None:
     """The column `value` of an optional table by `image_index`, for each of the images; None without the table."""
-    path = raw.optional_file(root, name, "nih")
+    path = folder.optional(name)
     if path is None:
         return None
     table = raw.read_table(path, {"image_index": "image", value: "value"})
     return images.map(dict(zip(table["image"], table["value"], strict=True))).fillna("")
 
 
-@validate_call
 def prepare(
     root: Path,
     *,
-    split_rule: Literal["patient", "published"] = "patient",
+    split_rule: raw.SplitRule = "patient",
     seed: int = 0,
     on_error: OnError = "raise",
     prompts: PromptSet | None = None,
@@ -97,15 +92,24 @@ def prepare(
         the first sentences, without negatives.
     Boxes are in pixels of the image file that is there: the table's numbers (1024-pixel originals) times width / 1024
         and height / 1024. Without a box table there are no boxes.
-    Raises ManifestError naming file, row, column and remedy.
     """
-    path = raw.require(root, {TABLE: "the labels, from https://nihcc.app.box.com/v/ChestXray-NIHCC"}, "nih")[TABLE]
+    folder = raw.RawFolder(root, "nih")
+    (path,) = folder.require({TABLE: "the labels, from https://nihcc.app.box.com/v/ChestXray-NIHCC"})
     rows = raw.Rows(read_entries(path), source=path, cell=("Image Index", "image"))
-    folders = sorted(folder.name for folder in root.glob("images*") if folder.is_dir())
-    folders += [f"{name}/images" for name in folders]
-    rows.table["images"] = raw.locate(root, rows.table["study_id"], folders, raw.PICTURES)
+    homes = sorted(home.name for home in root.glob("images*") if home.is_dir())
+    homes += [f"{name}/images" for name in homes]
+    rows.table["images"] = folder.locate(rows.table["study_id"], homes, raw.PICTURES)
+    listed = set(rows.table["study_id"])
     rows.exclude_missing(rows.table["images"] != "", on_error, reason="listed, but no such image in images*/")
-    missing = {failure.study_id for failure in rows.failures}
+    if (boxes := folder.optional(BOXES)) is not None:
+        marked = raw.Rows(read_boxes(boxes), source=boxes, cell=("Image Index", "image"))
+        marked.exclude(
+            ~marked.table["study_id"].isin(listed), "its image is not in the table of entries; remove the box"
+        )
+        if on_error == "raise":
+            raise_failures(marked.failures, source=str(boxes))
+        rows.failures += marked.failures
+        rows.place_boxes(marked.table, folder, on_error)
     table = rows.table
     labels = {name: table["labels"].map(lambda names, name=name: float(name in names)) for name in LABELS}
     metadata = {f"meta_{name}": table[name] for name in ("age", "sex", "view", "follow_up")}
@@ -113,49 +117,30 @@ def prepare(
     table = table.assign(**labels, is_ap_view=raw.ap_view(view), is_male=raw.male(sex), views=view, **metadata)
     extras = {"meta_source": ("image_source.csv", "source"), "meta_rsna_class": ("rsna_to_nih.csv", "rsna_class")}
     for name, (file, value) in extras.items():
-        if (cells := read_extra(root, file, value, table["image"])) is not None:
+        if (cells := read_extra(folder, file, value, table["image"])) is not None:
             table[name] = cells
-    boxes = raw.optional_file(root, BOXES, "nih")
-    if boxes is not None:
-        table["boxes"] = _boxes(table, boxes, root, rows, missing, on_error)
-    moved = 0
-    frame = raw.manifest_frame(table, [*LABELS, "is_ap_view", "is_male"])
+    moved, labels = 0, [*LABELS, "is_ap_view", "is_male"]
+    frame = raw.manifest_frame(table, labels)
     if split_rule == "published":
-        frame = raw.draw_valid(frame.assign(split=_published_split(root, path, table["image"]).to_numpy()), seed=seed)
+        frame = raw.draw_valid(frame.assign(split=_published_split(folder, path, table["image"]).to_numpy()), seed=seed)
     else:
         frame = assign_splits(frame, seed=seed)
         # a box is truth for maps and detectors, and truth is for testing; the owner's list does the same
         boxed = frame["patient_id"].isin(frame.loc[frame["boxes"] != "", "patient_id"])
         moved = frame.loc[boxed & (frame["split"] != "test"), "patient_id"].nunique()
         frame["split"] = frame["split"].mask(boxed, "test")
-    frame = _add_texts(frame, prompts or load_prompts("nih"), seed=text_seed, n_negative=n_negative)
-    frame = raw.finish(frame, source=f"manifest of {root}", seed=seed, failures=rows.failures)
+    rows.table = _add_texts(frame, prompts or load_prompts("nih"), seed=text_seed, n_negative=n_negative)
+    frame = raw.finish(rows, labels, seed=seed)
     frame.attrs["moved_to_test"] = moved
     return frame
 
 
-def _boxes(table: pd.DataFrame, path: Path, root: Path, rows: raw.Rows, missing: set[str], on_error: str) -> list[str]:
-    """The JSON cell of each study; boxes without a readable image are failures, but not those of `missing` studies."""
-    boxes = raw.Rows(read_boxes(path), source=path, cell=("Image Index", "image"))
-    boxes.table = boxes.table[~boxes.table["study_id"].isin(missing)]
-    known = boxes.table["study_id"].isin(table["study_id"])
-    boxes.exclude(~known, "its image is not in the table of entries; remove the box")
-    files = table.set_index("study_id")["images"].loc[boxes.table["study_id"].unique()]
-    read = raw.file_sizes(root, files)
-    sizes = {study: read[file] for study, file in files.items() if read[file]}
-    boxes.exclude(~boxes.table["study_id"].isin(sizes), "its image cannot be read; remove the box")
-    if on_error == "raise":
-        raise_failures(boxes.failures, source=str(path))
-    rows.failures += boxes.failures
-    return raw.box_cells(boxes.table, table["study_id"], sizes=sizes)
-
-
-def _published_split(root: Path, table: Path, images: pd.Series) -> pd.Series:
+def _published_split(folder: raw.RawFolder, table: Path, images: pd.Series) -> pd.Series:
     """ "train" or "test" for each image by the lists of NIH; ManifestError where a list or an image is missing."""
     needs = dict.fromkeys(LISTS, "needed by split_rule='published'; get it from NIH, or use 'patient'")
     split = {}
-    for name, path in raw.require(root, needs, "nih").items():
-        split |= dict.fromkeys(path.read_text(encoding="utf-8").split(), LISTS[name])
+    for path, name in zip(folder.require(needs), LISTS.values(), strict=True):
+        split |= dict.fromkeys(path.read_text(encoding="utf-8").split(), name)
     remedy = f"in neither {' nor '.join(LISTS)}; get the complete lists or use split_rule='patient'"
     raw.check_cells(table, "Image Index", images, images.isin(split), remedy)
     return images.map(split)

@@ -5,15 +5,11 @@ shipped: 8,000 and 1,000 images, half of them with objects. An annotation is sha
 "type x1 y1 x2 y2 ...": 0 rectangle, 1 ellipse (both by their corners), 2 polygon (its points).
 """
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pandas as pd
 from PIL import Image, ImageDraw
-from pydantic import validate_call
 
 from gloria_core.data import raw_folder as raw
 from gloria_core.data.annotations import write_mask
@@ -28,11 +24,10 @@ TABLES = {"train.csv": "train", "dev.csv": "test"}
 Shape = tuple[int, list[float]]
 
 
-@validate_call
 def prepare(
     root: Path,
     *,
-    split_rule: Literal["patient", "published"] = "patient",
+    split_rule: raw.SplitRule = "patient",
     masks: bool = False,
     seed: int = 0,
     on_error: OnError = "raise",
@@ -46,29 +41,26 @@ def prepare(
         patients; each image is one.
     masks: also write the shapes to `masks_object_cxr/*.png` below the root, all of an image in one mask.
     on_error="exclude" leaves out images that are not there and lists them in `attrs["excluded"]`.
-    Raises ManifestError naming file, row, column and remedy.
     """
-    needs = {name: f"the shapes of the {split} images; {HOW}" for name, split in TABLES.items()}
-    paths = raw.require(root, needs, "object_cxr")
-    table = pd.concat([_read(paths[name], root).assign(split=split) for name, split in TABLES.items()])
+    folder = raw.RawFolder(root, "object_cxr")
+    paths = folder.require({name: f"the shapes of the {split} images; {HOW}" for name, split in TABLES.items()})
+    parts = zip(paths, TABLES.values(), strict=True)
+    table = pd.concat([_read(path, folder).assign(split=split) for path, split in parts])
     if split_rule == "published":
         train = (table["split"] == "train").to_numpy()
         table.loc[train, "split"] = random_split(int(train.sum()), held_out=0.1)
-    rows = raw.Rows(table, source=" and ".join(map(str, paths.values())), cell=("image_path", "cell"))
+    rows = raw.Rows(table, source=" and ".join(map(str, paths)), cell=("image_path", "cell"))
     rows.exclude_missing(table["images"] != "", on_error)
     table = rows.table
     if masks:
-        table["masks"] = raw.mask_cells(LABEL, _masks(table, root))
+        table["masks"] = raw.mask_cells(LABEL, _masks(table, folder))
     boxes = [[{"label": LABEL, "xywh": _box(numbers)} for _, numbers in part] for part in table["shapes"]]
     table["boxes"] = [raw.cell(part) for part in boxes]
     table[LABEL] = (table["boxes"] != "").astype(float)
-    frame = raw.manifest_frame(table, [LABEL])
-    if split_rule == "patient":
-        frame = raw.draw_valid(frame, seed=seed)
-    return raw.finish(frame, source=f"manifest of {root}", seed=seed, failures=rows.failures)
+    return raw.finish(rows, [LABEL], seed=seed, draw="valid" if split_rule == "patient" else "")
 
 
-def _read(path: Path, root: Path) -> pd.DataFrame:
+def _read(path: Path, folder: raw.RawFolder) -> pd.DataFrame:
     """study_id, images (path below the root, "" without a file), cell, shapes."""
     split = path.name.partition(".")[0]
     column = next((name for name in ("image_name", "image_path") if name in raw.header_of(path)), "image_path")
@@ -79,7 +71,7 @@ def _read(path: Path, root: Path) -> pd.DataFrame:
     names = names.str.rpartition("/")[2]
     raw.check_cells(path, column, names, ~names.duplicated(), "the image occurs twice; keep one row of it")
     shapes = [_shapes(text, path, row + 2) for row, text in table["annotation"].items()]
-    images = raw.first_existing(root, [names, f"{split}/" + names])
+    images = folder.first_existing([names, f"{split}/" + names])
     return table.assign(study_id=f"{split}-" + names.str.rpartition(".")[0], images=images, shapes=shapes)
 
 
@@ -108,9 +100,9 @@ def _box(numbers: list[float]) -> list[float]:
     return [x, y, round(max(numbers[::2]) - x, 3), round(max(numbers[1::2]) - y, 3)]
 
 
-def _masks(table: pd.DataFrame, root: Path) -> list[str]:
+def _masks(table: pd.DataFrame, folder: raw.RawFolder) -> list[str]:
     """The path of each image's mask, "" for an image without shapes."""
-    sizes = raw.file_sizes(root, table.loc[table["shapes"].map(len) > 0, "images"])
+    root, sizes = folder.root, folder.sizes(table.loc[table["shapes"].map(len) > 0, "images"])
     paths = []
     for study, image, shapes in zip(table["study_id"], table["images"], table["shapes"], strict=True):
         size = sizes.get(image)

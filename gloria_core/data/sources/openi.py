@@ -4,29 +4,24 @@ Demner-Fushman et al. 2016, https://doi.org/10.1093/jamia/ocv080. Reads the owne
 the reports are missing, those in the wheel of torchxrayvision. `download(root)` gets both archives from the owner.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
 from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
-from pydantic import validate_call
 
 from gloria_core.data import raw_folder as raw
 from gloria_core.data.download import DownloadError, fetch
 from gloria_core.data.manifest import ManifestError, OnError
 from gloria_core.data.sources import vocabulary
-from gloria_core.data.splits import assign_splits
 
 REPORTS = "NLMCXR_reports.tgz"
+# Label columns, and the main headings (MeSH and more) that the owner's indexers gave to such reports
 LABELS = vocabulary("openi", "labels")
-"""Label columns, and the main headings (MeSH and more) that the owner's indexers gave to such reports."""
 UNINDEXED = "No Indexing"
 _VIEWS = {"PA": "PA", "AP": "AP", "LL": "LATERAL", "RL": "LATERAL", "LATERAL": "LATERAL", "LARGE LATERAL": "LATERAL"}
 
@@ -100,7 +95,7 @@ def _report(tree: ElementTree.Element) -> dict:
     }
 
 
-def projections(root: Path) -> dict[str, str]:
+def projections(folder: raw.RawFolder) -> dict[str, str]:
     """Image key -> PA, AP, FRONTAL or LATERAL, where known.
 
     From `indiana_projections.csv` (filename, projection) under the root, made by people who looked at the images.
@@ -109,7 +104,7 @@ def projections(root: Path) -> dict[str, str]:
     map. The rules for the other images of a study: a lateral header is believed; a frontal header is believed where no
     other image of the study is frontal; and where the t-SNE image is lateral, the one other image of two is frontal.
     """
-    people = raw.optional_file(root, "indiana_projections.csv", "openi")
+    people = folder.optional("indiana_projections.csv")
     if people is not None:
         view = raw.Column("view", values={"Frontal": "FRONTAL", "Lateral": "LATERAL"})
         return _by_image(raw.read_table(people, {"filename": "image", "projection": view}))
@@ -160,16 +155,15 @@ def image_key(name: str) -> str:
 
 SITE = "https://openi.nlm.nih.gov/imgs/collections"
 IMAGES = "NLMCXR_png.tgz"
+# SHA-256 of the archives, as far as known: the reports' is that of the copy in the wheel of torchxrayvision
 CHECKSUMS = {REPORTS: "8fb6de7eec73d8c3665067ad4bb003ccd57f971ae316d2642e1627ac7268667a"}
-"""SHA-256 of the archives, as far as known: the reports' is that of the copy in the wheel of torchxrayvision."""
 FOLDERS = ("NLMCXR_png", "images", "images/images_normalized", "")
 
 
-@validate_call
 def prepare(
     root: Path,
     *,
-    split_rule: Literal["patient", "published"] = "patient",
+    split_rule: raw.SplitRule = "patient",
     views: raw.ViewRule = "frontal",
     texts_only: bool = True,
     seed: int = 0,
@@ -188,9 +182,8 @@ def prepare(
     Labels: 1 where the owner's indexers gave such a main heading, 0 otherwise, blank for reports never indexed.
     Raises ManifestError naming file and remedy; ValueError for an unknown option value.
     """
-    if not root.is_dir():
-        raise ManifestError(f"Open-I: the root {root} is not a folder; give the folder that holds NLMCXR_png/")
-    files = _image_files(root) if check_images else None
+    folder = raw.RawFolder(root, "Open-I")
+    files = _image_files(folder) if check_images else None
     path = report_files(root)
     rows = raw.Rows(read_reports(path), source=path, cell=("study", "study_id"))
     rows.exclude(rows.table["images"].str.len() == 0, "the report has no image")
@@ -201,7 +194,7 @@ def prepare(
     keys = table["name"].map(image_key)
     rows.table = table.assign(
         images="NLMCXR_png/" + table["name"] + ".png" if files is None else keys.map(files),
-        view=keys.map(projections(root)).fillna(""),
+        view=keys.map(projections(folder)).fillna(""),
     )
     rows.cell = ("images", "name")
     rows.exclude_missing(rows.table["images"].notna(), on_error)
@@ -215,9 +208,10 @@ def prepare(
         table[name] = np.where(
             indexed, table["terms"].map(lambda found, terms=terms: not found.isdisjoint(terms)), np.nan
         )
-    frame = raw.manifest_frame(table.assign(is_ap_view=raw.ap_view(table["view"])), ["is_ap_view", *LABELS])
-    frame = assign_splits(frame, seed=seed) if split_rule == "patient" else frame.assign(split="test")
-    return raw.finish(frame, source=f"manifest of {root}", seed=seed, failures=rows.failures)
+    rows.table = table.assign(is_ap_view=raw.ap_view(table["view"]))
+    if split_rule == "published":
+        rows.table["split"] = "test"
+    return raw.finish(rows, ["is_ap_view", *LABELS], seed=seed, draw="all" if split_rule == "patient" else "")
 
 
 def download(
@@ -256,12 +250,12 @@ def _unpack(archive: Path, folder: Path, suffix: str) -> None:
         raise DownloadError(f"{archive}: cannot be unpacked ({error}); remove it and call again") from error
 
 
-def _image_files(root: Path) -> dict[str, str]:
+def _image_files(folder: raw.RawFolder) -> dict[str, str]:
     """Image key -> path below the root, from the first folder that has PNG files."""
-    for folder in FOLDERS:
-        if files := raw.files_by_stem(root, [folder], [".png"]):
+    for home in FOLDERS:
+        if files := folder.by_stem([home], [".png"]):
             return {image_key(stem): paths[0] for stem, paths in files.items()}
     raise ManifestError(
-        f"Open-I: {root} lacks NLMCXR_png/: the PNG images, from {SITE}/{IMAGES} "
+        f"Open-I: {folder.root} lacks NLMCXR_png/: the PNG images, from {SITE}/{IMAGES} "
         "(no login; sources.openi.download(root) gets and unpacks them)"
     )

@@ -4,8 +4,6 @@ prepare("own_csv", "my_data", {"table": "studies.csv", "columns": {"image": "fil
                                "labels": ["Effusion", "Pneumothorax"]})
 """
 
-from __future__ import annotations
-
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -14,27 +12,26 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
-from pydantic import validate_call
 
 from gloria_core.data import raw_folder as raw
 from gloria_core.data.files import did_you_mean
 from gloria_core.data.manifest import FIXED, META, VIEWS, ManifestError, OnError
 from gloria_core.data.splits import DEFAULT_FRACTIONS, assign_splits
 
+# What a column can be; each is looked for under its own name unless `columns` gives another
 Name = Literal["image", "study", "patient", "split", "view", "findings", "impression"]
-"""What a column can be; each is looked for under its own name unless `columns` gives another."""
 SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("valid", "val", "validation", "dev"), "valid"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
+# How label cells are read, in lower case; anything else is an error that names the row
 LABEL_VALUES = {
     **dict.fromkeys(("1", "1.0", "true", "yes", "positive", "present"), 1.0),
     **dict.fromkeys(("0", "0.0", "false", "no", "negative", "absent"), 0.0),
     **dict.fromkeys(("-1", "-1.0", "uncertain"), -1.0),
     **dict.fromkeys(("", "nan", "na", "none", "unknown"), np.nan),
 }
-"""How label cells are read, in lower case; anything else is an error that names the row."""
 LABEL_REMEDY = "a label is 1, 0, -1 or blank (or yes, no, uncertain)"
 
 
@@ -49,7 +46,6 @@ COLUMNS = {
 }
 
 
-@validate_call
 def prepare(
     root: Path,
     *,
@@ -75,10 +71,10 @@ def prepare(
     split: your column's train / valid / test (val, dev, ... are understood); without it, `fractions` are drawn,
         patient-disjoint and stratified, with `seed`.
     on_error="exclude" leaves out rows whose image is not there and lists them in `attrs["excluded"]`.
-    Raises ManifestError naming file, row, column and remedy.
     """
     named = {"image": "image", **(columns or {})}
-    path = raw.require(root, {table: "your table of images; option table=... names another"}, "own_csv")[table]
+    folder = raw.RawFolder(root, "own_csv")
+    (path,) = folder.require({table: "your table of images; option table=... names another"})
     label_of = dict(labels) if isinstance(labels, Mapping) else {name: name for name in labels}
     studies = _read(path, named, label_of, separator)
     source = f"{path} (read as Windows-1252, not UTF-8)" if studies.attrs["encoding"] == "cp1252" else path
@@ -95,11 +91,10 @@ def prepare(
     views = studies["views"].str.upper() if "views" in studies else unknown
     studies["views"] = views.where(views.str.strip(";") != "", unknown)
     rows = raw.Rows(studies, source=source, cell=(named["image"], "images"))
-    rows.exclude_missing(raw.complete(root, studies["images"]), on_error)
-    frame = raw.manifest_frame(rows.table, list(label_of))
-    if "split" not in frame:
-        frame = assign_splits(frame, fractions=fractions, seed=seed)
-    return raw.finish(frame, source=f"manifest of {source}", seed=seed, failures=rows.failures)
+    rows.exclude_missing(folder.complete(studies["images"]), on_error)
+    if "split" not in studies:
+        rows.table = assign_splits(raw.manifest_frame(rows.table, list(label_of)), fractions=fractions, seed=seed)
+    return raw.finish(rows, list(label_of), seed=seed)
 
 
 def _read(path: Path, named: Mapping[str, str], label_of: Mapping[str, str], separator: str) -> pd.DataFrame:

@@ -5,15 +5,13 @@ Dice above 0.9, so that a fault in the code shows. Read are `images/*.jpg`, `ann
 `annotations/trimaps/*.png` (1 pet, 2 background, 3 border).
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import pandas as pd
 from PIL import Image
-from pydantic import Field, validate_call
+from pydantic import Field
 
 from gloria_core.data import raw_folder as raw
 from gloria_core.data.annotations import write_mask
@@ -22,11 +20,12 @@ from gloria_core.data.manifest import ManifestError, OnError
 MASK, MASKS = "Pet", "masks_oxford_pet"
 HOW = "https://www.robots.ox.ac.uk/~vgg/data/pets/ (images.tar.gz, annotations.tar.gz)"
 LISTS = {"annotations/trainval.txt": "train", "annotations/test.txt": "test"}
-NAME = raw.Column("study_id", path=True, filled=True, unique=True)
-SPECIES = raw.Column("species", values={"1": "Cat", "2": "Dog"}, remedy="1 is a cat, 2 a dog")
+LINES = {
+    "name": raw.Column("study_id", path=True, filled=True, unique=True),
+    "species": raw.Column("species", values={"1": "Cat", "2": "Dog"}, remedy="1 is a cat, 2 a dog"),
+}
 
 
-@validate_call
 def prepare(
     root: Path,
     *,
@@ -41,28 +40,29 @@ def prepare(
     limit: only the first so many photographs of each list after a draw by `seed`; 0 takes all.
     Test is the owner's list, valid an eighth of `trainval.txt`, stratified. A photograph is its own "patient".
     on_error="exclude" leaves out photographs that are not there, or without a readable trimap, and lists them in
-    `attrs["excluded"]`. Raises ManifestError naming file, row and remedy.
+    `attrs["excluded"]`.
     """
+    folder = raw.RawFolder(root, "oxford_pet")
     needs = {**LISTS, "images/": "the photographs", "annotations/trimaps/": "the outlines"}
-    paths = raw.require(root, {name: f"{what}; {HOW}" for name, what in needs.items()}, "oxford_pet")
+    lists = folder.require({name: f"{what}; {HOW}" for name, what in needs.items()})[:2]
     tables = []
-    for name, split in LISTS.items():
-        table = _read(paths[name]).assign(split=split)
+    for path, split in zip(lists, LISTS.values(), strict=True):
+        table = _read(path).assign(split=split)
         tables.append(table.sample(min(limit, len(table)), random_state=seed).sort_index() if limit else table)
     table = pd.concat(tables)
-    table["images"] = raw.locate(root, table["study_id"], ["images"], raw.PICTURES)
-    table["trimap"] = raw.locate(root, table["study_id"], ["annotations/trimaps"], [".png"])
+    table["images"] = folder.locate(table["study_id"], ["images"], raw.PICTURES)
+    table["trimap"] = folder.locate(table["study_id"], ["annotations/trimaps"], [".png"])
     rows = raw.Rows(table, source=" and ".join(LISTS), cell=("image", "study_id"))
     there = (table["images"] != "") & (table["trimap"] != "")
     rows.exclude_missing(there, on_error, reason="no such photograph or trimap")
-    folder = MASKS if border else f"{MASKS}_inner"
+    home = MASKS if border else f"{MASKS}_inner"
     masks = [
-        write_mask(root, f"{folder}/{name}.png", lambda path=root / trimap: _pet(path, border))
+        write_mask(root, f"{home}/{name}.png", lambda path=root / trimap: _pet(path, border))
         for name, trimap in zip(rows.table["study_id"], rows.table["trimap"], strict=True)
     ]
     labels = {name: (rows.table["species"] == name).astype(float) for name in ("Cat", "Dog")}
-    frame = raw.manifest_frame(rows.table.assign(masks=raw.mask_cells(MASK, masks), **labels), list(labels))
-    return raw.finish(raw.draw_valid(frame, seed=seed), source=f"manifest of {root}", seed=seed, failures=rows.failures)
+    rows.table = rows.table.assign(masks=raw.mask_cells(MASK, masks), **labels)
+    return raw.finish(rows, list(labels), seed=seed, draw="valid")
 
 
 def _read(path: Path) -> pd.DataFrame:
@@ -74,12 +74,7 @@ def _read(path: Path) -> pd.DataFrame:
     if not lines or any(len(line) != 4 for line in lines):
         raise ManifestError(f"{path}: lines are 'name class species breed'; unpack annotations.tar.gz again")
     table = pd.DataFrame([line[::2] for line in lines], columns=["name", "species"], index=range(-1, len(lines) - 1))
-    return pd.DataFrame(
-        {
-            "study_id": NAME.checked(path, "name", table["name"]),
-            "species": SPECIES.checked(path, "species", table["species"]),
-        }
-    )
+    return pd.DataFrame({rule.name: rule.checked(path, name, table[name]) for name, rule in LINES.items()})
 
 
 def _pet(path: Path, border: bool) -> np.ndarray:

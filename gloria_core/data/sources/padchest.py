@@ -4,24 +4,20 @@ Reads the owner's table of January 2019 and the PNG files in their numbered fold
 to their stems by the owner. 27 % of the reports were labelled by physicians, the others by a network.
 """
 
-from __future__ import annotations
-
 import ast
 from pathlib import Path
 from typing import Literal
 
 import pandas as pd
-from pydantic import validate_call
 
 from gloria_core.data import raw_folder as raw
 from gloria_core.data.manifest import ManifestError, OnError
 from gloria_core.data.sources import vocabulary
-from gloria_core.data.splits import assign_splits
 
 NAME = "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv"
 WHERE = "from https://bimcv.cipf.es/bimcv-projects/padchest/ (request form)"
+# Label columns, and the owner's findings (blanks around them are ignored) that count for each
 LABELS = vocabulary("padchest", "labels")
-"""Label columns, and the owner's findings (blanks around them are ignored) that count for each."""
 VIEWS = {"PA": "PA", "AP": "AP", "AP_horizontal": "AP", "L": "LATERAL"}
 FILLED = {"filled": True, "remedy": "give every image its study and patient"}
 COLUMNS = {
@@ -38,7 +34,6 @@ COLUMNS = {
 OPTIONAL = {"StudyDate_DICOM": "meta_date", "PatientBirth": "meta_birth", "Pediatric": "meta_pediatric"}
 
 
-@validate_call
 def prepare(
     root: Path,
     *,
@@ -53,9 +48,10 @@ def prepare(
     Splits: 70/10/20 %, patient-disjoint and stratified; the owner has none. labelled_by: "physician" keeps the studies
     whose labels people gave. views: COSTAL, EXCLUDE and unknown projections are kept with "all" only, as FRONTAL.
     Labels are 1 or 0; 103 images without labels are listed as excluded. `impression` is the owner's stemmed Spanish.
-    `meta_labels` has the owner's findings. Raises ManifestError naming file, row, column and remedy.
+    `meta_labels` has the owner's findings.
     """
-    path = raw.require(root, {NAME: f"labels of 160,861 images, {WHERE}"}, "PadChest")[NAME]
+    folder = raw.RawFolder(root, "PadChest")
+    (path,) = folder.require({NAME: f"labels of 160,861 images, {WHERE}"})
     rows = raw.Rows(raw.read_table(path, COLUMNS, optional=OPTIONAL), source=path, cell=("ImageID", "name"))
     rows.exclude(rows.table["labels"] == "nan", "the owner gives no labels")
     if labelled_by == "physician":
@@ -64,7 +60,7 @@ def prepare(
     place = table["folder"] + "/" + table["name"]
     if check_images:
         # in its numbered folder, in images/, in the root
-        place = raw.first_existing(root, [place, "images/" + place, "images/" + table["name"], table["name"]])
+        place = folder.first_existing([place, "images/" + place, "images/" + table["name"], table["name"]])
     view = table["projection"].map(VIEWS)
     rows.table = table.assign(images=place, known=view.notna(), view=view.fillna("FRONTAL"))
     rows.exclude_missing(place != "", on_error, reason="listed, but no such file")
@@ -73,7 +69,7 @@ def prepare(
     table = _with_labels(rows.table, path)
     method = table["method"].eq("Physician").map({True: "physician", False: "network"})
     optional = {name: table.pop(name) for name in OPTIONAL.values()}
-    table = table.assign(
+    rows.table = table.assign(
         impression=table["impression"].str.strip(),
         is_ap_view=raw.ap_view(table["view"]),
         is_male=raw.male(table["meta_sex"]),
@@ -81,8 +77,8 @@ def prepare(
         meta_labels=table.pop("meta_labels"),
         **optional,
     )
-    frame = assign_splits(raw.manifest_frame(raw.group_studies(table), [*LABELS, "is_ap_view", "is_male"]), seed=seed)
-    return raw.finish(frame, source=f"manifest of {root}", seed=seed, failures=rows.failures)
+    rows.table = raw.group_studies(rows.table)
+    return raw.finish(rows, [*LABELS, "is_ap_view", "is_male"], seed=seed, draw="all")
 
 
 def _with_labels(table: pd.DataFrame, path: Path) -> pd.DataFrame:

@@ -1,13 +1,9 @@
 """The phantom as a dataset: `prepare` writes images and masks and returns the manifest."""
 
-from __future__ import annotations
-
-import multiprocessing
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import pandas as pd
+from joblib import Parallel, delayed
 from tqdm import tqdm
 
 from gloria_core.data.manifest import CHEXPERT_LABELS, validate
@@ -15,8 +11,8 @@ from gloria_core.data.splits import assign_label_ranks, assign_splits
 from gloria_core.phantom.files import Job, fingerprint, read_record, write_patients
 from gloria_core.phantom.study import LARGEST, SMALLEST
 
+# Patients that a worker draws at a time
 _BATCH = 16
-"""Patients that a worker draws at a time."""
 _BAR = {"desc": "phantom patients", "unit": " patients", "mininterval": 10.0}
 
 
@@ -34,8 +30,7 @@ def prepare(
 
     Writes `images/*.png` (8-bit), `masks/*.png` (1-bit) and `records/*.json`, one per finished patient. Every file is
     written under another name and renamed: after a killed run, calling again with the same arguments completes it.
-    The result does not depend on `workers`; more than one starts new processes, so a script (not a notebook) calls this
-    under `if __name__ == "__main__":`. Splits and label ranks follow `seed`.
+    The result does not depend on `workers`, the number of processes. Splits and label ranks follow `seed`.
 
     Raises ValueError for n_patients < 1, workers < 1 or a size outside 64..512.
     """
@@ -51,8 +46,10 @@ def prepare(
     job = Job(str(root), seed, size, lateral, fingerprint())
     missing = [patient for patient in range(n_patients) if read_record(job, patient) is None]
     batches = [missing[first : first + _BATCH] for first in range(0, len(missing), _BATCH)]
+    # joblib's processes do not import the caller's script again, as those of multiprocessing do
+    draw = Parallel(workers, return_as="generator_unordered")(delayed(write_patients)(job, batch) for batch in batches)
     with tqdm(total=n_patients, initial=n_patients - len(missing), disable=not progress, **_BAR) as bar:
-        for done in _drawn(job, batches, workers):
+        for done in draw:
             bar.update(len(done))
     records = [read_record(job, patient) for patient in range(n_patients)]
     if None in records:
@@ -61,19 +58,3 @@ def prepare(
     frame = frame.astype(dict.fromkeys(CHEXPERT_LABELS, float))
     frame = assign_label_ranks(assign_splits(frame, seed=seed), seed=seed)
     return validate(frame, source=f"phantom dataset in {root}")
-
-
-def _drawn(job: Job, batches: list[list[int]], workers: int) -> Iterator[list[int]]:
-    """Finished batches, in whatever order; a failure in a worker is raised here."""
-    if workers == 1 or len(batches) < 2:
-        yield from (write_patients(job, batch) for batch in batches)
-        return
-    # spawn: a forked child of a process that has used torch or CUDA may hang
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        running = [pool.submit(write_patients, job, batch) for batch in batches]
-        try:
-            for future in as_completed(running):
-                yield future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)

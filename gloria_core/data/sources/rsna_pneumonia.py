@@ -6,20 +6,17 @@ images are not public, so the papers split the training images. The column `pati
 image has its own, while NIH's patients, from whose images the challenge was drawn, have several.
 """
 
-from __future__ import annotations
-
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
 import pandas as pd
-from pydantic import validate_call
 from pydicom import dcmread
 
 from gloria_core.data import raw_folder as raw
 from gloria_core.data.manifest import ManifestError, OnError
-from gloria_core.data.splits import assign_splits, random_split
+from gloria_core.data.splits import random_split
 
 CLASSES = ("Lung Opacity", "No Lung Opacity / Not Normal", "Normal")
 LABEL = "Pneumonia"
@@ -28,8 +25,8 @@ LABELS = "stage_2_train_labels.csv"
 CLASSES_TABLE = "stage_2_detailed_class_info.csv"
 IMAGES = "stage_2_train_images/"
 MAPPING = "pneumonia-challenge-dataset-mappings_2018.json"
+# GLoRIA (also CXR-CLIP and MGCA's classification), and MGCA's detection and segmentation, `preprocess/rsna.py`
 HELD_OUT = {"published": 0.3, "published_detection": 10_674}
-"""GLoRIA (also CXR-CLIP and MGCA's classification), and MGCA's detection and segmentation, `preprocess/rsna.py`."""
 
 
 def read_labels(path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -52,7 +49,6 @@ def nih_patient(image: str) -> str:
     return image.partition("_")[0].lstrip("0") or "0"
 
 
-@validate_call
 def prepare(
     root: Path,
     *,
@@ -70,14 +66,14 @@ def prepare(
         is patient-disjoint, and `attrs["leaks"]` counts the patients that a published split has on both sides.
     headers: read view, sex and age from every DICOM header (a few minutes for all on a network disk).
     on_error="exclude" leaves out images that are not there and lists them in `attrs["excluded"]`.
-    Raises ManifestError naming file, row, column and remedy.
     """
-    paths = raw.require(root, {LABELS: f"the boxes; {HOW}", IMAGES: f"the DICOM images; {HOW}"}, "rsna_pneumonia")
-    table, boxes = read_labels(paths[LABELS])
+    folder = raw.RawFolder(root, "rsna_pneumonia")
+    path, _ = folder.require({LABELS: f"the boxes; {HOW}", IMAGES: f"the DICOM images; {HOW}"})
+    table, boxes = read_labels(path)
     table = table.sort_values("study_id")
     name = table["study_id"]
-    classes = raw.optional_file(root, CLASSES_TABLE, "rsna_pneumonia")
-    nih = name.map(_nih_names(root)).fillna("")
+    classes = folder.optional(CLASSES_TABLE)
+    nih = name.map(_nih_names(folder)).fillna("")
     patient = nih.map(lambda image: nih_patient(image) if image else "")
     table = table.assign(
         patient_id=patient.where(patient != "", name),
@@ -93,17 +89,14 @@ def prepare(
             _, leaks = raw.tear(patient[known], table.loc[known, "split"], rows=what, unit="patient")
             leaks = {what: int(known.sum())} | leaks
         table["patient_id"], _ = raw.tear(table["patient_id"], table["split"], rows="images", unit="patient")
-    rows = raw.Rows(table, source=paths[LABELS], cell=("patientId", "study_id"))
-    rows.table["images"] = raw.locate(root, name, [IMAGES.rstrip("/")], (*raw.DICOM, *raw.PICTURES))
+    rows = raw.Rows(table, source=path, cell=("patientId", "study_id"))
+    rows.table["images"] = folder.locate(name, [IMAGES.rstrip("/")], (*raw.DICOM, *raw.PICTURES))
     rows.exclude_missing(rows.table["images"] != "", on_error)
-    rows.table["boxes"] = _boxes(rows.table, boxes, root)
+    rows.place_boxes(boxes, folder, on_error)
     labels = [LABEL]
     if headers:
         rows.table, labels = _with_headers(rows.table, root), [LABEL, "is_ap_view", "is_male"]
-    frame = raw.manifest_frame(rows.table, labels)
-    if split_rule == "patient":
-        frame = assign_splits(frame, seed=seed)
-    return raw.finish(frame, source=f"manifest of {root}", seed=seed, failures=rows.failures, leaks=leaks)
+    return raw.finish(rows, labels, seed=seed, draw="all" if split_rule == "patient" else "", leaks=leaks)
 
 
 def _classes(path: Path, images: pd.DataFrame) -> list[str]:
@@ -122,28 +115,18 @@ def _classes(path: Path, images: pd.DataFrame) -> list[str]:
     return classes.tolist()
 
 
-def _nih_names(root: Path) -> dict[str, str]:
+def _nih_names(folder: raw.RawFolder) -> dict[str, str]:
     """RSNA's image id -> name of the image in ChestX-ray14, from RSNA's own mapping (JSON) or a CSV with both names."""
-    if (path := root / MAPPING).is_file():
+    if path := folder.optional(MAPPING):
         try:
             return {entry["subset_img_id"]: entry["img_id"] for entry in json.loads(path.read_text(encoding="utf-8"))}
         except (ValueError, KeyError, TypeError) as error:
             what = "no list of entries with 'subset_img_id' and 'img_id'"
             raise ManifestError(f"{path}: {what} ({error!r}); download it again") from error
-    if path := raw.optional_file(root, "rsna_to_nih.csv", "rsna_pneumonia"):
+    if path := folder.optional("rsna_to_nih.csv"):
         table = raw.read_table(path, {"patientId": raw.Column("name", unique=True), "image_index": "image"})
         return dict(zip(table["name"], table["image"], strict=True))
     return {}
-
-
-def _boxes(table: pd.DataFrame, boxes: pd.DataFrame, root: Path) -> list[str]:
-    """The JSON cell of each image; boxes are scaled to the pixels of PNG and JPEG copies."""
-    copies = table[table["study_id"].isin(boxes["study_id"]) & ~table["images"].str.endswith(raw.DICOM)]
-    sizes = raw.file_sizes(root, copies["images"])
-    if broken := [path for path, size in sizes.items() if size is None]:
-        raise ManifestError(f"{root / broken[0]} has boxes and is unreadable ({len(broken)} such files); copy it again")
-    of_study = {study: sizes[path] for study, path in zip(copies["study_id"], copies["images"], strict=True)}
-    return raw.box_cells(boxes, table["study_id"], sizes=of_study)
 
 
 def _with_headers(table: pd.DataFrame, root: Path) -> pd.DataFrame:

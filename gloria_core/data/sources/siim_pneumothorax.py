@@ -8,29 +8,25 @@ Three layouts are read:
 Runs become mask files below the root, in `masks_siim_pneumothorax/`, once; the rows of one study are one mask.
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pandas as pd
-from pydantic import validate_call
 
 from gloria_core.data import raw_folder as raw
 from gloria_core.data.annotations import SIIM_SIDE, RleError, decode_rle, write_mask
 from gloria_core.data.files import content_hash
 from gloria_core.data.manifest import ManifestError, OnError
-from gloria_core.data.splits import assign_splits, random_split
+from gloria_core.data.splits import random_split
 
 LABEL = "Pneumothorax"
+# Folder below the root that the decoded masks are written to
 MASKS = "masks_siim_pneumothorax"
-"""Folder below the root that the decoded masks are written to."""
 HOW = "Kaggle, siim-acr-pneumothorax-segmentation"
 TABLES = "train-rle.csv|stage_2_train.csv|stage_1_train_images.csv"
+# Folders of stage 1, which have a folder for each study and series
 TREES = ("dicom-images-train", "dicom-images-test")
-"""Folders of stage 1, which have a folder for each study and series."""
 FOLDERS = (*TREES, "stage_2_images", "png_images", "images", "train")
 PICTURE = {
     "new_filename": raw.Column("file", path=True, filled=True, unique=True),
@@ -50,12 +46,11 @@ RUNS = {
 }
 
 
-@validate_call
 def prepare(
     root: Path,
     *,
     table: str = "",
-    split_rule: Literal["patient", "published"] = "patient",
+    split_rule: raw.SplitRule = "patient",
     masks: bool = True,
     seed: int = 0,
     on_error: OnError = "raise",
@@ -72,13 +67,12 @@ def prepare(
     masks: write the masks of run-length tables to `masks_siim_pneumothorax/*.png` (those that are there are kept);
         False leaves masks out.
     on_error="exclude" leaves out images that are not there and lists them in `attrs["excluded"]`.
-    Raises ManifestError naming file, row, column and remedy, also for broken runs.
+
     """
-    pattern = table or TABLES
-    needs = {pattern: f"the runs or labels; {HOW}; option table=... names another"}
-    path = raw.require(root, needs, "siim_pneumothorax")[pattern]
+    folder = raw.RawFolder(root, "siim_pneumothorax")
+    (path,) = folder.require({table or TABLES: f"the runs or labels; {HOW}; option table=... names another"})
     pictures = "new_filename" in raw.header_of(path)
-    rows = read_pictures(path) if pictures else read_runs(path)
+    rows = read_pictures(path, folder) if pictures else read_runs(path)
     leaks: dict[str, int] = {}
     rows["study_id"] = rows["name"]
     if split_rule == "published" and not pictures:
@@ -86,7 +80,7 @@ def prepare(
         rows["study_id"], leaks = raw.tear(rows["name"], rows["split"], rows="rows", unit="image")
     positive = rows.groupby("study_id")["positive"].any()
     images = raw.Rows(rows.drop_duplicates("study_id"), source=path, cell=("ImageId", "name"))
-    images.table["images"] = _files(root, images.table["stem"])
+    images.table["images"] = _files(folder, images.table["stem"])
     images.table[LABEL] = images.table["study_id"].map(positive).astype(float)
     images.exclude_missing(images.table["images"] != "", on_error)
     if masks:
@@ -95,12 +89,8 @@ def prepare(
         else:
             files = write_masks(root, rows, images.table["study_id"], path)
         images.table["masks"] = raw.mask_cells(LABEL, files)
-    frame = raw.manifest_frame(images.table, [LABEL])
-    if split_rule == "patient":
-        frame = assign_splits(frame, seed=seed)
-    elif pictures:
-        frame = raw.draw_valid(frame, seed=seed)
-    return raw.finish(frame, source=f"manifest of {root}", seed=seed, failures=images.failures, leaks=leaks)
+    draw = "all" if split_rule == "patient" else "valid" if pictures else ""
+    return raw.finish(images, [LABEL], seed=seed, draw=draw, leaks=leaks)
 
 
 def read_runs(path: Path) -> pd.DataFrame:
@@ -117,10 +107,10 @@ def read_runs(path: Path) -> pd.DataFrame:
     return cells.assign(positive=runs != "-1", stem=name)
 
 
-def read_pictures(path: Path) -> pd.DataFrame:
+def read_pictures(path: Path, folder: raw.RawFolder) -> pd.DataFrame:
     """One row an image of the PNG version, of the train and the test table: name, stem, positive, split."""
     test = path.name.replace("train", "test")
-    other = raw.optional_file(path.parent, test, "siim_pneumothorax") if test != path.name else None
+    other = folder.optional(test) if test != path.name else None
     paths = {"train": path} | ({"test": other} if other else {})
     remedy = "Take the tables that come with png_images/"
     rows = pd.concat([raw.read_table(paths[split], PICTURE, remedy=remedy).assign(split=split) for split in paths])
@@ -165,10 +155,10 @@ def _union(part: pd.DataFrame, source: Path) -> np.ndarray:
     return mask
 
 
-def _files(root: Path, stems: pd.Series) -> pd.Series:
+def _files(folder: raw.RawFolder, stems: pd.Series) -> pd.Series:
     """Path of each image below the root: in flat folders, else in the tree of stage 1."""
-    paths = raw.locate(root, stems, FOLDERS, (*raw.DICOM, *raw.PICTURES))
+    paths, root = folder.locate(stems, FOLDERS, (*raw.DICOM, *raw.PICTURES)), folder.root
     if (paths == "").any():
         tree = [Path(place).relative_to(root).as_posix() for name in TREES for place, _, _ in os.walk(root / name)]
-        paths = paths.where(paths != "", raw.locate(root, stems, tree, raw.DICOM))
+        paths = paths.where(paths != "", folder.locate(stems, tree, raw.DICOM))
     return paths

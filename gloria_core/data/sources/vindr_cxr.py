@@ -5,43 +5,40 @@ Two layouts are read: PhysioNet's (`annotations/annotations_train.csv`, `image_l
 public labels). Three radiologists read each training image, each on their own; five agreed on each test image.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
 import pandas as pd
 import torch
-from pydantic import Field, validate_call
+from pydantic import Field
 from scipy.sparse.csgraph import connected_components
 from torchvision.ops import box_iou
 
 from gloria_core.data import raw_folder as raw
 from gloria_core.data.manifest import ManifestError, OnError
 from gloria_core.data.sources import vocabulary
-from gloria_core.data.splits import assign_splits, random_split
+from gloria_core.data.splits import random_split
 
 Readers = Literal["union", "majority"]
 
 NO_FINDING = "No Finding"
+# The owner's spellings that differ between tables or from ours
 NAMES = {"No finding": NO_FINDING, "Other diseases": "Other disease"}
-"""The owner's spellings that differ between tables or from ours."""
 CORNERS = ["x_min", "y_min", "x_max", "y_max"]
 HOW = "PhysioNet, vindr-cxr (credentialed), or Kaggle, vinbigdata-chest-xray-abnormalities-detection"
 IMAGE = raw.Column("study_id", path=True, filled=True)
+# The 18 targets of CXR-CLIP (You et al. 2023): those with more than ten positive test images
 CXR_CLIP_LABELS = vocabulary("vindr_cxr", "cxr_clip_labels")
-"""The 18 targets of CXR-CLIP (You et al. 2023): those with more than ten positive test images."""
 
 
-@validate_call
 def prepare(
     root: Path,
     *,
     readers: Readers = "union",
     overlap: Annotated[float, Field(gt=0, le=1)] = 0.5,
     labels: Literal["all", "cxr_clip"] = "all",
-    split_rule: Literal["patient", "published"] = "patient",
+    split_rule: raw.SplitRule = "patient",
     seed: int = 0,
     on_error: OnError = "raise",
 ) -> pd.DataFrame:
@@ -56,9 +53,9 @@ def prepare(
         of its training images, "published" gives train and valid only. The owner gives no patients; each image is one.
     Boxes are in pixels of the original DICOM file: prepare PNG copies of another size from the DICOM files instead.
     on_error="exclude" leaves out images that are not there and lists them in `attrs["excluded"]`.
-    Raises ManifestError naming file, row, column and remedy.
     """
-    parts, tables = [], _tables(root)
+    folder, parts = raw.RawFolder(root, "vindr_cxr"), []
+    tables = _tables(folder)
     for split, boxes_path, labels_path in tables:
         boxes = read_boxes(boxes_path)
         part = labels_of_boxes(boxes, readers) if labels_path is None else read_image_labels(labels_path, readers)
@@ -67,7 +64,7 @@ def prepare(
         part = part[names].rename_axis("study_id").reset_index()
         part = part.assign(
             split=random_split(len(part), held_out=0.2) if (split_rule, split) == ("published", "train") else split,
-            images=raw.locate(root, part["study_id"], [split], (*raw.DICOM, *raw.PICTURES)),
+            images=folder.locate(part["study_id"], [split], (*raw.DICOM, *raw.PICTURES)),
             views="PA",
             boxes=[raw.cell(entries.get(name, [])) for name in part["study_id"]],
             meta_owner_split=split,
@@ -76,28 +73,22 @@ def prepare(
     source = " and ".join(str(labels_path or boxes_path) for _, boxes_path, labels_path in tables)
     rows = raw.Rows(pd.concat([part for part, _ in parts]), source=source, cell=("image_id", "study_id"))
     rows.exclude_missing(rows.table["images"] != "", on_error)
-    frame = raw.manifest_frame(rows.table, list(dict.fromkeys(name for _, names in parts for name in names)))
-    if split_rule == "patient":
-        if not (frame["split"] == "train").any():
-            raise ManifestError(f"vindr_cxr: no training image is left; check the folder {root / 'train'}")
-        whole = (frame["split"] == "train").all()
-        frame = assign_splits(frame, seed=seed) if whole else raw.draw_valid(frame, seed=seed)
-    return raw.finish(frame, source=f"manifest of {root}", seed=seed, failures=rows.failures)
+    trained = rows.table["split"] == "train"
+    if split_rule == "patient" and not trained.any():
+        raise ManifestError(f"vindr_cxr: no training image is left; check the folder {root / 'train'}")
+    draw = "" if split_rule == "published" else "all" if trained.all() else "valid"
+    return raw.finish(rows, list(dict.fromkeys(name for _, names in parts for name in names)), seed=seed, draw=draw)
 
 
-def _tables(root: Path) -> list[tuple[str, Path, Path | None]]:
+def _tables(folder: raw.RawFolder) -> list[tuple[str, Path, Path | None]]:
     """Split, table of boxes and table of image labels (None: Kaggle's layout) of what is there."""
-    if kaggle := raw.optional_file(root, "train.csv", "vindr_cxr"):
+    if kaggle := folder.optional("train.csv"):
         return [("train", kaggle, None)]
-    folder = "annotations/" if (root / "annotations").is_dir() else ""
+    home = "annotations/" if (folder.root / "annotations").is_dir() else ""
     kinds = {"annotations": "the boxes", "image_labels": "the labels"}
-    needs = {
-        f"{folder}{kind}_{split}.csv": f"{what} of the {split} images; {HOW}"
-        for split in ("train", "test")
-        for kind, what in kinds.items()
-    }
-    train_boxes, train_labels, test_boxes, test_labels = raw.require(root, needs, "vindr_cxr").values()
-    return [("train", train_boxes, train_labels), ("test", test_boxes, test_labels)]
+    names = [(kind, split) for split in ("train", "test") for kind in kinds]
+    paths = folder.require({f"{home}{k}_{split}.csv": f"{kinds[k]} of the {split} images; {HOW}" for k, split in names})
+    return [("train", *paths[:2]), ("test", *paths[2:])]
 
 
 def read_boxes(path: Path) -> pd.DataFrame:

@@ -5,8 +5,6 @@ included, so that every path from a raw folder to a table can be tried without p
 phantom; the formats are those that the cards in `data_manifests/` describe.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from gloria_core.phantom.raw_folders import boxes, labels, masks, reports
@@ -18,8 +16,8 @@ _FUNCTIONS = (
     boxes.vindr_cxr, boxes.object_cxr, boxes.ms_cxr, masks.siim_pneumothorax,
     masks.montgomery_shenzhen, masks.oxford_pet,
 )  # fmt: skip
+# Name of a dataset, as in `gloria_core.data.sources` -> the function that writes its folder
 WRITERS = {function.__name__: function for function in _FUNCTIONS}
-"""Name of a dataset, as in `gloria_core.data.sources` -> the function that writes its folder."""
 
 
 def write(dataset: str, root: Path | str, *, n_studies: int = 60, size: int = 96, seed: int = 0) -> Path:

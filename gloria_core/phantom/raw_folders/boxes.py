@@ -1,7 +1,5 @@
 """Raw folders of datasets with boxes: RSNA pneumonia, its sample under NIH's names, VinDr-CXR, Object-CXR, MS-CXR."""
 
-from __future__ import annotations
-
 import uuid
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What the writers of raw folders share: simulated studies, and files in the formats of the owners."""
 
-from __future__ import annotations
-
 import io
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -17,8 +15,8 @@ from pydicom.uid import ComputedRadiographyImageStorage, JPEGBaseline8Bit, gener
 from gloria_core.phantom.disease import course
 from gloria_core.phantom.study import PhantomStudy, Region, study
 
+# By dataset, the owner's name of each label
 NAMES = json.loads(Path(__file__).with_name("names.json").read_text(encoding="utf-8"))
-"""By dataset, the owner's name of each label."""
 
 
 ORIGINAL_PIXELS = 1024  # side of the original images of NIH, RSNA and SIIM

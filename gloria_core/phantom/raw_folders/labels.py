@@ -1,7 +1,5 @@
 """Raw folders of datasets with labels and no reports: CheXpert, its 5x200, ChestX-ray14, COVIDx, Kermany, own CSV."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 

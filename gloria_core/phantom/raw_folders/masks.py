@@ -1,7 +1,5 @@
 """Raw folders of datasets with masks: SIIM-ACR pneumothorax, Montgomery and Shenzhen, Oxford-IIIT Pet."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

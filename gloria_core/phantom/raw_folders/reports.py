@@ -1,7 +1,5 @@
 """Raw folders of datasets with reports: MIMIC-CXR-JPG, CheXpert Plus, Open-I, PadChest, COVID pairs, CGMH."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import zipfile
