@@ -145,9 +145,9 @@ class RetinaDetector(Detector):
     def _outputs(self, stages: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Logits (B, A, K), box changes (B, A, 4) and anchors (A, 4), float32, all levels one after another."""
         levels = list(self.net.backbone(self.standardised(stages)).values())
-        found = self.net.head(levels)
+        predicted = self.net.head(levels)
         anchors = self.net.anchor_generator(self.image_list(1), [level.float() for level in levels])[0]
-        return found["cls_logits"].float(), found["bbox_regression"].float(), anchors
+        return predicted["cls_logits"].float(), predicted["bbox_regression"].float(), anchors
 
     def losses(self, stages: Sequence[Tensor], targets: Sequence[Target]) -> dict[str, Tensor]:
         logits, changes, anchors = self._outputs(stages)
@@ -159,15 +159,15 @@ class RetinaDetector(Detector):
         logits, changes, anchors = self._outputs(stages)
         classes = logits.shape[2]
         scores, places = logits.sigmoid().flatten(1).topk(min(4 * self.max_detections, logits[0].numel()), dim=1)
-        found = []
+        detections = []
         for score, place, change in zip(scores, places, changes, strict=True):
             score = score[score >= self.score_threshold]
             place, label = place[: len(score)] // classes, place[: len(score)] % classes
             boxes = self.net.box_coder.decode_single(change[place], anchors[place])
             boxes = clip_boxes_to_image(boxes, (self.side, self.side))
             kept = batched_nms(boxes, score, label, self.net.nms_thresh)[: self.max_detections]
-            found.append({"boxes": boxes[kept], "labels": label[kept], "scores": score[kept]})
-        return found
+            detections.append({"boxes": boxes[kept], "labels": label[kept], "scores": score[kept]})
+        return detections
 
 
 def retina_losses(
@@ -258,5 +258,5 @@ class FasterDetector(Detector):
         levels, images = self._levels(stages), self.image_list(len(stages[0]))
         with torch.autocast(stages[0].device.type, enabled=False):
             proposals, _ = self.net.rpn(images, levels)
-            found, _ = self.net.roi_heads(levels, proposals, images.image_sizes)
-        return [{"boxes": f["boxes"], "labels": f["labels"] - 1, "scores": f["scores"]} for f in found]
+            detections, _ = self.net.roi_heads(levels, proposals, images.image_sizes)
+        return [{"boxes": f["boxes"], "labels": f["labels"] - 1, "scores": f["scores"]} for f in detections]

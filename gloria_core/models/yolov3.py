@@ -90,12 +90,12 @@ class YoloDetector(Detector):
         with torch.autocast(maps[0].device.type, enabled=False):
             parts = [decode(m.float(), a, self.side) for m, a in zip(maps, self.anchors, strict=True)]
         boxes, scores, classes = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
-        found = []
+        detections = []
         for box, score, of_class in zip(boxes, scores, classes.argmax(dim=2), strict=True):
             kept = (score >= self.score_threshold).nonzero()[:, 0]
             kept = kept[nms_plus_one(box[kept], score[kept], of_class[kept])][: self.max_detections]
-            found.append({"boxes": box[kept], "labels": of_class[kept], "scores": score[kept]})
-        return found
+            detections.append({"boxes": box[kept], "labels": of_class[kept], "scores": score[kept]})
+        return detections
 
 
 def _split(outputs: Tensor) -> Tensor:

@@ -27,14 +27,14 @@ def objective_class(name: str) -> type[Objective]:
     if name not in available():
         raise ValueError(f"unknown objective {name!r}; available: {', '.join(available())}")
     module = importlib.import_module(f"{__name__}.{name}")
-    found = [
+    classes = [
         value
         for value in vars(module).values()
         if inspect.isclass(value) and issubclass(value, Objective) and value.__module__ == module.__name__
     ]
-    if len(found) != 1:
-        raise TypeError(f"{module.__name__} must define exactly one Objective, it defines {len(found)}")
-    return found[0]
+    if len(classes) != 1:
+        raise TypeError(f"{module.__name__} must define exactly one Objective, it defines {len(classes)}")
+    return classes[0]
 
 
 def build(name: str, *, pooled_dim: int, region_dim: int, text_dim: int, **options: object) -> Objective:

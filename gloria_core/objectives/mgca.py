@@ -160,11 +160,11 @@ class MGCA(Objective):
         """Unit vectors (N, M, D) of the columns from 1 on, and which are words (N, M); published: padded to M = 111."""
         words, mask = texts.words[:, 1:], self._word_mask(texts)[:, 1:]
         if self.behavior == "corrected":
-            found = _unit(self.word_head(words[mask]))
-            return found.new_zeros(*mask.shape, found.shape[1]).index_put((mask,), found), mask
+            projected = _unit(self.word_head(words[mask]))
+            return projected.new_zeros(*mask.shape, projected.shape[1]).index_put((mask,), projected), mask
         words = F.pad(words * mask[..., None], (0, 0, 0, PUBLISHED_TOKENS - 1 - words.shape[1]))
-        found = _unit(self.word_head(words.flatten(0, 1))).unflatten(0, words.shape[:2])
-        return found, F.pad(mask, (0, words.shape[1] - mask.shape[1]))
+        projected = _unit(self.word_head(words.flatten(0, 1))).unflatten(0, words.shape[:2])
+        return projected, F.pad(mask, (0, words.shape[1] - mask.shape[1]))
 
     def word_weights(self, texts: TextFeatures) -> Tensor:
         """w (N, W) without gradient, zero where there is no word. Raises ValueError for a text without words."""
@@ -302,12 +302,12 @@ def sinkhorn(scores: Tensor, *, epsilon: float = 0.05, iterations: int = 3) -> T
     Shape: (B, K) -> (B, K), without gradient
     """
     rows, columns = scores.shape
-    found = (scores / epsilon).exp()
-    found = found / found.sum()
+    transport = (scores / epsilon).exp()
+    transport = transport / transport.sum()
     for _ in range(iterations):
-        found = found / (columns * found.sum(dim=0, keepdim=True))
-        found = found / (rows * found.sum(dim=1, keepdim=True))
-    return found / found.sum(dim=1, keepdim=True)
+        transport = transport / (columns * transport.sum(dim=0, keepdim=True))
+        transport = transport / (rows * transport.sum(dim=1, keepdim=True))
+    return transport / transport.sum(dim=1, keepdim=True)
 
 
 def _unit(vectors: Tensor) -> Tensor:

@@ -180,11 +180,11 @@ class PRIOR(Objective):
         inverse = self.behavior == "corrected"
         written, targets = self.report_decoder.in_order_of(sentences.padded(packed), regions, inverse=inverse)
         kept = written[:, : sentences.mask.shape[1]].flatten(0, 1)[sentences.place]
-        true, (mixture, found) = logits.log_softmax(dim=1), self.bank(kept)
+        true, (mixture, retrieved) = logits.log_softmax(dim=1), self.bank(kept)
         again = self.text_pool.of_set(sentences.padded(mixture), sentences.mask)
         return {
             "report": (written - targets).abs().mean(),
-            "consistency": (true.exp() * (true - found.log_softmax(dim=1))).sum(dim=1).mean(),
+            "consistency": (true.exp() * (true - retrieved.log_softmax(dim=1))).sum(dim=1).mean(),
             "report_global": _nce(again, report, self._scale(self.logit_scale)),
         }
 
@@ -292,8 +292,8 @@ class Sentences(NamedTuple):
         last = self.table.shape[1] - 1
         rows = self.table.gather(1, numbers.clamp(min=0, max=last))
         there = (rows >= 0) & (numbers >= 0) & (numbers <= last)
-        found = values.gather(1, rows.clamp(min=0)[..., None].expand(-1, -1, values.shape[-1]))
-        return found * there[..., None], there
+        sentences = values.gather(1, rows.clamp(min=0)[..., None].expand(-1, -1, values.shape[-1]))
+        return sentences * there[..., None], there
 
 
 def gather_sentences(tokens: Tensor, numbers: Tensor, *, most: int | None = None) -> Sentences:
@@ -398,15 +398,15 @@ class SentenceRegionAttention(nn.Module):
         query1, key1 = self.query1(regions), self.key1(regions)
         query2, key2 = self.query2(sentences), self.key2(sentences)
         chunk = max(1, PAIRS_AT_ONCE // (regions.shape[0] * regions.shape[1] * sentences.shape[1]))
-        found = []
+        scores = []
         for part in torch.arange(len(sentences), device=mask.device).split(chunk):
             there = mask[part].to(torch.float32)
             weights = torch.einsum("brd,nsd->bnrs", query1, key2[part]) * self.scale
             total = widened(weights).sigmoid().mean(dim=2)
             weights = torch.einsum("nsd,brd->bnrs", query2[part], key1) * self.scale
             total = total + widened(weights).sigmoid().mean(dim=2)
-            found.append((total * there).sum(dim=2) / (2 * there.sum(dim=1)))
-        return torch.cat(found, dim=1)
+            scores.append((total * there).sum(dim=2) / (2 * there.sum(dim=1)))
+        return torch.cat(scores, dim=1)
 
 
 def gumbel(logits: Tensor) -> Tensor:

@@ -174,8 +174,8 @@ def _auroc(positive: np.ndarray, negative: np.ndarray) -> np.ndarray:
 def _auprc(positive: np.ndarray, negative: np.ndarray) -> np.ndarray:
     true, wrong = (part[:, ::-1].cumsum(axis=1) for part in (positive, negative))
     precision = true / np.maximum(true + wrong, 1e-12)
-    found = (positive[:, ::-1] * precision).sum(axis=1) / positive.sum(axis=1)
-    return np.where(negative.sum(axis=1) > 0, found, np.nan)
+    average = (positive[:, ::-1] * precision).sum(axis=1) / positive.sum(axis=1)
+    return np.where(negative.sum(axis=1) > 0, average, np.nan)
 
 
 _METRICS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {"auroc": _auroc, "auprc": _auprc}
