@@ -12,6 +12,8 @@ padding counts as background and takes no part in that. A blank element, or a wi
 
 from __future__ import annotations
 
+import contextlib
+import re
 from io import BytesIO
 from pathlib import Path
 from typing import Literal
@@ -20,12 +22,12 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from pydantic import ConfigDict, validate_call
 from pydicom import Dataset, dcmread
 from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_windowing
 from pydicom.sequence import Sequence
-from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from torch import Tensor
 
 Norm = Literal["half", "imagenet", "prior"]
@@ -40,6 +42,7 @@ _PNG, _JPEG, _BMP, _TIFF = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"BM", (b"II*\
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # TIFF tags
 _COPY_AGAIN = "copy or download it again, or leave its study out"
 _EXPORT = "copy it again, or export it as 8-bit or 16-bit gray PNG"
+_NO_NUMBERS = "pixels that are no numbers (NaN or infinite)"
 
 
 class ImageError(ValueError):
@@ -51,6 +54,7 @@ def read_gray(path: str | Path) -> NDArray[np.uint8]:
 
     PNG, JPEG (also BMP, TIFF): colour and palette become luminance (ITU-R 601), transparency is ignored, an EXIF
     rotation is applied. More than 8 bits are stretched from the image's minimum to its maximum: no window is given.
+    What cannot be read so, such as a TIFF of 3 x 16 bits, is refused with its depth.
     DICOM: see `gloria_core.data.images`.
 
     Shape: (H, W) uint8.
@@ -128,7 +132,7 @@ def _decode_picture(data: bytes, name: str | Path) -> NDArray[np.uint8]:
             elif bits > 8:  # Pillow would cut deep colour to 8 bits
                 pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if not tags else None
                 if pixels is None:
-                    raise ImageError(f"{name}: {bits} bits a colour channel cannot be read: {_EXPORT}")
+                    raise ImageError(f"{name}: a {_described(data)}, which is not read: {_EXPORT}")
                 values = pixels if pixels.ndim == 2 else pixels[..., 2::-1] @ _LUMINANCE
             elif signed:
                 values = np.asarray(picture).view(np.int8)
@@ -138,14 +142,15 @@ def _decode_picture(data: bytes, name: str | Path) -> NDArray[np.uint8]:
         raise
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name}: {error}. Shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it") from None
-    except (UnidentifiedImageError, ValueError, KeyError) as error:
-        cause = str(error).split(" <")[0]  # without the address of a buffer
-        raise ImageError(f"{name}: damaged, or a kind of picture that is not read ({cause}): {_EXPORT}") from error
     # a damaged file can fail anywhere in the decoder, and Pillow promises no common class
     except Exception as error:
-        raise ImageError(f"{name}: truncated or damaged ({error}): {_COPY_AGAIN}") from error
+        cause = _one_line(error).split(" <")[0]  # without the address of a buffer
+        if isinstance(error, UnidentifiedImageError | ValueError | KeyError) or "nsupported" in cause:
+            state = f"a {_described(data)} that is damaged or not read ({cause})"
+            raise ImageError(f"{name}: {state}: {_EXPORT}") from error
+        raise ImageError(f"{name}: truncated or damaged ({cause}): {_COPY_AGAIN}") from error
     if not np.isfinite(values).all():
-        raise ImageError(f"{name}: pixels that are no numbers (NaN or infinite): {_EXPORT}")
+        raise ImageError(f"{name}: {_NO_NUMBERS}: {_EXPORT}")
     gray = _stretch(values, float(values.min()), float(values.max()))
     return 255 - gray if tags.get(_PHOTOMETRIC) == 0 else gray  # Pillow turns WhiteIsZero around for 8 bits only
 
@@ -156,14 +161,39 @@ def _check_end(data: bytes) -> None:
     Pillow may not miss the end of a file if all pixels came out.
     """
     if data.startswith(_PNG):
-        if data.rfind(b"IEND") > len(data) - 8:
-            raise OSError("the PNG ends in its last part")
+        if not 0 < data.rfind(b"IEND") <= len(data) - 8:
+            raise OSError("the PNG ends before its last part")
         Image.open(BytesIO(data), formats=("PNG",)).verify()
     # a thumbnail's end marker lies before the last scan
     elif data.startswith(_JPEG) and data.rfind(b"\xff\xd9") <= data.rfind(b"\xff\xda"):
         raise OSError("the end marker is missing")
     elif data.startswith(_BMP) and len(data) < int.from_bytes(data[2:6], "little"):
         raise OSError(f"the BMP has {len(data)} bytes of {int.from_bytes(data[2:6], 'little')}")
+    elif data.startswith(_TIFF):
+        order = "little" if data[:2] == b"II" else "big"
+        place = int.from_bytes(data[4:8], order)  # of the directory: a number of entries, each of 12 bytes, and a link
+        if place + 6 + 12 * int.from_bytes(data[place : place + 2], order) > len(data):
+            raise OSError("the TIFF ends before or in its directory")
+
+
+def _described(data: bytes) -> str:
+    """Format, channels and depth of a picture, as its header has them: "TIFF of 3 x 16 bits"."""
+    kind, channels, bits = "picture", 1, "?"
+    if data.startswith(_PNG):
+        kind, channels, bits = "PNG", {b"\2": 3, b"\4": 2, b"\6": 4}.get(data[25:26], 1), int.from_bytes(data[24:25])
+    elif data.startswith(_BMP):
+        kind, bits = "BMP", int.from_bytes(data[28:30], "little")
+    elif data.startswith(_TIFF):
+        with contextlib.suppress(Exception):  # a damaged directory has no depth to name
+            tags, file = TiffImagePlugin.ImageFileDirectory_v2(data[:8]), BytesIO(data)
+            file.seek(tags.next)
+            tags.load(file)
+            depths, sample_format = tags.get(_BITS, (1,)), tags.get(_SAMPLE_FORMAT, (1,))[0]
+            kind = {2: "signed TIFF", 3: "floating-point TIFF"}.get(sample_format, "TIFF")
+            channels, bits = len(depths), max(depths)
+    elif frame := re.search(rb"\xff[\xc0-\xc3\xc5-\xc7\xc9-\xcb\xcd-\xcf]..(.)....(.)", data, re.DOTALL):
+        kind, channels, bits = "JPEG", frame[2][0], frame[1][0]
+    return f"{kind} of {channels} x {bits} bits"
 
 
 def _begins_with_element(data: bytes) -> bool:
@@ -180,33 +210,46 @@ def _decode_dicom(data: bytes, name: str | Path) -> NDArray[np.uint8]:
     # a damaged file can fail anywhere in the reader and in the decoders, with any exception
     try:
         dataset = dcmread(BytesIO(data), force=True)
-        frames = int(dataset.get("NumberOfFrames") or 1)
+        kind = UID(str(dataset.get("SOPClassUID") or "")).name
     except Exception as error:
         raise ImageError(f"{name}: truncated or damaged DICOM ({_one_line(error)}): {_COPY_AGAIN}") from error
     if not any(keyword in dataset for keyword in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
-        if "Rows" in dataset or not len(dataset):  # pydicom drops an element without an end
-            raise ImageError(f"{name}: truncated DICOM (it ends before or in its pixels): {_COPY_AGAIN}")
-        raise ImageError(f"{name}: a DICOM file without an image (no PixelData), or cut before it: leave its study out")
+        if "Rows" in dataset or "Image" in kind or not len(dataset):  # pydicom drops an element without an end
+            raise ImageError(f"{name}: truncated DICOM, or without pixels (it ends before or in them): {_COPY_AGAIN}")
+        raise ImageError(
+            f"{name}: a DICOM file without an image ({kind or 'no PixelData, or cut before it'}): leave its study out"
+        )
     if not dataset.file_meta.get("TransferSyntaxUID"):
         implicit, little = dataset.original_encoding
         explicit = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
         dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else explicit
     try:
+        frames = int(dataset.get("NumberOfFrames") or 1)
+    except ValueError as error:
+        raise ImageError(f"{name}: element NumberOfFrames is no number ({error}): correct or remove it") from error
+    try:
         stored = dataset.pixel_array if frames == 1 else None
         if frames == 1 and stored.ndim > (2 if (dataset.get("SamplesPerPixel") or 1) == 1 else 3):
             frames = len(stored)  # more than the header says
-    except (NotImplementedError, RuntimeError) as error:
-        syntax = dataset.file_meta.TransferSyntaxUID.name
-        cause = "damaged, or of a kind without" if "exceptions were raised" in str(error) else "without"
-        raise ImageError(
-            f"{name}: pixels in DICOM transfer syntax {syntax!r}, {cause} a decoder here ({_one_line(error)}): "
-            "install 'pylibjpeg[all]', or convert the file to an uncompressed syntax"
-        ) from error
     except Exception as error:
-        state = "incomplete DICOM header" if isinstance(error, AttributeError) else "truncated or damaged DICOM"
-        raise ImageError(f"{name}: {state} ({_one_line(error)}): {_COPY_AGAIN}") from error
+        cause, syntax = _one_line(error), dataset.file_meta.TransferSyntaxUID.name
+        if re.search("missing dependencies|does not support|no available|not supported", cause):
+            raise ImageError(
+                f"{name}: pixels in DICOM transfer syntax {syntax!r}, without a decoder here ({cause}): "
+                "install 'pylibjpeg[all]', or convert the file to an uncompressed syntax"
+            ) from error
+        if isinstance(error, NotImplementedError | RuntimeError):
+            raise ImageError(
+                f"{name}: damaged pixels in DICOM transfer syntax {syntax!r} ({cause}): {_COPY_AGAIN}"
+            ) from error
+        state = (
+            "truncated DICOM" if "less than expected" in cause else "damaged DICOM, or a header that does not fit it"
+        )
+        raise ImageError(f"{name}: {state} ({cause}): {_COPY_AGAIN}") from error
     if frames != 1:
         raise ImageError(f"{name}: {frames} frames in one file: export the one that is the radiograph")
+    if stored.dtype.kind == "f" and not np.isfinite(stored).all():
+        raise ImageError(f"{name}: {_NO_NUMBERS}: {_EXPORT}")
     try:
         return _as_shown(stored, dataset)
     except Exception as error:
@@ -220,8 +263,13 @@ def _as_shown(stored: NDArray, dataset: Dataset) -> NDArray[np.uint8]:
     kind = dataset.PhotometricInterpretation
     bits = int(dataset.get("BitsStored") or dataset.BitsAllocated)
     if kind == "PALETTE COLOR":
+        # pydicom's own reading wraps indices around where entries have 8 bits, and takes all files for little endian
+        for name in (f"{colour}PaletteColorLookupTableData" for colour in ("Red", "Green", "Blue")):
+            if name in dataset:
+                table = _entries(dataset.get(name), dataset.RedPaletteColorLookupTableDescriptor[0], dataset)
+                setattr(dataset, name, table.astype(np.uint16).tobytes())
         stored = apply_color_lut(stored, dataset)
-        bits = stored.dtype.itemsize * 8
+        bits = 8 if stored.max() < 256 else 16  # 16 may be declared where the entries use 8
     if stored.ndim == 3:
         gray = stored[..., :3] @ _LUMINANCE
         whole = bits <= 8 or kind == "PALETTE COLOR"
@@ -234,7 +282,7 @@ def _as_shown(stored: NDArray, dataset: Dataset) -> NDArray[np.uint8]:
     values = apply_modality_lut(stored, dataset)
     seen = values[~padding]
     if "VOILUTSequence" in dataset:
-        gray = _look_up(values, dataset.VOILUTSequence[0], signed=bool(dataset.PixelRepresentation))
+        gray = _look_up(values, dataset)
     elif dataset.WindowWidth is not None:
         # the window of values far outside gives the two ends of the output range
         with np.errstate(over="ignore"):
@@ -271,16 +319,22 @@ def _drop_blank_elements(dataset: Dataset) -> None:
     dataset.WindowCenter, dataset.WindowWidth = next(usable, (None, None))
 
 
-def _look_up(values: NDArray, item: Dataset, *, signed: bool) -> NDArray[np.uint8]:
-    """The VOI table on all values at once; pydicom's own wraps 12-bit values around where the entries have 8 bits."""
-    entries, first, _ = (int(part) for part in item.LUTDescriptor)
-    entries = entries or 2**16
-    if signed and first >= 2**15:
-        first -= 2**16  # the descriptor's second value is signed where the pixels are
-    table = item.LUTData
+def _entries(table: bytes | Sequence, count: int, dataset: Dataset) -> NDArray:
+    """The `count` entries of a look-up table (0: 65,536), each of one or two bytes."""
+    count = count or 2**16
     if isinstance(table, bytes):
-        table = np.frombuffer(table, "<u2" if len(table) >= 2 * entries else np.uint8)
-    table = np.asarray(table, np.float64)[:entries]
+        order = "<" if dataset.file_meta.TransferSyntaxUID.is_little_endian else ">"
+        table = np.frombuffer(table, f"{order}u2" if len(table) >= 2 * count else np.uint8)
+    return np.asarray(table)[:count]
+
+
+def _look_up(values: NDArray, dataset: Dataset) -> NDArray[np.uint8]:
+    """The VOI table on all values at once; pydicom's own wraps 12-bit values around where the entries have 8 bits."""
+    item = dataset.VOILUTSequence[0]
+    entries, first, _ = (int(part) for part in item.LUTDescriptor)
+    if dataset.PixelRepresentation and first >= 2**15:
+        first -= 2**16  # the descriptor's second value is signed where the pixels are
+    table = _entries(item.LUTData, entries, dataset).astype(np.float64)
     index = np.clip(np.rint(np.asarray(values, np.float64)).astype(np.int64) - first, 0, len(table) - 1)
     return _stretch(table[index], 0, table.max())  # the declared bits may be more than the entries use
 
