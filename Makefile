@@ -1,6 +1,7 @@
 # make study                          the quickstart: synthetic radiographs, two cores, about twelve minutes
 # make study STUDY=real DATA=/path    every task on real radiographs (or GLORIA_DATA=/path); STUDY=nih needs NIH alone
 # make study FORCE=07_zero_shot       repeat the runs whose ids begin so, and what depends on them (FORCE=all: all)
+# make study TRUST_DATA=1             do not look whether the files of the data have changed since they were prepared
 # make study SNAKEMAKE_ARGS="--executor slurm --jobs 40"    one cluster job for each notebook
 # make study SNAKEMAKE_ARGS="--resources gpu=1" CORES=8    at most one notebook at a time that asks for a GPU
 # make explore                        click a word, see the region: the quickstart's models as a web page (STUDY=...)
@@ -16,6 +17,7 @@ CORES ?= 2
 DATA ?=
 FORCE ?=
 SET ?=
+TRUST_DATA ?=
 PROFILE ?=
 SNAKEMAKE_ARGS ?=
 
@@ -35,7 +37,7 @@ $(INSTALLED): requirements.txt pyproject.toml
 
 study: $(INSTALLED)
 	@$(BIN)/python -m gloria_core.study run $(STUDY) --cores $(CORES) $(if $(DATA),--data '$(DATA)') \
-		$(if $(FORCE),--force '$(FORCE)') $(foreach pair,$(SET),--set '$(pair)') \
+		$(if $(FORCE),--force '$(FORCE)') $(if $(TRUST_DATA),--trust-data) $(foreach pair,$(SET),--set '$(pair)') \
 		--snakemake='$(if $(PROFILE),--profile $(PROFILE)) $(SNAKEMAKE_ARGS)'
 
 explore: $(INSTALLED)

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 from notebook_cells import CellError, run_notebook
 
+from gloria_core.data import source_files
 from gloria_core.phantom.raw_folders import WRITERS, write
 from gloria_core.study.record import NotApplicable
 
@@ -68,6 +69,7 @@ def prepared(request, tmp_path_factory) -> tuple[str, Path]:
     write(request.param, folder / "raw", n_studies=40, size=64)
     given = {"dataset": request.param, "data_root": str(folder / "raw"), "options": OPTIONS.get(request.param, {})}
     run_notebook("01_data_preparation", given | {"image_size": 64}, folder / "01")
+    assert source_files.changes(folder / "01", folder / "raw", skip=folder) == []
     untrained = {"manifest": str(folder / "01/manifest.csv"), "objective": "random", **SMALL["02_pretraining"]}
     run_notebook("02_pretraining", untrained, folder / "untrained")
     return request.param, folder

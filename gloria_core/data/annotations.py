@@ -10,6 +10,7 @@ several rows: unite their masks, and split a dataset by image, never by row.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image
 
-from gloria_core.data.files import atomic_file
+from gloria_core.data.files import DRAWN, atomic_write
 from gloria_core.data.images import ImageError, read_gray
 from gloria_core.data.manifest import ManifestError, boxes_of, masks_of
 
@@ -93,17 +94,17 @@ def read_mask(root: Path, path: str, *, shape: tuple[int, int], where: str) -> N
 
 
 def write_mask(root: Path, path: str, make: Callable[[], NDArray[np.bool_]]) -> str:
-    """Write `make()` (H, W) bool to `root/path` as 1-bit PNG unless that file is there; returns `path`.
+    """Write `make()` (H, W) bool to `root/path` as 1-bit PNG unless that is what the file holds; returns `path`.
 
-    Raises ManifestError for a root that cannot be written to.
+    The empty file `DRAWN` beside it says that this folder's masks come from a table. Raises ManifestError for a root
+    that cannot be written to.
     """
-    target = root / path
-    if target.is_file():
-        return path
-    mask = Image.fromarray(np.asarray(make(), bool))
+    target, content = root / path, io.BytesIO()
+    Image.fromarray(np.asarray(make(), bool)).save(content, format="PNG")
     try:
-        with atomic_file(target) as file:
-            mask.save(file, format="PNG")
+        if not target.is_file() or target.read_bytes() != content.getvalue():
+            atomic_write(target, content.getvalue())
+            (target.parent / DRAWN).touch()
     except OSError as error:
         raise ManifestError(
             f"{target} cannot be written ({error.strerror}); let the root be writable, or use masks=False"

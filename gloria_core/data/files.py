@@ -13,7 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-_THREADS = 8  # folders listed at once
+THREADS = 8  # folders listed at once
+# Name of the file that marks a folder of masks which are drawn from a table, and drawn anew when it changes.
+DRAWN = ".drawn_from_a_table"
 
 
 @contextmanager
@@ -88,7 +90,7 @@ def existing(root: Path | str, paths: Iterable[str]) -> set[str]:
         except (FileNotFoundError, NotADirectoryError):
             return []
 
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         return {path for paths in pool.map(files_of, wanted) for path in paths}
 
 

@@ -3,6 +3,7 @@
     python -m gloria_core.study quickstart                   check everything, run what is missing or stale, report
     python -m gloria_core.study nih --data /data/nih         the same on a folder of radiographs
     python -m gloria_core.study plan quickstart              only print the runs, and which of them are done
+    python -m gloria_core.study nih --trust-data             do not look whether files of the data have changed
     python -m gloria_core.study one quickstart <run_id>      run one notebook (what Snakemake calls)
 
 Exit codes: 0 everything is done; 1 a run failed; 2 the study file, its parameters or its data folder are wrong;
@@ -43,11 +44,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.command == "one":
             return _one(plan, given.run_id, given.threads)
         if given.command == "plan":
+            missing = to_do(plan, trust_data=given.trust_data)
             for run in plan:
-                print(f"{status_of(plan, run):14} {run.run_id}  after {len(run.needs)}")
-            plan.check_data(to_do(plan))
+                status = status_of(plan, run)
+                print(f"{'stale' if run in missing and status in FINISHED else status:14} {run.run_id}")
+            plan.check_data(missing)
             return 0
-        return run_study(plan, cores=given.cores, force=given.force, snakemake=shlex.split(given.snakemake))
+        options = {"cores": given.cores, "force": given.force, "trust_data": given.trust_data}
+        return run_study(plan, **options, snakemake=shlex.split(given.snakemake))
     except (StudyError, ParameterError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -59,11 +63,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m gloria_core.study", description="Run a study of notebooks.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="[run] | plan | one")
-    run, _, one = (commands.add_parser(name) for name in COMMANDS)
+    run, plan, one = (commands.add_parser(name) for name in COMMANDS)
     for command in commands.choices.values():
         command.add_argument("study", help="name or path of a study file, or the plan.json of a study")
         command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="in every notebook")
         command.add_argument("--data", default="", help="folder of the real radiographs (default: $GLORIA_DATA)")
+    for command in (run, plan):
+        command.add_argument("--trust-data", action="store_true", help="do not look whether source files have changed")
     run.add_argument("--cores", type=int, default=2, help="processor cores to use at most")
     run.add_argument("--force", default="", help="'all', or how the run ids begin that are to be repeated")
     run.add_argument("--snakemake", default="", help="more arguments for Snakemake, in one string")

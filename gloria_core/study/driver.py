@@ -12,9 +12,11 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import psutil
 
+from gloria_core.data import source_files
 from gloria_core.study.parameters import unknown
 from gloria_core.study.paths import PACKAGE_PARENT, read_json
 from gloria_core.study.plan import Plan, PlannedRun, StudyError
@@ -25,15 +27,16 @@ from gloria_core.study.run import EXECUTED, FINISHED, NOT_APPLICABLE, is_done, l
 PARENT = "GLORIA_STUDY_PROCESS"
 
 
-def run_study(plan: Plan, *, cores: int = 2, force: str = "", snakemake: Sequence[str] = ()) -> int:
+def run_study(
+    plan: Plan, *, cores: int = 2, force: str = "", trust_data: bool = False, snakemake: Sequence[str] = ()
+) -> int:
     """Do what is missing or stale; return 0 when every run is done and 1 when not. Prints as it goes.
 
-    `force`: "all", or how the ids of the runs begin that are to be repeated. `snakemake`: further arguments for it,
-    e.g. ("--executor", "slurm", "--jobs", "40").
+    `force`, `trust_data`: see `to_do`. `snakemake`: further arguments for it, e.g. ("--executor", "slurm").
     Raises `StudyError` when the study is already being run, or when its data folder is not there.
     """
     with locked(plan.folder, f"study {plan.study}") as lock:
-        missing = to_do(plan, force)
+        missing = to_do(plan, force, trust_data=trust_data)
         plan.check_data(missing)
         plan.write()
         done = len(plan) - len(missing)
@@ -54,15 +57,32 @@ def run_study(plan: Plan, *, cores: int = 2, force: str = "", snakemake: Sequenc
         return _report(plan)
 
 
-def to_do(plan: Plan, force: str = "") -> list[PlannedRun]:
-    """The runs that are not done or are to be repeated, and all that depend on them."""
+def to_do(plan: Plan, force: str = "", *, trust_data: bool = False) -> list[PlannedRun]:
+    """The runs that are not done or are to be repeated, and all that depend on them.
+
+    `force`: "all", or how the ids of the runs begin that are to be repeated. A run whose source files have changed is
+    not done, and they are named, unless `trust_data` leaves them unread.
+    """
     if force and not any(_forced(run, force) for run in plan):
         raise StudyError(unknown("run to repeat", force, [run.run_id for run in plan], where=plan.study))
     chosen: dict[str, PlannedRun] = {}
     for run in plan:
-        if _forced(run, force) or not is_done(plan, run) or not chosen.keys().isdisjoint(run.needs):
+        stale = _forced(run, force) or not is_done(plan, run) or not chosen.keys().isdisjoint(run.needs)
+        if stale or not (trust_data or _same_sources(plan, run)):
             chosen[run.run_id] = run
     return list(chosen.values())
+
+
+def _same_sources(plan: Plan, run: PlannedRun) -> bool:
+    """Whether the files that a finished run was prepared from are as they were; prints which are not."""
+    if not run.parameters.get("data_root"):
+        return True
+    root = plan.root / Path(run.parameters["data_root"]).expanduser()
+    changes = source_files.changes(plan.folder / run.run_id, root, skip=plan.folder.parent)
+    if changes:
+        more = f", and {len(changes) - 3} more" if len(changes) > 3 else ""
+        print(f"{run.run_id} is stale: {', '.join(changes[:3])}{more} (--trust-data: take what was prepared as it is)")
+    return not changes
 
 
 def _forced(run: PlannedRun, force: str) -> bool:

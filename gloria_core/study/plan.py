@@ -278,7 +278,7 @@ def _planned(
     short = content_hash([notebook, identity, upstream], digits=8)
     parts = [notebook, objective, None if seed is None else f"s{seed}", short]
     run_id = "-".join(re.sub(r"[^\w.]", "_", str(part)) for part in parts if part not in (None, ""))
-    data = {key: path_fingerprint(root, values[key]) for key in PATHS if values.get(key)}
+    data = {key: path_fingerprint(root, values[key]) for key in SOURCES if values.get(key)}
     fingerprint = content_hash([run_id, code, data, sorted(run.fingerprint for run in needs)])
     files = {key: (RUNS / study / maker.run_id / SOURCES[key][1]).as_posix() for key, maker in makers.items()}
     filled = {"out": (RUNS / study / run_id).as_posix(), "study": study, "run_id": run_id}

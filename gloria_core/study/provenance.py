@@ -8,14 +8,14 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
+from functools import cache
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-from gloria_core.data.files import content_hash
+from gloria_core.data import source_files
+from gloria_core.data.files import content_hash, file_hash
 from gloria_core.study.paths import PACKAGE_PARENT
-
-HEAD_BYTES = 1 << 20  # read of a big file
 
 
 def notebook_fingerprint(notebook: Path) -> str:
@@ -28,19 +28,18 @@ def notebook_fingerprint(notebook: Path) -> str:
 
 
 def path_fingerprint(root: Path, path: str) -> str:
-    """Changes with a file's content, or with the names and sizes directly inside a folder; never with its place.
+    """Changes with the content of a file, and of a manifest with the files that it is of; never with its place.
 
-    `path` is relative to `root`, or absolute. Of a file the size and the first MiB count, of a folder of images the
-    tables next to them: reading 45 GB to learn that nothing changed would take too long.
+    `path` is relative to `root`, or absolute; the file need not be there.
     """
     place = root / Path(path).expanduser()
-    if place.is_dir():
-        items = [item for item in place.iterdir() if not item.name.startswith(".")]
-        return content_hash(sorted((item.name, item.stat().st_size if item.is_file() else -1) for item in items))
-    if place.is_file():
-        with place.open("rb") as file:
-            return content_hash(str(place.stat().st_size).encode() + file.read(HEAD_BYTES))
-    return "absent"
+    files = [file for file in (place, place.with_name(source_files.NAME)) if file.is_file()]
+    return content_hash([_hash(file, file.stat().st_mtime_ns) for file in files])
+
+
+@cache
+def _hash(file: Path, time: int) -> str:
+    return file_hash(file)
 
 
 def package_hash() -> str:

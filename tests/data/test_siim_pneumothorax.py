@@ -67,9 +67,13 @@ def test_stage_2_and_masks_that_are_there(tmp_path):
     frame = prepared_twice(prepare, root, tmp_path)
     assert set(frame["images"].str.split("/").str[0]) == {"stage_2_images"}
     assert (prepare(root, masks=False)["masks"] == "").all()
-    (root / "masks_siim_pneumothorax/ID_0.png").write_bytes(b"mine")
+    mask = root / "masks_siim_pneumothorax/ID_0.png"
+    drawn, time = mask.read_bytes(), mask.stat().st_mtime_ns
     prepare(root)
-    assert (root / "masks_siim_pneumothorax/ID_0.png").read_bytes() == b"mine"
+    assert mask.stat().st_mtime_ns == time  # what is right is left alone
+    mask.write_bytes(b"of an older table")
+    prepare(root)
+    assert mask.read_bytes() == drawn
 
 
 def test_png_version(tmp_path):

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from gloria_core.data import source_files
+from gloria_core.study.driver import to_do
 from gloria_core.study.parameters import ParameterError
 from gloria_core.study.plan import StudyError, load_study, parse, study_file
 
@@ -80,9 +82,6 @@ def test_overrides_and_data_root(make_study, tmp_path):
     copy = tmp_path / "copy"
     copy.mkdir()
     assert load_study(file, data_root=str(copy)).runs[0].run_id == filled.runs[0].run_id  # a place is no identity
-    fingerprint = load_study(file, data_root=str(copy)).runs[0].fingerprint
-    (copy / "Data_Entry_2017.csv").write_text("Image Index\n")
-    assert load_study(file, data_root=str(copy)).runs[0].fingerprint != fingerprint  # what lies there is
 
 
 @pytest.mark.parametrize(
@@ -173,6 +172,44 @@ def test_several_datasets_in_one_study(make_study, tmp_path):
     file.write_text(file.read_text().replace("{dataset: lungs}", "{seed: 0}"))
     with pytest.raises(StudyError, match="could read the manifest of 2 runs"):
         load_study(file)
+
+
+def test_a_change_of_the_data_repeats_what_was_made_from_it(make_study, tmp_path, capsys):
+    """The files are looked at, whatever their folder is called; --trust-data leaves them unread."""
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    (raw / "a.png").write_bytes(b"pixels")
+    file = make_study(HEAD.replace("phantom", "nih") + "  - {notebook: 02_pretraining}\n  - {notebook: 00_tour}\n")
+    shutil.copy(file.parents[1] / "09_paper_tables.ipynb", file.parents[1] / "00_tour.ipynb")
+    plan = load_study(file, data_root=str(raw))
+    assert to_do(plan) == list(plan)
+    for run in plan:
+        folder = plan.folder / run.run_id
+        folder.mkdir(parents=True)
+        (folder / "run.json").write_text(json.dumps({"status": "ok", "fingerprint": run.fingerprint}))
+        (folder / run.stamp).touch()
+    assert to_do(plan) == list(plan.runs[:2])  # what was prepared without a record is not trusted
+    source_files.record(plan.folder / plan.runs[0].run_id, raw, skip=plan.folder.parent)
+    assert to_do(plan) == []
+    moved = load_study(file, data_root=shutil.move(raw, tmp_path / "moved"))
+    assert to_do(moved) == [] and to_do(plan) == list(plan.runs[:2])
+    capsys.readouterr()
+    (tmp_path / "moved/a.png").write_bytes(b"others")
+    assert to_do(moved) == list(moved.runs[:2])
+    assert f"{plan.runs[0].run_id} is stale: {tmp_path}/moved/a.png is another (--trust-data" in capsys.readouterr().out
+    assert to_do(moved, trust_data=True) == []
+
+
+def test_a_written_manifest_counts_whole_and_with_its_sources(make_study, tmp_path):
+    manifest = tmp_path / "manifest.csv"
+    text = "study_id,sex\n" + "".join(f"{number},M\n" for number in range(200_000))
+    manifest.write_text(text)
+    file = make_study(HEAD + f"  - {{notebook: 02_pretraining, parameters: {{manifest: {manifest}}}}}\n")
+    first = load_study(file).runs[1].fingerprint
+    manifest.write_text(text[:-2] + "F\n")  # after the first MiB
+    second = load_study(file).runs[1].fingerprint
+    (tmp_path / source_files.NAME).write_bytes(b"of other pixels")
+    assert len({first, second, load_study(file).runs[1].fingerprint}) == 3
 
 
 @pytest.mark.parametrize(("data_root", "message"), [("", "no folder is given"), ("/not/there", "'/not/there' is no f")])

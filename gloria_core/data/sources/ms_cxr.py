@@ -102,8 +102,6 @@ def _study(rows: pd.DataFrame, root: Path, write_masks: bool) -> dict:
         boxes += [{"label": label, "xywh": box, "spans": spans} for box in corners]
         if write_masks:
             name = f"{MASKS}/{first['study_id']}_{number}.png"
-            # written anew each time: the table or the size of the images may have changed
-            (root / name).unlink(missing_ok=True)
             shape = (round(first["image_height"]), round(first["image_width"]))
             write_mask(root, name, lambda corners=corners, shape=shape: _filled(corners, shape))
             masks.append({"label": label, "path": name, "spans": spans})

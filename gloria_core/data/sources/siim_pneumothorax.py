@@ -124,7 +124,7 @@ def read_pictures(path: Path, folder: raw.RawFolder) -> pd.DataFrame:
 def write_masks(root: Path, rows: pd.DataFrame, studies: pd.Series, source: Path) -> list[str]:
     """For each study the path of its mask below the root ("" without one): the union of its rows as 1-bit PNG.
 
-    rows: as of `read_runs`, with `study_id`: the image, or a part of its rows. Files that are there are kept.
+    rows: as of `read_runs`, with `study_id`: the image, or a part of its rows.
     Raises ManifestError for runs that are no mask of such an image, naming the row, and for a root one cannot write to.
     """
     parts = dict(iter(rows[rows["positive"]].groupby("study_id")))
