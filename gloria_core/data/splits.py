@@ -105,13 +105,16 @@ def label_subset(frame: pd.DataFrame, fraction: float, seed: int = 0) -> pd.Data
 def split_counts(frame: pd.DataFrame) -> pd.DataFrame:
     """Metrics rows (split, target, metric, value, n) of how many studies and patients each split has.
 
-    Also the studies of each `meta_source`, and the patients or images that a published split has on both sides
-    (target "leak ...", from `attrs["leaks"]`).
+    Also the positives of each label, among the n studies where it is known; the studies of each `meta_source`; and the
+    patients or images that a published split has on both sides (target "leak ...", from `attrs["leaks"]`).
     """
     rows = []
     for split, part in frame.groupby("split"):
         rows.append((split, "all", "studies", len(part), len(part)))
         rows.append((split, "all", "patients", part["patient_id"].nunique(), len(part)))
+        labels = part[label_columns(frame)].apply(pd.to_numeric)
+        positives, known = (labels == 1).sum(), labels.notna().sum()
+        rows += [(split, label, "positives", positives[label], known[label]) for label in labels]
         sources = part["meta_source"].value_counts(sort=False) if "meta_source" in part else {}
         rows += [(split, f"source {source}", "studies", n, n) for source, n in sources.items()]
     leaks = frame.attrs.get("leaks") or {}

@@ -12,7 +12,7 @@ Means are computed here, when they are looked at, and stored nowhere else.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -20,6 +20,7 @@ import pandas as pd
 from gloria_core.study.parameters import unknown
 from gloria_core.study.paths import RUNS, read_json, repository_root
 from gloria_core.study.record import COLUMNS
+from gloria_core.viz.tables import COUNTS, grid, with_interval
 
 NUMBERS = ["label_fraction", "seed", "value", "ci_low", "ci_high", "n"]
 # What makes two numbers comparable, so that only seeds differ.
@@ -119,12 +120,24 @@ def confounds(dataset: str, *, folder: str | Path | None = None) -> str:
     return "\n\n".join(named)
 
 
+def with_counts(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows with the positives of their target and the patients of their split, as notebook 01 counted them.
+
+    Blank where it did not: for a macro, and for a part of a test split.
+    """
+    keys, table = ["dataset", "split", "target"], rows
+    for name, by in (("positives", keys), ("patients", keys[:2])):
+        counted = rows[(rows["task"] == "data") & (rows["metric"] == name)].drop_duplicates(by)
+        table = table.merge(counted[[*by, "value"]].rename(columns={"value": name}), on=by, how="left")
+    return table
+
+
 def summary(rows: pd.DataFrame, *, by: Sequence[str] = CASE) -> pd.DataFrame:
     """Mean and sample standard deviation over what is not in `by`, which should be seeds only.
 
-    Columns: `by`, then mean, sd (blank for one seed), seeds (how many have a value), n (the smallest number of
-    cases), ci_low and ci_high (only for one seed: intervals are not averaged). Raises `TableError` when one seed has
-    two numbers of one case, i.e. when `by` is too coarse.
+    Columns: `by`, then mean, sd (blank for one seed), seeds (how many have a value), the smallest n, positives and
+    patients, ci_low and ci_high (only for one seed: intervals are not averaged), and a note where there is no value.
+    Raises `TableError` when one seed has two numbers of one case, i.e. when `by` is too coarse.
     """
     _need(rows, [*by, "seed", "value"])
     repeated = rows[rows.duplicated([*by, "seed"], keep=False)]
@@ -132,18 +145,29 @@ def summary(rows: pd.DataFrame, *, by: Sequence[str] = CASE) -> pd.DataFrame:
         first = repeated.iloc[0][[*by, "seed"]].to_dict()
         raise TableError(f"{len(repeated)} numbers share a case and a seed, e.g. {first}; add what differs to `by`")
     groups = rows.groupby(list(by), dropna=False, sort=False)
-    table = groups["value"].agg(mean="mean", sd="std", seeds="count").assign(n=groups["n"].min())
+    table = groups["value"].agg(mean="mean", sd="std", seeds="count")
+    table = table.join(groups[[name for name in COUNTS if name in rows]].min())
     bounds = groups[["ci_low", "ci_high"]].first().where(groups.size() == 1)
-    return table.join(bounds).reset_index()
+    table = table.join(bounds).reset_index()
+    return table.assign(note=[_undefined(row) for row in table.to_dict("records")])
+
+
+def _undefined(row: Mapping[str, float]) -> str:
+    """Why a row of `summary` has no mean, or ""."""
+    if not pd.isna(row["mean"]):
+        return ""
+    n, positives = row["n"], row.get("positives")
+    counted = {0: "no positive", n: "positives only"}.get(positives, "not defined, see the note in its run")
+    return f"{row['metric']}: {counted if n else 'nothing to score'}"
 
 
 def wide(
     table: pd.DataFrame, *, index: Sequence[str], columns: Sequence[str], digits: int = 3, scale: float = 1.0
 ) -> pd.DataFrame:
-    """A table to print: "0.912 ± 0.004" over seeds, "0.912 (0.880-0.940)" with an interval, "-" for no number.
+    """A table to print: "0.912 ± 0.004" over seeds, "0.912 (0.880-0.940)" or "0.912 (-)" for one, "-" for no number.
 
-    `table` comes from `summary`. Order of rows and columns is that of first appearance. Raises `TableError` when two
-    numbers would share a cell.
+    `table` comes from `summary`. Order of rows and columns is that of first appearance; the last columns are what each
+    line counts, and why a number is not defined. Raises `TableError` when two numbers would share a cell.
     """
     keys = [*index, *columns]
     _need(table, [*keys, "mean"])
@@ -152,19 +176,11 @@ def wide(
         raise TableError(f"several numbers in one cell; choose one of, or add to the table: {', '.join(differing)}")
 
     def cell(row: dict[str, float]) -> str:
-        if pd.isna(row["mean"]):
-            return "-"
-        text = f"{row['mean'] * scale:.{digits}f}"
         if row["seeds"] > 1:
-            return f"{text} ± {row['sd'] * scale:.{digits}f}"
-        return text if pd.isna(row["ci_low"]) else f"{text} ({_interval(row, digits, scale)})"
+            return f"{row['mean'] * scale:.{digits}f} ± {row['sd'] * scale:.{digits}f}"
+        return with_interval(row | {"value": row["mean"]}, digits, scale)
 
-    text = table[keys].assign(cell=[cell(row) for row in table.to_dict("records")])
-    return text.set_index(keys)["cell"].unstack(list(columns), sort=False).fillna("-")
-
-
-def _interval(row: pd.Series | dict[str, float], digits: int = 3, scale: float = 1.0) -> str:
-    return f"{row['ci_low'] * scale:.{digits}f}-{row['ci_high'] * scale:.{digits}f}"
+    return grid(table.assign(cell=[cell(row) for row in table.to_dict("records")]), index, columns)
 
 
 def published(path: str | Path | None = None) -> pd.DataFrame:
@@ -214,12 +230,13 @@ def headlines(rows: pd.DataFrame) -> pd.DataFrame:
     return chosen
 
 
-def separated(rows: pd.DataFrame, *, baseline: str = "random") -> pd.DataFrame:
-    """Every method compared with the baseline, at the smallest label fraction and the first seed.
+def separated(rows: pd.DataFrame) -> pd.DataFrame:
+    """Every method compared with the untrained model, `random`, at the smallest label fraction and the first seed.
 
-    Columns: dataset, task, metric, label_fraction, objective, value, interval, baseline, baseline_interval; apart: if
-    the lower end of the method's 95 % interval lies above the upper end of the baseline's. Two intervals that overlap
-    may still differ significantly; two that do not certainly do.
+    Columns: dataset, task, metric, label_fraction, objective, n, value, ci_low, ci_high, the last three of the baseline
+    as random, random_low and random_high; apart: if the lower end of the method's 95 % interval lies above the upper
+    end of the baseline's, blank where one of them has no interval. Two intervals that overlap may still differ
+    significantly; two that do not certainly do.
     """
     case = ["dataset", "task", "metric"]
     chosen = headlines(rows).dropna(subset=["value"])
@@ -227,13 +244,14 @@ def separated(rows: pd.DataFrame, *, baseline: str = "random") -> pd.DataFrame:
     for name, group in (("label_fraction", case), ("seed", [*case, "objective"])):
         smallest = chosen.groupby(group)[name].transform("min")
         chosen = chosen[(chosen[name] == smallest) | smallest.isna()]
-    chosen = chosen.assign(interval=[_interval(row) for row in chosen.to_dict("records")])
-    is_baseline = chosen["objective"] == baseline
-    other = chosen[is_baseline].drop_duplicates(case)[[*case, "value", "interval", "ci_high"]]
-    other.columns = [*case, "baseline", "baseline_interval", "baseline_high"]
-    table = chosen[~is_baseline].merge(other, on=case)
-    table["apart"] = table["ci_low"] > table["baseline_high"]
-    return table[[*case, "label_fraction", "objective", "value", "interval", *other.columns[-3:-1], "apart"]]
+    numbers, is_baseline = ["value", "ci_low", "ci_high"], chosen["objective"] == "random"
+    other = chosen[is_baseline].drop_duplicates(case)[[*case, *numbers]]
+    other.columns = [*case, "random", "random_low", "random_high"]
+    table = chosen[~is_baseline].merge(other, on=case)[
+        [*case, "label_fraction", "objective", "n", *numbers, *other.columns[3:]]
+    ]
+    apart = (table["ci_low"] > table["random_high"]).astype("boolean")
+    return table.assign(apart=apart.mask(table[["ci_low", "random_high"]].isna().any(axis=1)))
 
 
 def _need(table: pd.DataFrame, names: Sequence[str]) -> None:

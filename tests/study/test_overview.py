@@ -31,7 +31,10 @@ def test_apart_only_where_intervals_do_not_touch():
     assert separated(frame(row(), row(**near)))["apart"].tolist() == [False]
     found = separated(frame(row(), row(**far)))
     assert found["apart"].tolist() == [True]
-    assert found.loc[0, "baseline"] == 0.6 and found.loc[0, "interval"] == "0.700-0.900"
+    assert found.loc[0, ["ci_low", "ci_high", "random", "random_high"]].tolist() == [0.7, 0.9, 0.6, 0.69]
+    for blank in ({"ci_low": float("nan")}, {}):  # where one side has no interval, nobody knows
+        baseline = far if blank else far | {"ci_high": float("nan")}
+        assert separated(frame(row(**blank), row(**baseline)))["apart"].isna().tolist() == [True]
 
 
 def test_smallest_fraction_and_first_seed():

@@ -9,7 +9,7 @@ import pytest
 
 from gloria_core.study.plan import load_study
 from gloria_core.study.record import COLUMNS, start_run
-from gloria_core.study.results import TableError, collect, paper_table, published, summary, wide
+from gloria_core.study.results import TableError, collect, paper_table, published, summary, wide, with_counts
 
 
 @pytest.fixture
@@ -100,9 +100,27 @@ def test_wide():
     grid = wide(summary(rows), index=["objective"], columns=["target"], digits=2)
     assert grid.loc["gloria", "macro"] == "0.85 ± 0.07"
     assert grid.loc["random", "macro"] == "0.70 (0.60-0.80)"
-    assert grid.loc["random", "Edema"] == "-"
+    assert grid.loc["random", "Edema"] == "-" and grid["n"].tolist() == ["100", "100"]
+    assert wide(summary(rows_of([0.8])), index=["objective"], columns=["target"])["macro"].tolist() == ["0.800 (-)"]
     with pytest.raises(TableError, match=r"several numbers in one cell.*target"):
         wide(summary(rows), index=["objective"], columns=["metric"])
+
+
+def test_lines_carry_what_was_counted_and_why_a_number_is_missing():
+    counted = [
+        {"target": "all", "metric": "patients", "value": 60.0},
+        {"target": "Edema", "metric": "positives", "value": 0.0},
+        {"target": "Mass", "metric": "positives", "value": 7.0},
+        {"target": "Mass", "metric": "positives", "value": 99.0, "split": "train"},
+    ]
+    data = pd.concat([rows_of([0.0], task="data", **row).assign(value=row["value"]) for row in counted])
+    numbers = pd.concat([rows_of([float("nan")], target="Edema"), rows_of([0.8], target="Mass", n=90)])
+    rows = with_counts(pd.concat([data, numbers], ignore_index=True))
+    grid = wide(summary(rows[rows["task"] != "data"]), index=["target"], columns=["objective"])
+    assert grid.loc["Mass"].tolist() == ["0.800 (-)", "90", "7", "60", "-"]
+    assert grid.loc["Edema"].tolist() == ["-", "100", "0", "60", "auroc: no positive"]
+    (empty,) = summary(rows_of([float("nan")], n=0)).to_dict("records")
+    assert empty["note"] == "auroc: nothing to score"
 
 
 def test_paper_table_keeps_the_marks():

@@ -1,0 +1,77 @@
+"""Tables as they are shown: rounded, counts without decimals, and "-" where something does not apply.
+
+A number without an interval reads "0.912 (-)": its metric has none, or there are too few patients for one
+(`tasks.metrics.MIN_PATIENTS` and `MIN_PER_CLASS`). The note of its line says which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+from pandas.api.types import is_bool_dtype, is_integer_dtype, is_numeric_dtype
+
+# Columns of metric rows that count something: what was scored, and what was learned from.
+COUNTS = ("n", "positives", "patients", "n_boxes", "n_train", "n_train_boxes")
+
+
+def shown(table: pd.DataFrame | pd.Series, digits: int = 3) -> pd.DataFrame:
+    """The table as text, to be the value of a cell: whole numbers as such, others with `digits` digits."""
+    table = table.to_frame() if isinstance(table, pd.Series) else table
+    columns = {place: _texts(table.iloc[:, place], digits) for place in range(table.shape[1])}
+    index = table.index.to_frame().apply(_texts, digits=None)
+    index = pd.MultiIndex.from_frame(index) if table.index.nlevels > 1 else pd.Index(index.iloc[:, 0])
+    text = pd.DataFrame(columns, table.index, dtype=object)
+    return text.set_axis(table.columns, axis=1).set_axis(index.set_names(table.index.names))
+
+
+def _texts(column: pd.Series, digits: int | None) -> pd.Series:
+    numbers = column if is_numeric_dtype(column) and not is_bool_dtype(column) else pd.Series(dtype=float)
+    whole = is_integer_dtype(numbers) or ((numbers.dropna() % 1 == 0).all() and numbers.abs().max() > 1)
+    form = "g" if digits is None else ".0f" if whole else f".{digits}f"
+
+    def text(value: object) -> str:
+        if value == "" or pd.isna(value):
+            return "-"
+        return format(value, form) if isinstance(value, float) or len(numbers) else str(value)
+
+    return column.astype(object).map(text)
+
+
+def with_interval(row: Mapping[str, Any], digits: int = 3, scale: float = 1.0) -> str:
+    """ "0.912 (0.880-0.940)" of value, ci_low and ci_high; "0.912 (-)" without an interval, "-" without a value."""
+    value, low, high = (f"{row[name] * scale:.{digits}f}" for name in ("value", "ci_low", "ci_high"))
+    return "-" if value == "nan" else f"{value} (-)" if low == "nan" else f"{value} ({low}-{high})"
+
+
+def metric_table(
+    rows: pd.DataFrame, *, index: Sequence[str] = ("target",), columns: Sequence[str] = ("metric",), digits: int = 3
+) -> pd.DataFrame:
+    """Metric rows by `with_interval`, then what each line counts, and its notes; see `grid`."""
+    return grid(rows.assign(cell=[with_interval(row, digits) for row in rows.to_dict("records")]), index, columns)
+
+
+def grid(rows: pd.DataFrame, index: Sequence[str], columns: Sequence[str]) -> pd.DataFrame:
+    """The texts of the column `cell` by `index` and `columns`, "-" where there is none, and columns of the whole line.
+
+    These are the `COUNTS` and the `note` that the rows have. Numbers of one line that count different samples show
+    the smallest and the largest count ("88 to 90"). Order is that of first appearance.
+    """
+    index, keys = list(index), [*index, *columns]
+    rows = rows.assign(**{name: _texts(rows[name], None) for name in keys})
+    table = rows.set_index(keys)["cell"].unstack(list(columns), sort=False).fillna("-")
+    lines = rows.groupby(index, sort=False)
+    for name in [name for name in (*COUNTS, "note") if name in rows and name not in keys and rows[name].notna().any()]:
+        column = lines[name].agg(_joined if name == "note" else _span)
+        table[(name, *[""] * (len(columns) - 1)) if len(columns) > 1 else name] = column
+    return table
+
+
+def _span(counts: pd.Series) -> str:
+    low, high = counts.min(), counts.max()
+    return "-" if pd.isna(low) else f"{low:.0f}" if low == high else f"{low:.0f} to {high:.0f}"
+
+
+def _joined(notes: pd.Series) -> str:
+    return "; ".join(dict.fromkeys(note for note in notes if isinstance(note, str) and note)) or "-"
