@@ -7,7 +7,7 @@ finding scores below chance.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -170,13 +170,6 @@ def summarise(
             rows = bootstrap_rows(mean, counted, labels, [name], columns={"chance": area}, **options)
             tables.append(rows.assign(score=score, kind=kind, control=control)[columns])
     return pd.concat(tables[1:] or tables, ignore_index=True)
-
-
-def compare(summaries: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """The macro of the maps themselves, without controls: a row each kind and score, a column each of `summaries`."""
-    both = pd.concat(summaries, names=["words"]).reset_index("words")
-    both = both[(both["target"] == "macro") & (both["control"] == "")]
-    return both.pivot_table(index=["kind", "score"], columns="words", values="value", sort=False)
 
 
 def examples(scores: pd.DataFrame) -> pd.DataFrame:

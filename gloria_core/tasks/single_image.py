@@ -110,8 +110,9 @@ class Answer:
 
     `text`: one or two sentences. `table`: one row a finding, those that stand out first: score, percentile,
     probability, prevalence, odds_factor (odds of the probability over those of the prevalence), threshold (of highest
-    F1 in validation), stands_out (bool), prompt (its best); without a cohort, score and prompt. `image`: (H, W) uint8
-    as in the file. `maps`: for the first finding (H, W) values in pixels of the file, NaN outside what the model saw;
+    F1 in validation), n and positives (validation studies where it is known, and with it), stands_out (bool), prompt
+    (its best); without a cohort, score and prompt. `image`: (H, W) uint8 as in the file. `maps`: for the first finding
+    (H, W) values in pixels of the file, NaN outside what the model saw;
     empty where the objective has none. `map_kind`: "cosine", "attention" or "".
     """
 
@@ -206,8 +207,9 @@ def _table(values: dict[str, float], best: dict[str, str], cohort: Cohort | None
     table["percentile"] = [cohort.percentile(label, value) for label, value in values.items()]
     table["probability"] = cohort.probabilities(pd.DataFrame([values])).iloc[0]
     table["prevalence"], table["threshold"] = cohort.targets.mean(), pd.Series(cohort.thresholds)
+    table["n"], table["positives"] = cohort.targets.notna().sum(), (cohort.targets == 1).sum()
     odds = table[["probability", "prevalence"]] / (1 - table[["probability", "prevalence"]])
     table["odds_factor"] = odds["probability"] / odds["prevalence"]
     table["stands_out"] = (table["percentile"] >= MIN_PERCENTILE) & (table["odds_factor"] >= MIN_ODDS_FACTOR)
-    order = ["score", "percentile", "probability", "prevalence", "odds_factor", "threshold", "stands_out", "prompt"]
-    return table.sort_values(["stands_out", "odds_factor", "percentile"], ascending=False, kind="stable")[order]
+    table = table.sort_values(["stands_out", "odds_factor", "percentile"], ascending=False, kind="stable")
+    return table.assign(prompt=table.pop("prompt"))

@@ -268,7 +268,8 @@ def compare_scorings(
 ) -> pd.DataFrame:
     """AUROC of each label and `macro` (rows) by each scoring rule (columns) that has the prompts it needs.
 
-    The last columns are `pair` with the papers' own sentences: `pair, no X` (CXR-CLIP) and `pair, BioViL`.
+    The last rules are `pair` with the papers' own sentences: `pair, no X` (CXR-CLIP) and `pair, BioViL`. Then n and
+    positives of the label, and a note where it has no AUROC.
     """
     rules = {rule: (prompts, rule) for rule in scorings_of(prompts)}
     rules |= {"pair, no X": (no_x_prompts(prompts), "pair"), "pair, BioViL": (biovil_prompts(prompts), "pair")}
@@ -278,8 +279,11 @@ def compare_scorings(
     for name, (written, rule) in rules.items():
         table = combine(similarity, written, scoring=rule)
         of_rule = [label for label in macro if label in written]
-        columns[name] = evaluate(table, frame, targets, macro=of_rule, n_bootstrap=0).set_index("target")["value"]
-    return pd.DataFrame(columns).reindex([*prompts, *(["macro"] if macro else [])])
+        rows = evaluate(table, frame, targets, macro=of_rule, n_bootstrap=0).set_index("target")
+        columns[name] = rows["value"]
+        columns.setdefault("counts", rows[["n", "positives", "note"]])
+    counts = columns.pop("counts")
+    return pd.DataFrame(columns).join(counts).reindex([*prompts, *(["macro"] if macro else [])])
 
 
 def multiclass(

@@ -193,13 +193,13 @@ def _distinct_colours(n: int) -> list[Colour]:
 
 
 def intervals(rows: pd.DataFrame) -> np.ndarray:
-    """(2, n) lengths of the error bars below and above `value`, at least zero; NaN (not drawn) where n is 1.
+    """(2, n) lengths of the error bars below and above `value`, at least zero; NaN (not drawn) without an interval.
 
     A percentile interval need not contain its point: the bootstrap of a biased statistic lies beside it. The bar then
     ends at the point on that side.
     """
     value, low, high = (rows[name].to_numpy(dtype=float) for name in ("value", "ci_low", "ci_high"))
-    return np.where(rows["n"].to_numpy(dtype=float) == 1, np.nan, np.maximum([value - low, high - value], 0.0))
+    return np.maximum([value - low, high - value], 0.0)
 
 
 def metric_bars(
@@ -224,7 +224,8 @@ def metric_bars(
     (value - start).plot.barh(ax=axis, xerr=np.array(errors), legend=False, **look)
     for name, bars in zip(names, [group for group in axis.containers if isinstance(group, BarContainer)], strict=True):
         bars.set_label(name.replace("_", " "))
-        texts = [f"{number:.2f}" if np.isfinite(number) else "-" for number in value[name]]
+        texts = value[name].map("{:.2f}".format).mask(table["ci_low"][name].isna(), lambda text: text + " (-)")
+        texts = texts.mask(value[name].isna(), "-")
         axis.bar_label(bars, texts, padding=2, fontsize=8)
         if "chance" in table:
             places = [bar.get_y() + bar.get_height() / 2 for bar in bars]

@@ -48,8 +48,15 @@ def with_interval(row: Mapping[str, Any], digits: int = 3, scale: float = 1.0) -
 def metric_table(
     rows: pd.DataFrame, *, index: Sequence[str] = ("target",), columns: Sequence[str] = ("metric",), digits: int = 3
 ) -> pd.DataFrame:
-    """Metric rows by `with_interval`, then what each line counts, and its notes; see `grid`."""
-    return grid(rows.assign(cell=[with_interval(row, digits) for row in rows.to_dict("records")]), index, columns)
+    """Metric rows by `with_interval`, then what each line counts, and its notes; see `grid`.
+
+    Without `columns` one number a line, and its chance where the rows have it.
+    """
+    rows = rows.assign(cell=[with_interval(row, digits) for row in rows.to_dict("records")])
+    if columns:
+        return grid(rows, index, columns)
+    names = [name for name in ("cell", "chance", *COUNTS, "note") if name in rows]
+    return shown(rows.set_index(list(index))[names].rename(columns={"cell": "value"}), digits)
 
 
 def grid(rows: pd.DataFrame, index: Sequence[str], columns: Sequence[str]) -> pd.DataFrame:

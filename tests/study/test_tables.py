@@ -9,7 +9,7 @@ import pytest
 
 from gloria_core.study.plan import load_study
 from gloria_core.study.record import COLUMNS, start_run
-from gloria_core.study.results import TableError, collect, paper_table, published, summary, wide, with_counts
+from gloria_core.study.results import TableError, collect, confounds, paper_table, published, summary, wide, with_counts
 
 
 @pytest.fixture
@@ -121,6 +121,19 @@ def test_lines_carry_what_was_counted_and_why_a_number_is_missing():
     assert grid.loc["Edema"].tolist() == ["-", "100", "0", "60", "auroc: no positive"]
     (empty,) = summary(rows_of([float("nan")], n=0)).to_dict("records")
     assert empty["note"] == "auroc: nothing to score"
+
+
+def test_confounds_are_those_of_the_card_or_a_sentence(tmp_path, monkeypatch):
+    assert confounds("nih").startswith("**Confounds")
+    assert confounds("mine") == "It has no card."
+    monkeypatch.setattr("gloria_core.study.results.repository_root", lambda: tmp_path)
+    (tmp_path / "data_manifests").mkdir()
+    (tmp_path / "data_manifests" / "mine.md").write_text(
+        "# mine\n\n**Confounds.** One,\ntwo.\n\nMore.\n\n**Confounds again**"
+    )
+    assert confounds("mine") == "**Confounds.** One,\ntwo.\n\n**Confounds again**"
+    (tmp_path / "data_manifests" / "mine.md").write_text("# mine")
+    assert "says nothing of confounds" in confounds("mine")
 
 
 def test_paper_table_keeps_the_marks():

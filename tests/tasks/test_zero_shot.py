@@ -275,7 +275,9 @@ def test_wording_and_scorings_are_those_of_single_calls(model, frame, cache):
     one = scores(model, frame, cache, {labels[0]: [alone["prompt"][1]]})
     assert alone["auroc"][1] == evaluate(one, frame, n_bootstrap=0)["value"][0]
     table = compare_scorings(model, frame, cache, PROMPTS, targets, macro=labels)
-    assert list(table.columns) == ["max", "mean", "pair", "contrast", "pair, no X", "pair, BioViL"]
+    rules = ["max", "mean", "pair", "contrast", "pair, no X", "pair, BioViL"]
+    assert list(table.columns) == [*rules, "n", "positives", "note"]
+    assert table.loc["macro", ["n", "positives"]].tolist() == [8, 6]
     contrast = scores(model, frame, cache, PROMPTS, scoring="contrast")
     expected = evaluate(contrast, frame, macro=labels, n_bootstrap=0).set_index("target")["value"]
     pd.testing.assert_series_equal(table["contrast"], expected, check_names=False)

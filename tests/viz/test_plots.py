@@ -156,15 +156,17 @@ def test_bars_of_several_metrics_with_ticks_at_chance():
 def test_what_does_not_apply_is_a_dash_and_doubles_are_refused():
     rows = metric_rows()
     rows.loc[0, ["value", "ci_low", "ci_high"]] = np.nan
+    rows.loc[1, ["ci_low", "ci_high"]] = np.nan
     assert texts_of(plots.metric_bars(rows)).count("-") == 1
+    assert texts_of(plots.metric_bars(rows)).count("0.90 (-)") == 1  # a number without an interval says so
     with pytest.raises(ValueError, match="one row per target"):
         plots.metric_bars(pd.concat([rows, rows]))
     with pytest.raises(ValueError, match="at least one"):
         plots.metric_bars(rows, metric="auprc")
 
 
-def test_intervals_end_at_a_point_beside_them_and_one_case_has_none():
-    rows = pd.DataFrame({"value": [0.5, 0.5], "ci_low": [0.52, 0.5], "ci_high": [0.6, 0.5], "n": [9, 1]})
+def test_intervals_end_at_a_point_beside_them():
+    rows = pd.DataFrame({"value": [0.5, 0.5], "ci_low": [0.52, np.nan], "ci_high": [0.6, np.nan]})
     np.testing.assert_allclose(plots.intervals(rows), [[0.0, np.nan], [0.1, np.nan]])
 
 
