@@ -101,7 +101,8 @@ class Cohort:
         options = {"groups": frame["patient_id"], "n_bootstrap": n_bootstrap, "seed": seed}
         options |= {"metrics": ("accuracy", "f1", "sensitivity", "specificity"), "macro": macro}
         rows = decision_rows(known, chances, self.probability_thresholds, **options)
-        return rows.assign(metric=rows["metric"] + "_at_threshold")
+        why = f"no probability: validation has fewer than {MIN_STUDIES} studies with it, or without it"
+        return rows.assign(metric=rows["metric"] + "_at_threshold", note=rows["note"].replace("not scored", why))
 
 
 @dataclass(frozen=True)

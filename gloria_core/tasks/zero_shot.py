@@ -322,7 +322,7 @@ def multiclass(
     return pd.concat(tables[1:] or tables, ignore_index=True)
 
 
-MULTICLASS_COLUMNS = ["target", "metric", "value", "ci_low", "ci_high", "n", "chance", "note"]
+MULTICLASS_COLUMNS = ["target", "metric", "value", "ci_low", "ci_high", "n", "patients", "chance", "note"]
 
 
 def multiclass_rows(
@@ -354,7 +354,8 @@ def multiclass_rows(
     def statistic(weights: np.ndarray) -> np.ndarray:
         return _of_confusion((weights @ cells).reshape(-1, k, k))
 
-    rows = bootstrap_rows(statistic, truth, labels, names, **options)
+    of_all = np.isin(names, ["accuracy", "kappa"])
+    rows = bootstrap_rows(statistic, truth[:, :, None] | of_all, labels, names, **options)
     overall = rows["metric"].isin(["accuracy", "kappa"])
     return rows.loc[(rows["target"] == "macro") | ~overall, MULTICLASS_COLUMNS].reset_index(drop=True)
 

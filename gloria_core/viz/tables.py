@@ -16,14 +16,26 @@ from pandas.api.types import is_bool_dtype, is_integer_dtype, is_numeric_dtype
 COUNTS = ("n", "positives", "patients", "n_boxes", "n_train", "n_train_boxes")
 
 
-def shown(table: pd.DataFrame | pd.Series, digits: int = 3) -> pd.DataFrame:
+class TextTable(pd.DataFrame):
+    """A table of texts that is shown whole, its notes too."""
+
+    def __repr__(self) -> str:
+        return self.to_string()
+
+    def _repr_html_(self) -> str:
+        limits = ("display.max_colwidth", "display.max_columns", "display.max_rows")
+        with pd.option_context(*(part for name in limits for part in (name, None))):
+            return super()._repr_html_()
+
+
+def shown(table: pd.DataFrame | pd.Series, digits: int = 3) -> TextTable:
     """The table as text, to be the value of a cell: whole numbers as such, others with `digits` digits."""
     table = table.to_frame() if isinstance(table, pd.Series) else table
     columns = {place: _texts(table.iloc[:, place], digits) for place in range(table.shape[1])}
     index = table.index.to_frame().apply(_texts, digits=None)
     index = pd.MultiIndex.from_frame(index) if table.index.nlevels > 1 else pd.Index(index.iloc[:, 0])
-    text = pd.DataFrame(columns, table.index, dtype=object)
-    return text.set_axis(table.columns, axis=1).set_axis(index.set_names(table.index.names))
+    text = pd.DataFrame(columns, table.index, dtype=object).set_axis(table.columns, axis=1)
+    return TextTable(text.set_axis(index.set_names(table.index.names)))
 
 
 def _texts(column: pd.Series, digits: int | None) -> pd.Series:
@@ -47,7 +59,7 @@ def with_interval(row: Mapping[str, Any], digits: int = 3, scale: float = 1.0) -
 
 def metric_table(
     rows: pd.DataFrame, *, index: Sequence[str] = ("target",), columns: Sequence[str] = ("metric",), digits: int = 3
-) -> pd.DataFrame:
+) -> TextTable:
     """Metric rows by `with_interval`, then what each line counts, and its notes; see `grid`.
 
     Without `columns` one number a line, and its chance where the rows have it.
@@ -55,11 +67,11 @@ def metric_table(
     rows = rows.assign(cell=[with_interval(row, digits) for row in rows.to_dict("records")])
     if columns:
         return grid(rows, index, columns)
-    names = [name for name in ("cell", "chance", *COUNTS, "note") if name in rows]
-    return shown(rows.set_index(list(index))[names].rename(columns={"cell": "value"}), digits)
+    table = rows.set_index(list(index))[["cell", *_said(rows, ("chance", *COUNTS, "note"))]]
+    return shown(table.rename(columns={"cell": "value"}), digits)
 
 
-def grid(rows: pd.DataFrame, index: Sequence[str], columns: Sequence[str]) -> pd.DataFrame:
+def grid(rows: pd.DataFrame, index: Sequence[str], columns: Sequence[str]) -> TextTable:
     """The texts of the column `cell` by `index` and `columns`, "-" where there is none, and columns of the whole line.
 
     These are the `COUNTS` and the `note` that the rows have. Numbers of one line that count different samples show
@@ -69,10 +81,15 @@ def grid(rows: pd.DataFrame, index: Sequence[str], columns: Sequence[str]) -> pd
     rows = rows.assign(**{name: _texts(rows[name], None) for name in keys})
     table = rows.set_index(keys)["cell"].unstack(list(columns), sort=False).fillna("-")
     lines = rows.groupby(index, sort=False)
-    for name in [name for name in (*COUNTS, "note") if name in rows and name not in keys and rows[name].notna().any()]:
+    for name in _said(rows.drop(columns=keys), (*COUNTS, "note")):
         column = lines[name].agg(_joined if name == "note" else _span)
         table[(name, *[""] * (len(columns) - 1)) if len(columns) > 1 else name] = column
-    return table
+    return shown(table)
+
+
+def _said(rows: pd.DataFrame, names: Sequence[str]) -> list[str]:
+    """Those of the names that are columns with something in them."""
+    return [name for name in names if name in rows and (rows[name].notna() & (rows[name] != "")).any()]
 
 
 def _span(counts: pd.Series) -> str:

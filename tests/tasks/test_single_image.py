@@ -170,3 +170,9 @@ def test_decisions_are_those_at_the_thresholds_of_validation(model, labelled, ta
     )
     rows = perfect.decide(perfect.scores, perfect.targets, frame.iloc[::-1], macro=["A"], n_bootstrap=5)
     assert (rows["value"] == 1).all() and set(rows["target"]) == {"A", "macro"}
+    few = made([0.0, 1.0], [0.0, 1.0])
+    frame = pd.DataFrame({"study_id": few.scores.index, "patient_id": few.scores.index})
+    rows = few.decide(few.scores, few.targets, frame, macro=[], n_bootstrap=5)
+    assert rows["value"].isna().all() and set(rows["note"]) == {
+        "no probability: validation has fewer than 5 studies with it, or without it"
+    }

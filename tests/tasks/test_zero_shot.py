@@ -236,6 +236,8 @@ def test_multiclass_limits():
         and absent.loc[("f1", "C"), "note"] == "no study of this class"
     )
     assert absent.loc[("sensitivity", "macro"), "value"] == pytest.approx(0.75)
+    # accuracy counts all studies: an empty class takes no interval from it
+    assert np.isfinite(absent.loc[("accuracy", "macro"), "ci_low"]) and absent.loc[("accuracy", "macro"), "n"] == 4
 
 
 def test_multiclass_refuses_studies_without_scores_or_without_one_label():

@@ -42,6 +42,20 @@ def test_lines_of_metric_rows_carry_counts_and_notes():
     assert wide.columns.nlevels == 2 and wide.loc["b", ("n", "")] == "9 to 10"
 
 
+def test_long_notes_and_many_lines_are_shown_whole():
+    note = "no interval: 1 of 5 needed patients of a class; " * 4 + "end"
+    table = shown(pd.DataFrame({f"column {number}": [note] * 80 for number in range(25)}))
+    for text in (repr(table), table._repr_html_()):
+        assert text.count(note) == 80 * 25 and "..." not in text
+
+
+def test_one_number_a_line_has_its_chance_and_no_empty_column():
+    rows = pd.DataFrame({"metric": ["a", "b"], "value": [0.5, NAN], "ci_low": NAN, "ci_high": NAN, "n": [9, 0]})
+    rows = rows.assign(chance=[0.25, NAN], note="")
+    text = metric_table(rows, index=["metric"], columns=[])
+    assert text.to_dict("list") == {"value": ["0.500 (-)", "-"], "chance": ["0.250", "-"], "n": ["9", "0"]}
+
+
 def test_an_empty_table_stays_one():
     assert metric_table(pd.DataFrame(columns=["target", "metric", "value", "ci_low", "ci_high", "n"])).empty
     assert shown(pd.DataFrame({"a": np.array([], float)})).empty
