@@ -45,11 +45,14 @@ _HEADINGS: dict[Section, str] = {
     "comparison": r"comparisons?(?:\s+(?:study|studies|exams?|films?))?",
     "other": r"recommendations?|notifications?|addendum|wet\s+read",
 }
-# A heading opens a line or follows a sentence end. It needs its colon, or a line of its own in capitals.
+_BLANK = r"[ \t\xa0\u3000\ufeff]*"  # with no-break, full-width and zero-width ones
+# A heading opens a line or follows a sentence end, perhaps marked in Markdown or HTML. It needs its colon, a dash, or a
+# line of its own; the last, and a dash within a line, in capitals or marks.
 _HEADING = re.compile(
-    r"(?:^[ \t]*|(?<=[.!?])\s+)(?:"
+    rf"(?:(?:^|(?<=\r)|<br\s*/?>){_BLANK}|(?<=[.!?])(?:(?P<inside>[ \t]+)|\s+))(?P<mark>(?:#+{_BLANK}|[*_]+|<\w+>)*)(?:"
     + "|".join(f"(?P<{name}>{pattern})" for name, pattern in _HEADINGS.items())
-    + r")(?:[ \t]*:|(?P<alone>[ \t]*$))",
+    + rf"){_BLANK}(?:[*_]+|</\w+>)*{_BLANK}"
+    + r"(?:[:：﹕](?:[*_]+|</\w+>)*|(?P<dash>[-–—]+(?=\s|\Z))|(?P<alone>#*[ \t]*(?=[\r\n]|\Z)))",
     re.IGNORECASE | re.MULTILINE,
 )
 
@@ -57,8 +60,9 @@ _HEADING = re.compile(
 def sections(text: str) -> dict[Section, str]:
     """Splits a raw report at its headings.
 
-    Headings are found in any case, at the start of a line or after a sentence end, and end with a colon; in capitals
-    they may also stand alone on a line. `CONCLUSION` counts as impression, `INDICATION` and `REASON FOR EXAM` as
+    Headings are found in any case, at the start of a line (ended by LF, CR LF or CR) or after a sentence end, and end
+    with a colon (also a full-width one) or a dash; in capitals or marked (`**FINDINGS**`, `## Findings`, `<b>`) they
+    may also stand alone on a line. `CONCLUSION` counts as impression, `INDICATION` and `REASON FOR EXAM` as
     history; `FINDINGS AND IMPRESSION` is kept once, as impression. Words before the first heading are `preamble`. A
     section that occurs twice is joined by a blank line.
 
@@ -68,9 +72,10 @@ def sections(text: str) -> dict[Section, str]:
     """
     found: list[tuple[Section, int, int]] = []
     for match in _HEADING.finditer(text):
-        if match["alone"] is not None and not match.group().isupper():
-            continue
         name = next(name for name in _HEADINGS if match[name] is not None)
+        bare = match["alone"] is not None or (match["dash"] and match["inside"])
+        if bare and not (match["mark"] or match[name].isupper()):
+            continue
         found.append((name, match.start(), match.end()))
     if not found:
         return {"impression": text.strip()} if text.strip() else {}
@@ -91,7 +96,10 @@ _NEVER = {"dr", "drs", "mr", "mrs", "ms", "prof", "st", "vs", "e.g", "i.e", "app
 # Abbreviations that close a sentence only before a capital.
 _SOFT = {"a.m", "p.m", "etc", "u.s", "b.i.d", "p.o", "inc", "jr", "sr", "min", "max", "wk", "wks", "yr"}
 _PUBLISHED_STOP = re.compile(r"[0-9]+\.|\.")
-_STOP = re.compile(r"[.!?]+[\"'”’)\]]*|\n[ \t\r]*\n\s*|\n\s*(?=[-*•]\s|\(?[0-9]{1,2}[.)](?![0-9]))")
+_STOP = re.compile(
+    r"[.!?]+[\"'”’)\]]*|(?>\r\n|\n|\r)[ \t]*(?>\r\n|\n|\r)\s*"
+    r"|(?:\r\n|\n|\r)\s*(?=[-*•]\s|\(?[0-9]{1,2}[.)](?![0-9]))"
+)
 _MARKER = re.compile(r"\s*\(?([0-9]{1,2})[.)](?![0-9])")
 _ITEM = re.compile(r"(?:^|(?<=\s))([0-9]{1,2})[.)]\s*(?=[A-Z])")
 _WORD_BEFORE = re.compile(r"[\w.]+$")
@@ -177,7 +185,7 @@ def _is_boundary(text: str, match: re.Match[str]) -> bool:
 def _opens_sentence(text: str, position: int) -> bool:
     """Whether a line, a sentence or the text begins at `position`, so that a number there is a list number."""
     start = _GAP_BEFORE.search(text, 0, position).start()
-    return start == 0 or text[start - 1] in ".!?:;)" or "\n" in text[start:position]
+    return start == 0 or text[start - 1] in ".!?:;)" or not {"\n", "\r"}.isdisjoint(text[start:position])
 
 
 def _list_cuts(text: str) -> set[int]:

@@ -67,9 +67,60 @@ def test_headings(heading, name):
     assert sections(f"{heading} all is well") == {name: "all is well"}
 
 
+HEADS = [
+    "{}:",
+    "{} :",
+    "**{}:**",
+    "**{}**:",
+    "__{}__:",
+    "**{}**",
+    "## {}",
+    "# {} #",
+    "## {}:",
+    "<b>{}:</b>",
+    "<b>{}</b>",
+]
+HEADS += ["<h2>{}</h2>", "<p><strong>{}</strong>:", "{}：", "{}﹕", "{} -", "{} –", "{} —", "{}-", "\t{}:", "   {}:"]
+HEADS += ["\ufeff{}:", "\u3000{}：", "\xa0{}\xa0:", "*{}:*", "_{}_ -"]
+
+
+@pytest.mark.parametrize("line", ["\n", "\r\n", "\r"], ids=["LF", "CRLF", "CR"])
+@pytest.mark.parametrize("between", ["{line}", "{line}{line}", " "], ids=["below", "after a blank line", "beside"])
+@pytest.mark.parametrize("capitals", [True, False])
+@pytest.mark.parametrize("head", [*HEADS, "{}"])
+def test_every_way_to_write_a_heading(head, capitals, between, line):
+    findings, impression = ("FINDINGS", "IMPRESSION") if capitals else ("Findings", "Impression")
+    between = between.format(line=line)
+    first, second = (head.format(name) + between for name in (findings, impression))
+    text = f"{first}Heart is 2.5 cm.{line}Clear.{line}{line}{second}Normal."
+    ends = between != " " and (capitals or head != "{}")  # a heading without colon or dash has a line of its own
+    if ends or any(sign in head for sign in ":：﹕-–—"):
+        found = sections(text)
+        assert found == {"findings": f"Heart is 2.5 cm.{line}Clear.", "impression": "Normal."}
+        assert all(part in text for part in found.values())  # as it was written: spans point into it
+    else:
+        assert sections(text) == {"impression": text}
+
+
+def test_line_breaks_of_html_and_headings_after_a_sentence():
+    assert sections("FINDINGS: a.<br>IMPRESSION: b.<br/>RECOMMENDATION - c.") == {
+        "findings": "a.",
+        "impression": "b.",
+        "other": "c.",
+    }
+    assert sections("FINDINGS - Clear. IMPRESSION - Normal.") == {"findings": "Clear.", "impression": "Normal."}
+
+
 def test_what_is_no_heading():
-    plain = "The findings: of note.\nFindings\nare unchanged"
-    assert sections(plain) == {"impression": plain}
+    for plain in (
+        "The findings: of note.\nFindings\nare unchanged",
+        "The findings: of note.\r\nFindings\r\nare unchanged",
+        "Findings-based reading.\nStudy is limited.",
+        "Impression of a mass\non the left.",
+        "**Findings** are unchanged.",
+        "Limited. Study - as far as it goes - is normal.",
+    ):
+        assert sections(plain) == {"impression": plain}
     assert sections("No acute disease.") == {"impression": "No acute disease."}
     assert sections(" \n") == {}
     assert sections("FINDINGS: \nIMPRESSION: Normal.") == {"impression": "Normal."}
@@ -101,6 +152,8 @@ def test_a_repeated_section_is_joined():
         ["lungs are clear.", "no effusion.", "no pneumothorax"],
         ["Edema?", "Yes!", "Unchanged (see note.)", "Then stable..."],
         ["One line\nis wrapped.\n\n", "New paragraph"],
+        ["One line\r\nis wrapped\r\n\r\n", "New paragraph\r\n", "1. Clear\r\n", "2. Stable"],
+        ["One line\ris wrapped\r\r", "New paragraph\r", "- clear\r", "- stable"],
         ["No. 3 tube is in place.", "St. Jude valve.", "No."],
     ],
     ids=lambda parts: parts[0][:24],
