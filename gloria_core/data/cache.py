@@ -50,7 +50,7 @@ from gloria_core.data import sources
 from gloria_core.data.files import atomic_write, content_hash
 from gloria_core.data.geometry import Geometry
 from gloria_core.data.images import ImageError, decode_gray, read_bytes
-from gloria_core.data.manifest import ExcludedRows, Failure, OnError, listed, path_problem, shorten
+from gloria_core.data.manifest import ExcludedRows, Failure, OnError, failures_at, listed, path_problem
 
 FORMAT, BEHAVIOR = 2, "corrected"  # of the file, of the geometry
 COMMAND = "python -m gloria_core.data.cache"
@@ -306,14 +306,9 @@ def _write(file: BinaryIO, dtype: np.dtype, content: dict[int, bytes]) -> None:
 
 
 def _failures(frame: pd.DataFrame, bad: dict[str, str]) -> list[Failure]:
-    """Studies with a bad image. A frame cut from a manifest keeps its integer labels: the rows of the CSV."""
-    failures = []
-    for place, (label, study, cell) in enumerate(zip(frame.index, frame["study_id"], frame["images"], strict=True)):
-        reasons = [bad[path] for path in cell.split(";") if path in bad]
-        if reasons:
-            row = (int(label) if isinstance(label, int | np.integer) else place) + 2
-            failures.append(Failure(study, row, "images", shorten(cell), "; ".join(reasons)))
-    return failures
+    """Studies with a bad image."""
+    found = ([bad[path] for path in cell.split(";") if path in bad] for cell in frame["images"])
+    return failures_at(frame, [(i, "images", "; ".join(reasons)) for i, reasons in enumerate(found) if reasons])
 
 
 def parse_shard(text: str) -> tuple[int, int]:

@@ -26,7 +26,19 @@ from transformers import PreTrainedTokenizerFast
 from gloria_core.data.cache import ImageCache, require_shards
 from gloria_core.data.files import atomic_write, did_you_mean
 from gloria_core.data.images import Norm, to_tensor
-from gloria_core.data.manifest import COMPETITION_LABELS, ManifestError, label_columns, read_manifest, write_manifest
+from gloria_core.data.manifest import (
+    COMPETITION_LABELS,
+    ExcludedRows,
+    Failure,
+    ManifestError,
+    boxes_of,
+    failures_at,
+    label_columns,
+    raise_failures,
+    read_manifest,
+    validate,
+    write_manifest,
+)
 from gloria_core.data.prompts import PromptSet
 from gloria_core.data.reports import Span, StudyTexts
 from gloria_core.data.splits import WITHOUT
@@ -35,6 +47,7 @@ from gloria_core.types import Batch
 
 # With augment=True: largest relative change of contrast, and of brightness as a share of the gray range.
 JITTER = 0.1
+ROUNDING = 1.0  # pixels that a box may reach beyond the edge of its image
 
 
 @dataclass(frozen=True)
@@ -103,20 +116,26 @@ def save_dataset(
 ) -> PreparedDataset:
     """Write `folder/manifest.csv` and `folder/dataset.json`, and build `folder/cache` from the images under `root`.
 
-    `on_error="exclude"` leaves studies with unreadable images out of the manifest; they are listed, with the reason,
-    in `folder/excluded.csv`. `shards`: the folder of a cache that `python -m gloria_core.data.cache` has begun;
-    it is completed and used there. Raises ManifestError or ImageError otherwise, CacheError for a folder without shards
-    of these images at this size.
+    `on_error="exclude"` leaves studies with unreadable images, and those with a box outside its image, out of the
+    manifest; they are listed, with the reason, in `folder/excluded.csv`. A box that reaches up to `ROUNDING` beyond the
+    edge is kept; what uses it cuts it there. `shards`: the folder of a cache that `python -m gloria_core.data.cache`
+    has begun; it is completed and used there. Raises ManifestError or ImageError otherwise, CacheError for a folder
+    without shards of these images at this size.
     """
     folder, root = Path(folder), Path(root).resolve()
     if str(shards):
         require_shards(frame, shards, size)
+    validate(frame, source=f"dataset {name}")  # before hours of decoding
     folder.mkdir(parents=True, exist_ok=True)
     cache = ImageCache.build(frame, root, size=size, folder=shards or folder / "cache", on_error=on_error)
-    frame = cache.usable(frame).reset_index(drop=True)
-    excluded = frame.attrs["excluded"]
+    frame = cache.usable(frame)
+    excluded, failures = frame.attrs["excluded"], _boxes_outside(frame, cache)
+    if on_error == "raise" or len(failures) >= len(frame):
+        raise_failures(failures, source=f"boxes of {name}, images below {root}")
+    excluded += ExcludedRows.of(failures)
     if excluded:
         pd.DataFrame(excluded).to_csv(folder / "excluded.csv", index=False)
+    frame = frame[~frame["study_id"].isin([failure.study_id for failure in failures])].reset_index(drop=True)
     write_manifest(frame, folder / "manifest.csv")
     # paths inside the folder are kept relative to it, so that it can be moved as a whole
     known = {"name": name, "root": _relative(root, folder), "size": size, "cache": _relative(cache.index, folder)}
@@ -143,6 +162,19 @@ def open_dataset(manifest: str | Path) -> PreparedDataset:
     frame = read_manifest(manifest)
     cache = ImageCache((manifest.parent / known["cache"]).resolve())
     return PreparedDataset(known["name"], root, known["size"], frame, cache)
+
+
+def _boxes_outside(frame: pd.DataFrame, cache: ImageCache) -> list[Failure]:
+    """Boxes that are not inside their images."""
+    faults, remedy = [], "boxes count the pixels of the image file: scale or correct them"
+    for position, row in enumerate(frame[["images", "boxes"]].to_dict("records")):
+        for box in boxes_of(row):
+            (x, y, width, height), path = box["xywh"], row["images"].split(";")[box["image"]]
+            image = cache.geometry(path)
+            if min(x, y) < -ROUNDING or x + width > image.width + ROUNDING or y + height > image.height + ROUNDING:
+                where = f"{box['xywh']} of {box['label']!r} leaves {path} ({image.width} x {image.height} pixels)"
+                faults.append((position, "boxes", f"{where}; {remedy}"))
+    return failures_at(frame, faults)
 
 
 def _relative(path: Path, folder: Path) -> str:

@@ -237,10 +237,17 @@ def raise_failures(failures: Sequence[Failure], *, source: str) -> None:
         raise ManifestError(f"{title}\n{listed(failures)}")
 
 
-def _failure(frame: pd.DataFrame, position: int, column: str, reason: str) -> Failure:
-    """The failure of the cell at row `position`."""
-    cell, study = frame[column].iloc[position], frame["study_id"].iloc[position]
-    return Failure(str(study), position + 2, column, shorten(cell), reason)
+def failures_at(frame: pd.DataFrame, faults: Sequence[tuple[int, str, str]]) -> list[Failure]:
+    """A failure for each fault: position of the row, column, reason.
+
+    A frame cut from a manifest keeps its integer index, and with it the rows of the CSV.
+    """
+    rows = frame.index if pd.api.types.is_integer_dtype(frame.index) else range(len(frame))
+    studies = frame["study_id"].tolist()
+    return [
+        Failure(str(studies[i]), int(rows[i]) + 2, column, shorten(frame[column].iloc[i]), reason)
+        for i, column, reason in faults
+    ]
 
 
 def _find_failures(frame: pd.DataFrame) -> list[Failure]:
@@ -270,7 +277,7 @@ def _find_failures(frame: pd.DataFrame) -> list[Failure]:
     ):
         for position, first in conflicts.items():
             reasons.setdefault((position, column), f"{reason} (first seen in row {first + 2})")
-    return [_failure(frame, int(position), column, reason) for (position, column), reason in reasons.items()]
+    return failures_at(frame, [(int(position), column, reason) for (position, column), reason in reasons.items()])
 
 
 def _conflicts(key: pd.Series, value: pd.Series) -> dict[int, int]:
@@ -312,11 +319,9 @@ def _missing_files(frame: pd.DataFrame, root: Path, *, skip: set[int]) -> list[F
     named = [(position, "images", path) for position in rows for path in images[position].split(";")]
     named += [(i, "masks", mask["path"]) for i in rows if masks[i] for mask in json.loads(masks[i])]
     present = existing(root, [path for _, _, path in named])
-    return [
-        _failure(frame, i, column, f"file {path!r} not found under {root}; check it, or read with on_error='exclude'")
-        for i, column, path in named
-        if path not in present
-    ]
+    remedy = f"not found under {root}; check it, or read with on_error='exclude'"
+    missing = [(i, column, f"file {path!r} {remedy}") for i, column, path in named if path not in present]
+    return failures_at(frame, missing)
 
 
 # ------------------------------------------------------------------------------------------------ reading, writing

@@ -1,5 +1,6 @@
 """Items (views, texts, reports from labels), batches and their order, and prepared datasets, on hand-made frames."""
 
+import json
 from collections import Counter
 
 import numpy as np
@@ -566,11 +567,11 @@ def test_with_a_real_manifest_and_cache(tmp_path):
 # ------------------------------------------------------------------------------------------- prepared datasets
 
 
-def prepared(tmp_path, **columns):
+def prepared(tmp_path, on_error="raise", **columns):
     frame = make_frame(6, images=[f"img_{i}.png" for i in range(6)], views="PA", **columns)
     for name in frame["images"]:
         Image.fromarray(np.zeros((20, 20), np.uint8)).save(tmp_path / name)
-    return save_dataset(tmp_path / "set", frame, name="tiny", root=tmp_path, size=SIZE)
+    return save_dataset(tmp_path / "set", frame, name="tiny", root=tmp_path, size=SIZE, on_error=on_error)
 
 
 def test_what_save_dataset_writes_open_dataset_opens(tmp_path):
@@ -586,6 +587,52 @@ def test_what_save_dataset_writes_open_dataset_opens(tmp_path):
         open_dataset("")
     with pytest.raises(ManifestError, match=r"dataset\.json is missing: run notebooks/01"):
         open_dataset(tmp_path / "set" / "manifest.csv")
+
+
+def box(x, y, w, h, image=0):
+    return json.dumps([{"label": "Mass", "image": image, "xywh": [x, y, w, h]}])
+
+
+@pytest.mark.parametrize(
+    ("outside", "why"),
+    [
+        ((30, 2, 4, 4), "beyond the right"),
+        ((2, 3, 4, 18.5), "partly below"),
+        ((-1.5, 2, 4, 4), "left of it"),
+        ((2, -9, 4, 4), "above"),
+        ((100, 200, 300, 400), "pixels of a larger image"),
+        ((0, 0, 20, 21.01), "more than rounding"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_box_outside_its_image_is_named_or_leaves_its_study_out(tmp_path, outside, why):
+    boxes = ["", box(0, 0, 20, 20), box(*outside), box(-1, -0.4, 5, 5), box(10, 10, 11, 10.6), ""]
+    match = r"row 4 .study 's2'., column 'boxes': .*of 'Mass' leaves img_2.png .20 x 20 pixels.; boxes count the pixels"
+    with pytest.raises(ManifestError, match=match):
+        prepared(tmp_path, boxes=boxes)
+    assert not (tmp_path / "set" / "manifest.csv").exists()
+    kept = prepared(tmp_path, boxes=boxes, on_error="exclude").frame
+    assert list(kept["study_id"]) == ["s0", "s1", "s3", "s4", "s5"]
+    assert list(kept["boxes"])[1:4] == [boxes[1], boxes[3], boxes[4]]  # kept as they were given
+    assert "leaves img_2.png" in (tmp_path / "set" / "excluded.csv").read_text()
+
+
+def test_boxes_are_compared_with_their_own_image_and_wrong_ones_are_told_before_decoding(tmp_path):
+    Image.fromarray(np.zeros((40, 90), np.uint8)).save(tmp_path / "wide.png")
+    frame = make_frame(2, images=["img_0.png;wide.png", "img_1.png"], views=["PA;LATERAL", "PA"], impression="a b")
+    for name in ("img_0.png", "img_1.png"):
+        Image.fromarray(np.zeros((20, 20), np.uint8)).save(tmp_path / name)
+    options = {"name": "two", "root": tmp_path, "size": SIZE}
+    save_dataset(tmp_path / "set", frame.assign(boxes=[box(70, 10, 20, 30, image=1), ""]), **options)
+    with pytest.raises(ManifestError, match=r"leaves img_0\.png .20 x 20"):
+        save_dataset(tmp_path / "set", frame.assign(boxes=[box(70, 10, 20, 30), ""]), **options)
+    with pytest.raises(ManifestError, match=r"leaves wide\.png .90 x 40"):
+        save_dataset(tmp_path / "set", frame.assign(boxes=[box(70, 10, 20, 32, image=1), ""]), **options)
+    with pytest.raises(ManifestError, match=r"row 2 .study 's0'"):  # no study would be left
+        save_dataset(tmp_path / "set", frame.iloc[:1].assign(boxes=[box(99, 0, 9, 9)]), on_error="exclude", **options)
+    with pytest.raises(ManifestError, match=r"column 'boxes'.*'image' is 2"):
+        save_dataset(tmp_path / "new", frame.assign(boxes=[box(0, 0, 2, 2, image=2), ""]), **options)
+    assert not (tmp_path / "new").exists()
 
 
 def test_test_sets_with_and_without_the_studies_that_a_rule_names(tmp_path):
