@@ -38,7 +38,7 @@ GOLDEN_RATIO = 0.6180339887498949
 # What cannot be done without studies in a split, and what to do instead.
 WITHOUT = {
     "train": "no training study: nothing can be trained on it; score the checkpoint of another dataset",
-    "valid": "no validation study: pretraining keeps its last epoch; another split rule or more patients may give some",
+    "valid": "no validation study: pretraining keeps its last epoch; a split_rule that draws some may exist",
     "test": "no test study: nothing can be scored on it; score its checkpoints on the test split of another dataset",
 }
 
@@ -126,18 +126,30 @@ def split_warnings(frame: pd.DataFrame, *, batch_size: int = 32) -> list[str]:
     """Sentences on what the splits of this manifest cannot do, each with what to do instead.
 
     Splits without studies, fewer training studies than a batch of notebook 02, very few validation studies, patients
-    that were moved to test, label subsets without studies, and labels of which a split shows only one class.
+    that were moved to test, boxes and masks that no training study has, label subsets without studies, and labels of
+    which a split shows only one class.
     """
     parts = {name: frame[frame["split"] == name] for name in SPLITS}
     train, valid, test = (parts[name] for name in SPLITS)
     missing = [name for name in SPLITS if parts[name].empty and not (name == "valid" and train.empty)]
-    warnings = [f"{WITHOUT[name].capitalize()}." for name in missing]
+    too_few = "no validation study: pretraining keeps its last epoch; a tenth of so few is none, prepare more studies"
+    remedies = WITHOUT | ({"valid": too_few} if len(frame) < 20 else {})
+    warnings = [f"{remedies[name].capitalize()}." for name in missing]
     if 0 < len(train) < batch_size:
-        warnings.append(f"{len(train)} training studies fill no batch of {batch_size}: pretraining has smaller ones.")
+        remedy = "pretraining takes smaller ones, with fewer candidates; prepare more studies"
+        warnings.append(f"{len(train)} training studies fill no batch of {batch_size}: {remedy}.")
     if 0 < len(valid) < 4:
         warnings.append(f"{len(valid)} validation studies: do not choose settings by a loss over so few.")
     if moved := frame.attrs.get("moved_to_test"):
-        warnings.append(f"{moved} patients were moved to test, because they have boxes and boxes are for testing.")
+        warnings.append(
+            f"{moved} patients were moved to test, because they have boxes and boxes are for testing; "
+            "split_rule='published' keeps the owner's split."
+        )
+    for kind in ("boxes", "masks"):
+        marked = frame["split"][frame[kind] != ""] if kind in frame else train["split"].iloc[:0]
+        if len(marked) and "train" not in set(marked):
+            where = f"All {len(marked)} studies with {kind} are in {' and '.join(sorted(set(marked)))}"
+            warnings.append(f"{where}: they can be scored, not learned from; take another dataset to learn {kind}.")
     findings = finding_columns(frame)
     subsets = {f"the {p:.0%} label subset": label_subset(frame, p) for p in (0.01, 0.1)} if len(train) else {}
     for name, part in (subsets | {"train": train, "test": test}).items():
@@ -146,9 +158,11 @@ def split_warnings(frame: pd.DataFrame, *, batch_size: int = 32) -> list[str]:
         one_class = [label for label in findings if (part[label] == 1).sum() in (0, len(part))]
         if len(part) and one_class:
             some = ", ".join(one_class[:4]) + (", ..." if len(one_class) > 4 else "")
+            use = "scored there" if name == "test" else "learned there"
+            use += "; take a larger label fraction" if name in subsets else ""
             warnings.append(
                 f"In {name} (n = {len(part)}) {len(one_class)} of {len(findings)} labels are positive in no study or "
-                f"in every one, and cannot be {'scored' if name == 'test' else 'learned'} there: {some}."
+                f"in every one, and cannot be {use}: {some}."
             )
     return warnings
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -238,25 +240,72 @@ def test_counts_are_metrics_rows(split):
     assert rows.loc[("all", "leak patients in train and test", "studies")].tolist() == [7, len(split)]
 
 
-def test_warnings_name_what_the_splits_cannot_do(split):
+def warned(n, split="train", label_rank=0.005, **columns):
+    """Warnings of n studies, half of which are positive."""
+    table = {"split": split, "label_rank": label_rank, "Edema": [i % 2 for i in range(n)]}
+    return split_warnings(pd.DataFrame(table | columns, index=range(n)))
+
+
+def sizes(train, valid, test):
+    return ["train"] * train + ["valid"] * valid + ["test"] * test
+
+
+THIRDS = sizes(40, 5, 5)
+EVERYWHERE = ["In the 1%.*: Mass", "In the 10%.*: Mass", "In train .n = 40.*learned there: Mass", "In test.*scored"]
+
+
+def test_splits_that_work_give_no_warning(split):
     assert split_warnings(split[["split", "label_rank", "Edema"]]) == []
-    few = pd.DataFrame({"split": ["train"] * 5, "label_rank": 0.5, "Edema": [1, 0, 0, 0, 0], "Mass": 0})
-    few.attrs["moved_to_test"] = 3
-    said = split_warnings(few)
-    for start in (
-        "No validation study: pretraining keeps its last epoch",
-        "No test study: nothing can be scored on it",
-        "5 training studies fill no batch of 32",
-        "3 patients were moved to test",
-        "The 1% label subset has no study",
-        "The 10% label subset has no study",
-        "In train (n = 5) 1 of 2 labels are positive in no study or in every one, and cannot be learned there: Mass.",
-    ):
-        said.remove(next(line for line in said if line.startswith(start)))
-    assert said == []
-    only_test = split_warnings(few.assign(split="test"))
-    assert only_test[0].startswith("No training study") and "validation" not in " ".join(only_test)
-    assert "In test (n = 5) 1 of 2 labels" in only_test[-1] and "cannot be scored" in only_test[-1]
+    assert warned(50, THIRDS) == []
+    assert warned(50, THIRDS, boxes=["a"] * 45 + [""] * 5, masks="") == []
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"split": sizes(40, 0, 10)}, ["No validation study.*split_rule"]),
+        ({"split": sizes(45, 5, 0)}, ["No test study: nothing can be scored on it"]),
+        ({"split": sizes(0, 40, 10)}, ["No training study: nothing can be trained on it"]),
+        ({"split": "test"}, ["No training study.*score the checkpoint of another"]),
+        (
+            {"n": 8, "split": sizes(6, 0, 2)},
+            ["No validation.*prepare more studies", "6 training studies"],
+        ),
+        ({"n": 9, "split": "test"}, ["No training study: nothing"]),  # an owner's set for testing: not "prepare more"
+        ({"split": sizes(31, 9, 10)}, ["31 training studies fill no batch of 32"]),
+        ({"split": sizes(40, 3, 7)}, ["3 validation studies"]),
+        ({"label_rank": 0.05}, ["The 1% label subset has no study: take a larger"]),
+        ({"label_rank": 0.5}, ["The 1% label subset has no study", "The 10% label subset has no study"]),
+        (
+            {"label_rank": [0.5, 0.005] * 25, "Edema": [1, 0] * 25},
+            [
+                r"In the 1% label subset \(n = 20\) 1 of 1 labels.*learned there; take a larger label fraction: Edema",
+                "10%",
+            ],
+        ),
+        (
+            {"Mass": 0},
+            EVERYWHERE,
+        ),
+        (
+            {"Mass": 1},
+            EVERYWHERE,
+        ),
+        ({"boxes": [""] * 47 + ["a"] * 3}, ["All 3 studies with boxes are in test: .*not learned from"]),
+        ({"masks": [""] * 40 + ["a"] * 10}, ["All 10 studies with masks are in test and valid"]),
+    ],
+    ids=lambda value: "|".join(value)[:60] if isinstance(value, list) else "",
+)
+def test_warnings_name_what_the_splits_cannot_do_with_a_remedy_that_fits(given, said):
+    lines = warned(**({"n": 50, "split": THIRDS} | given))
+    assert len(lines) == len(said), lines
+    for line, pattern in zip(lines, said, strict=True):
+        assert re.search(pattern, line), line
+
+
+def test_patients_that_were_moved_to_test_are_counted(split):
+    split.attrs["moved_to_test"] = 3
+    assert split_warnings(split)[0].startswith("3 patients were moved to test, because they have boxes")
 
 
 def test_leaks_are_counted_by_pairs():
