@@ -17,15 +17,15 @@ COUNTS = ("n", "positives", "patients", "n_boxes", "n_train", "n_train_boxes")
 
 
 class TextTable(pd.DataFrame):
-    """A table of texts that is shown whole, its notes too."""
+    """A table of texts that is shown whole, its notes too; one without a line says so."""
 
     def __repr__(self) -> str:
-        return self.to_string()
+        return self.to_string() if len(self) else "no line to show"
 
     def _repr_html_(self) -> str:
         limits = ("display.max_colwidth", "display.max_columns", "display.max_rows")
         with pd.option_context(*(part for name in limits for part in (name, None))):
-            return super()._repr_html_()
+            return super()._repr_html_() if len(self) else f"<p>{self!r}</p>"
 
 
 def shown(table: pd.DataFrame | pd.Series, digits: int = 3) -> TextTable:

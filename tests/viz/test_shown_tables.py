@@ -58,4 +58,5 @@ def test_one_number_a_line_has_its_chance_and_no_empty_column():
 
 def test_an_empty_table_stays_one():
     assert metric_table(pd.DataFrame(columns=["target", "metric", "value", "ci_low", "ci_high", "n"])).empty
-    assert shown(pd.DataFrame({"a": np.array([], float)})).empty
+    empty = shown(pd.DataFrame({"a": np.array([], float)}))
+    assert empty.empty and repr(empty) == "no line to show" and "no line to show" in empty._repr_html_()
