@@ -128,19 +128,19 @@ def with_counts(rows: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
-def summary(rows: pd.DataFrame, *, by: Sequence[str] = CASE) -> pd.DataFrame:
-    """Mean and sample standard deviation over what is not in `by`, which should be seeds only.
+def summary(rows: pd.DataFrame) -> pd.DataFrame:
+    """Mean and sample standard deviation over the seeds of each `CASE`.
 
-    Columns: `by`, then mean, sd (blank for one seed), seeds (how many have a value), the smallest n, positives and
-    patients, ci_low and ci_high (only for one seed: intervals are not averaged), and a note where there is no value.
-    Raises `TableError` when one seed has two numbers of one case, i.e. when `by` is too coarse.
+    Columns: those of `CASE`, then mean, sd (blank for one seed), seeds (how many have a value), the smallest n,
+    positives and patients, ci_low and ci_high (only for one seed: intervals are not averaged), and a note where there
+    is no value.
+    Raises `TableError` when one seed has two numbers of one case.
     """
-    _need(rows, [*by, "seed", "value"])
-    repeated = rows[rows.duplicated([*by, "seed"], keep=False)]
+    repeated = rows[rows.duplicated([*CASE, "seed"], keep=False)]
     if len(repeated):
-        first = repeated.iloc[0][[*by, "seed"]].to_dict()
-        raise TableError(f"{len(repeated)} numbers share a case and a seed, e.g. {first}; add what differs to `by`")
-    groups = rows.groupby(list(by), dropna=False, sort=False)
+        first = repeated.iloc[0][[*CASE, "seed"]].to_dict()
+        raise TableError(f"{len(repeated)} numbers share a case and a seed, e.g. {first}; choose one of them")
+    groups = rows.groupby(list(CASE), dropna=False, sort=False)
     table = groups["value"].agg(mean="mean", sd="std", seeds="count")
     table = table.join(groups[[name for name in COUNTS if name in rows]].min())
     bounds = groups[["ci_low", "ci_high"]].first().where(groups.size() == 1)
@@ -166,7 +166,6 @@ def wide(
     line counts, and why a number is not defined. Raises `TableError` when two numbers would share a cell.
     """
     keys = [*index, *columns]
-    _need(table, [*keys, "mean"])
     if table.duplicated(keys).any():
         differing = [name for name in CASE if name in table and name not in keys and table[name].nunique() > 1]
         raise TableError(f"several numbers in one cell; choose one of, or add to the table: {', '.join(differing)}")
@@ -244,9 +243,3 @@ def separated(rows: pd.DataFrame) -> pd.DataFrame:
     ]
     apart = (table["ci_low"] > table["random_high"]).astype("boolean")
     return table.assign(apart=apart.mask(table[["ci_low", "random_high"]].isna().any(axis=1)))
-
-
-def _need(table: pd.DataFrame, names: Sequence[str]) -> None:
-    missing = [name for name in names if name not in table]
-    if missing:
-        raise TableError(f"the table has no column {missing[0]!r}; it has {', '.join(map(str, table.columns))}")

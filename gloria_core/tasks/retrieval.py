@@ -32,6 +32,7 @@ from typing import Literal, get_args
 import numpy as np
 import pandas as pd
 import torch
+from pydantic import PositiveInt, SkipValidation, validate_call
 from safetensors import SafetensorError
 from safetensors.numpy import load as parse
 from safetensors.numpy import save as serialise
@@ -205,14 +206,15 @@ def text_groups(texts: Sequence[str]) -> np.ndarray:
     return pd.factorize(np.array(words, dtype=object))[0]
 
 
+@validate_call(config={"arbitrary_types_allowed": True})
 def rank_partners(
-    scores: Scores,
-    texts: Sequence[str],
+    scores: SkipValidation[Scores],
+    texts: SkipValidation[Sequence[str]],
     *,
     direction: Direction = "image_to_text",
     duplicates: Duplicates = "merged",
-    k: int = 10,
-    batch_size: int = BATCH,
+    k: PositiveInt = 10,
+    batch_size: PositiveInt = BATCH,
 ) -> Ranking:
     """Rank all candidates for each query, among n studies with one image and one text each.
 
@@ -220,11 +222,6 @@ def rank_partners(
     and `queries` of the ranking are rows of the studies.
     Raises ValueError for an unknown name, or where scores and texts differ in number.
     """
-    if direction not in get_args(Direction) or duplicates not in get_args(Duplicates):
-        raise ValueError(
-            f"direction must be one of {', '.join(get_args(Direction))} and duplicates one of "
-            f"{', '.join(get_args(Duplicates))}; got {direction!r} and {duplicates!r}"
-        )
     if scores.shape != (len(texts), len(texts)):
         raise ValueError(f"scores {scores.shape} and {len(texts)} texts; one image and one text a study are expected")
     studies, group = np.arange(len(texts)), text_groups(texts)

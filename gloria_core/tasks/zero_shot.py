@@ -25,10 +25,11 @@ a label. Targets of more studies than are judged may be given.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import pandas as pd
+from pydantic import SkipValidation, validate_call
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -99,8 +100,13 @@ def choose_scoring(prompts: Prompts, scoring: str = "") -> tuple[Scoring, str]:
     return scoring, f"scoring is {scoring}: {reason}"
 
 
+@validate_call(config={"arbitrary_types_allowed": True})
 def combine(
-    similarity: pd.DataFrame, prompts: Prompts, *, scoring: Scoring = "max", normalise: Normalise = "none"
+    similarity: pd.DataFrame,
+    prompts: SkipValidation[Prompts],
+    *,
+    scoring: Scoring = "max",
+    normalise: Normalise = "none",
 ) -> pd.DataFrame:
     """Similarities of n studies with texts (columns) -> scores (n, K) of the labels of `prompts`.
 
@@ -108,9 +114,6 @@ def combine(
     column that does not vary becomes zeros. Raises ValueError for an unknown name, a label without the prompts that its
     scoring needs, or a cohort of fewer than two studies.
     """
-    for name, given, known in (("scoring", scoring, Scoring), ("normalise", normalise, Normalise)):
-        if given not in get_args(known):
-            raise ValueError(f"unknown {name} {given!r}; available: {', '.join(get_args(known))}")
     if scoring == "against_normal" and NO_FINDING not in prompts:
         raise ValueError(f'scoring="against_normal" needs prompts for {NO_FINDING!r}')
     if normalise == "cohort" and len(similarity) < 2:
