@@ -148,7 +148,8 @@ def summarise(
 ) -> pd.DataFrame:
     """Mean score per kind, control and label with 95 % interval, and `macro`: the mean over labels (default: all).
 
-    Patients are resampled whole and jointly over labels. `n` counts phrases with a finite score. `metric` is a name of
+    Patients are resampled whole and jointly over labels. `n` counts phrases with a finite score, and the note says how
+    many have none. `metric` is a name of
     its own for each map and control (`cnr_cosine`, `cnr_cosine_inverted`, `pointing_game_prior_centre`), so that rows
     can be recorded without the columns score, kind and control, with `suffix` at its end; `chance` is the mean area.
     """
@@ -159,14 +160,16 @@ def summarise(
             known = part[np.isfinite(part[score])]
             if known.empty:
                 continue
-            of_label = pd.get_dummies(known["label"].astype(str))
-            labels, counted = list(of_label.columns), of_label.to_numpy(dtype=bool)[:, :, None]
+            of_phrase, labels = known["label"].astype(str), sorted(part["label"].astype(str).unique())
+            counted = (of_phrase.to_numpy()[:, None] == np.array(labels, dtype=object))[:, :, None]
             values = known[score].to_numpy(dtype=float)[:, None, None]
             mean = ratio_of_sums(np.where(counted, values, 0.0), counted)
             name = "_".join(word for word in (score, kind, control, suffix) if word)
-            area = known.groupby(known["label"].astype(str))["area"].mean().to_numpy()
+            area = known.groupby(of_phrase)["area"].mean().reindex(labels).to_numpy()
             options = {"groups": known["patient_id"].astype(str), "n_bootstrap": n_bootstrap, "seed": seed}
             options |= {"macro": [label for label in labels if not macro or label in macro]}
+            missing = part["label"].astype(str).value_counts()[labels] - counted.sum(axis=(0, 2))
+            options["notes"] = [f"{n} of its phrases have no finite score" if n else "" for n in missing]
             rows = bootstrap_rows(mean, counted, labels, [name], columns={"chance": area}, **options)
             tables.append(rows.assign(score=score, kind=kind, control=control)[columns])
     return pd.concat(tables[1:] or tables, ignore_index=True)

@@ -30,6 +30,7 @@ from gloria_core.tasks.zero_shot import Prompts, Scoring, combine, prompt_list, 
 from gloria_core.types import Behavior
 
 MIN_STUDIES = 5  # positives and negatives that a finding needs in validation to have a probability
+UNCALIBRATED = f"no probability: validation has fewer than {MIN_STUDIES} studies with it, or without it"
 # A finding stands out from this percentile among studies without it, if its odds have also risen by this factor.
 MIN_PERCENTILE, MIN_ODDS_FACTOR = 0.9, 2.0
 CAUTION = "This is the output of a research model, not a diagnosis."
@@ -101,8 +102,8 @@ class Cohort:
         options = {"groups": frame["patient_id"], "n_bootstrap": n_bootstrap, "seed": seed}
         options |= {"metrics": ("accuracy", "f1", "sensitivity", "specificity"), "macro": macro}
         rows = decision_rows(known, chances, self.probability_thresholds, **options)
-        why = f"no probability: validation has fewer than {MIN_STUDIES} studies with it, or without it"
-        return rows.assign(metric=rows["metric"] + "_at_threshold", note=rows["note"].replace("not scored", why))
+        notes = rows["note"].replace("not scored", UNCALIBRATED)
+        return rows.assign(metric=rows["metric"] + "_at_threshold", note=notes)
 
 
 @dataclass(frozen=True)
@@ -190,8 +191,8 @@ def plain_answer(table: pd.DataFrame, cohort: Cohort | None) -> str:
     place = f"its score exceeds {100 * first['percentile']:.0f} % of the {n} validation studies without it"
     if not n:
         place = "there is no validation study without it to compare with"
-    if np.isfinite(first["probability"]):
-        place += f"; probability {100 * first['probability']:.0f} %, where {100 * first['prevalence']:.0f} % have it"
+    calibrated = f"probability {100 * first['probability']:.0f} %, where {100 * first['prevalence']:.0f} % have it"
+    place += f"; {calibrated if np.isfinite(first['probability']) else UNCALIBRATED}"
     if not standing_out:
         normal = NO_FINDING in table.index and table.loc[NO_FINDING, "stands_out"]
         like = " The image is most like the sentences for a normal study." if normal else ""

@@ -98,4 +98,5 @@ def _span(counts: pd.Series) -> str:
 
 
 def _joined(notes: pd.Series) -> str:
-    return "; ".join(dict.fromkeys(note for note in notes if isinstance(note, str) and note)) or "-"
+    parts = (part for note in notes if isinstance(note, str) for part in note.split("; ") if part)
+    return "; ".join(dict.fromkeys(parts)) or "-"

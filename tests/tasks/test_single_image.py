@@ -148,7 +148,7 @@ def test_plain_words():
     nothing = plain_answer(table(stands_out=[False, False]), cohort)
     assert nothing.startswith("Nothing stands out. The nearest finding is Edema")
     uncalibrated = plain_answer(table(probability=[np.nan, np.nan]), cohort)
-    assert "probability" not in uncalibrated
+    assert "; no probability: validation has fewer than 5 studies with it" in uncalibrated
     normal = table(stands_out=[True, False]).rename(index={"Edema": "No Finding"})
     all_sick = Cohort({"Edema": ["x"]}, "max", pd.DataFrame({"Edema": [1.0]}), pd.DataFrame({"Edema": [1.0]}))
     assert "no validation study without it" in plain_answer(table(percentile=[np.nan] * 2), all_sick)

@@ -33,10 +33,10 @@ def test_an_interval_that_is_not_there_is_a_dash():
 def test_lines_of_metric_rows_carry_counts_and_notes():
     rows = pd.DataFrame({"target": ["b", "b", "a"], "metric": ["f1", "auroc", "auroc"], "value": [0.5, NAN, 1.0]})
     rows = rows.assign(ci_low=NAN, ci_high=NAN, n=[9, 10, 10], positives=[2, 2, 5], patients=[4, 4, NAN])
-    rows["note"] = ["", "only negative studies", ""]
+    rows["note"] = ["mean over 1", "mean over 1; only negative studies", ""]
     text = metric_table(rows)
     assert list(text.columns) == ["f1", "auroc", "n", "positives", "patients", "note"]
-    assert text.loc["b"].tolist() == ["0.500 (-)", "-", "9 to 10", "2", "4", "only negative studies"]
+    assert text.loc["b"].tolist() == ["0.500 (-)", "-", "9 to 10", "2", "4", "mean over 1; only negative studies"]
     assert text.loc["a"].tolist() == ["-", "1.000 (-)", "10", "5", "-", "-"]
     wide = grid(rows.assign(cell="x", objective="o"), ["target"], ["metric", "objective"])
     assert wide.columns.nlevels == 2 and wide.loc["b", ("n", "")] == "9 to 10"
