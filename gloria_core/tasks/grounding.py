@@ -161,7 +161,8 @@ def summarise(
             if known.empty:
                 continue
             of_phrase, labels = known["label"].astype(str), sorted(part["label"].astype(str).unique())
-            counted = (of_phrase.to_numpy()[:, None] == np.array(labels, dtype=object))[:, :, None]
+            of_label = pd.get_dummies(of_phrase).reindex(columns=labels, fill_value=False)
+            counted = of_label.to_numpy(dtype=bool)[:, :, None]
             values = known[score].to_numpy(dtype=float)[:, None, None]
             mean = ratio_of_sums(np.where(counted, values, 0.0), counted)
             name = "_".join(word for word in (score, kind, control, suffix) if word)
