@@ -226,7 +226,9 @@ def test_summary_is_the_mean_over_labels_of_means_over_phrases():
     assert summarise(scores, suffix="x", n_bootstrap=2)["metric"].unique().tolist() == ["cnr_cosine_x"]
     assert rows.loc["A", "metric"] == "cnr_cosine" and rows.loc["macro", "chance"] == 0.25
     assert 1 <= rows.loc["A", "ci_low"] < 2 < rows.loc["A", "ci_high"] <= 3
-    assert rows.loc["B", "note"].startswith("1 of its phrases have no finite score; no interval: 1 of 3 needed patients")
+    assert rows.loc["B", "note"].startswith(
+        "1 of its phrases have no finite score; no interval: 1 of 3 needed patients"
+    )
     unscored = pd.concat([scores, _scores([np.nan, np.inf], list("CC"), list("rs"))])  # a label that no map could score
     more = summarise(unscored, n_bootstrap=200).set_index("target")
     assert np.isnan(more.loc["C", "value"]) and more.loc["C", ["n", "patients"]].tolist() == [0, 0]
