@@ -149,7 +149,7 @@ def test_importing_the_package_loads_no_deep_learning_library():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-def test_texts(model, home):
+def test_texts(model, images, home):
     texts = model.process_text(["Edema", "no edema.\n2. Heart, large"])
     assert texts["caption_ids"].shape == texts["attention_mask"].shape == texts["token_type_ids"].shape == (2, 97)
     assert texts["cap_lens"] == [1, 5]  # no, edema, 2, heart, large
@@ -160,6 +160,7 @@ def test_texts(model, home):
     published = gloria.load_gloria(home / "pretrained" / "chexpert_resnet50.ckpt", "cpu", behavior="published")
     texts = published.process_text(["Edema", "no edema.\n2. Heart, large"])
     assert texts["cap_lens"] == [5, 25]  # characters
+    assert np.isfinite(gloria.get_similarities(published, images, texts)).all()
     assert texts["attention_mask"].sum(dim=1).tolist() == [2, 19]  # an empty text; the number is gone
 
 
