@@ -2,17 +2,57 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import segmentation_models_pytorch as smp
 import torch
 from torch import Tensor, nn
 
+from gloria_core.data.images import Norm
 from gloria_core.models.image_encoder import ImageEncoder
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """How images are prepared for a network, by default as GLoRIA does.
+
+    Attributes:
+        channels, norm: see `to_tensor`.
+        crop: side of the centre crop in pixels.
+        image_size: side of the padded square that is cropped; 0 where it is not known.
+    """
+
+    channels: int = 3
+    norm: Norm = "half"
+    crop: int = 224
+    image_size: int = 0
+
+
+class StandardisedLinear(nn.Module):
+    """A linear probe: features minus `mean`, divided by `scale`, then one linear layer in double precision.
+
+    Shape: (B, D) -> (B, K) float64
+    """
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        for name, shape, dtype in (
+            ("mean", (width,), torch.float32),
+            ("scale", (width,), torch.float32),
+            ("weights", (classes, width), torch.float64),
+            ("bias", (classes,), torch.float64),
+        ):
+            self.register_buffer(name, torch.zeros(shape, dtype=dtype))
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        return ((pooled.float() - self.mean) / self.scale).double() @ self.weights.T + self.bias
 
 
 class ImageClassifier(nn.Module):
     """Image encoder and a new head of K = `classes` logits on its pooled feature (GLoRIA's, MGCA's, CXR-CLIP's).
 
-    The head is one linear layer, or with `hidden_dim` units MGCA's Linear, BatchNorm, ReLU, dropout, Linear.
+    The head is one linear layer, with `hidden_dim` units MGCA's Linear, BatchNorm, ReLU, dropout, Linear, or with
+    `probe` a `StandardisedLinear`.
     `frozen`: the encoder gets no gradient and stays in evaluation mode. `batch_statistics=True` lets its BatchNorm
     follow the mode of the whole all the same, and so move its statistics while "frozen": the released code of GLoRIA.
 
@@ -28,6 +68,7 @@ class ImageClassifier(nn.Module):
         batch_statistics: bool = False,
         hidden_dim: int = 0,
         dropout: float = 0.0,
+        probe: bool = False,
     ) -> None:
         super().__init__()
         if classes < 1:
@@ -37,6 +78,9 @@ class ImageClassifier(nn.Module):
             hidden = [nn.Linear(width, hidden_dim), nn.BatchNorm1d(hidden_dim), nn.ReLU()]
         last = nn.Linear(hidden_dim or width, classes)
         self.classifier = nn.Sequential(*hidden, nn.Dropout(dropout), last) if hidden or dropout else last
+        if probe:
+            self.classifier = StandardisedLinear(width, classes)
+        self.options = {"classes": classes, "hidden_dim": hidden_dim, "probe": probe}
         self.frozen, self.batch_statistics, encoder.frozen = frozen, batch_statistics, False
         self.img_encoder.requires_grad_(not frozen)
 

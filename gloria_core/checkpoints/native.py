@@ -35,24 +35,26 @@ def save(
     `training_state` (optimizer, schedule, random states) and `extra` (notes) may hold tensors, numbers, strings,
     None, and lists, tuples and dicts of them; anything else raises TypeError that names where it is.
     """
-    path = Path(path)
     bert = model.text_encoder.config.to_dict()
-    content = {
-        "format": FORMAT,
-        "version": VERSION,
-        "package_version": gloria_core.__version__,
-        "config": model.config.to_dict(),
-        "text_architecture": {name: value for name, value in bert.items() if name not in NOT_ARCHITECTURE},
-        "tokenizer": None if model.tokenizer is None else tokenizer_to_json(model.tokenizer),
-        "model": model.state_dict(),
-        "training_state": None if training_state is None else dict(training_state),
-        "extra": dict(extra or {}),
-    }
-    for name in ("text_architecture", "training_state", "extra"):
-        _check_plain(content[name], name)
+    return write(
+        path,
+        config=model.config.to_dict(),
+        text_architecture={name: value for name, value in bert.items() if name not in NOT_ARCHITECTURE},
+        tokenizer=None if model.tokenizer is None else tokenizer_to_json(model.tokenizer),
+        model=model.state_dict(),
+        training_state=None if training_state is None else dict(training_state),
+        extra=dict(extra or {}),
+    )
+
+
+def write(path: str | Path, *, model: Mapping[str, Tensor], **content: Any) -> Path:
+    """Write tensors and plain values as a checkpoint of this package. Raises TypeError naming what is not plain."""
+    for name, value in content.items():
+        _check_plain(value, name)
+    about = {"format": FORMAT, "version": VERSION, "package_version": gloria_core.__version__}
     with atomic_file(path) as file:
-        torch.save(content, file)
-    return path
+        torch.save({**about, **content, "model": model}, file)
+    return Path(path)
 
 
 def load(path: str | Path, *, map_location: str | torch.device | None = None) -> VisionLanguageModel:
@@ -62,6 +64,8 @@ def load(path: str | Path, *, map_location: str | torch.device | None = None) ->
     Raises WeightsError for a missing, truncated or foreign file, and for tensors that do not fit.
     """
     content = read(path)
+    if "network" in content:
+        raise WeightsError(f"{path} is a fine-tuned model: read it with gloria_core.load, or give it as `model`")
     tokenizer = tokenizer_from_json(content["tokenizer"]) if content["tokenizer"] else None
     try:
         config = ModelConfig.from_dict(content["config"])

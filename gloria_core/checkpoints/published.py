@@ -63,7 +63,7 @@ def load_pretrained(
     - image and text encoder with their objective: a `VisionLanguageModel`;
     - an image encoder alone (PRIOR's `prior_resnet50.pt`; files of torchvision, timm and transformers): an
       `ImageEncoder`, its input channels as in the file;
-    - an encoder with a linear head (fine-tuned by GLoRIA, gloria-Extended, CXR-CLIP): an `ImageClassifier`;
+    - an encoder with a head (fine-tuned by GLoRIA, gloria-Extended, CXR-CLIP, MGCA): an `ImageClassifier`;
     - a U-Net (GLoRIA, gloria-Extended): that of segmentation-models-pytorch;
     - a checkpoint of our own: what `gloria_core.load` gives.
     Each has `.load_report` (what became of each tensor), `.origin` (the layout) and `.behavior` ("published", or that

@@ -79,6 +79,8 @@ class Detector(nn.Module):
         if side % STRIDE or side < STRIDE:
             raise ValueError(f"the images' side is {side}; it must be a multiple of {STRIDE}: pad or resize them")
         self.side, self.frozen, self.batch_norm = side, frozen, batch_norm
+        self.options = {"classes": classes, "side": side, "width": width}
+        self.encoder_options = {"name": encoder.name, "in_channels": encoder.in_channels}
         self.trunk = copy.deepcopy(encoder.trunk).requires_grad_(not frozen)
         self.trunk.prune_intermediate_layers()  # EfficientNet's last convolution stands behind its last map
         for number, channels in enumerate(self.widths):

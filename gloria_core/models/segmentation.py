@@ -98,6 +98,7 @@ class SegmentationNet(nn.Module):
         encoder.requires_grad_(not frozen)
         published = CHANNELS if encoder.has_pyramid else SETR_CHANNELS
         channels = tuple(channels or (int(width * width_scale) for width in published))
+        self.options = {"classes": classes, "channels": list(channels)}
         if encoder.has_pyramid:
             widths = encoder.pyramid_widths
             self.decoder = UnetDecoder((encoder.in_channels, *widths), channels, n_blocks=len(widths))

@@ -6,6 +6,7 @@ import lightning_file
 import pytest
 import segmentation_models_pytorch as smp
 import torch
+from torch import nn
 from torchvision.models import resnet18
 
 from gloria_core.checkpoints import native
@@ -181,10 +182,28 @@ def test_classifiers_of_gloria(state, tmp_path):
     head = {"model.classifier.weight": torch.zeros(1, 512), "model.classifier.bias": torch.zeros(1)}
     model = load_pretrained(lightning_file.write(tmp_path / "c.ckpt", {**plain, **head}, CONFIG))
     assert model.img_encoder.resize_to is None
-    deep = {**tensors, "model.classifier.0.weight": tensors["model.classifier.weight"]}
+    deep = {**tensors, "model.classifier.0.weight": torch.zeros(4, 512), "model.classifier.2.weight": torch.zeros(5, 4)}
     del deep["model.classifier.weight"]
-    with pytest.raises(WeightsError, match="its head is not linear"):
+    with pytest.raises(WeightsError, match="its head is neither linear nor two layers"):
         load_pretrained(lightning_file.write(tmp_path / "d.ckpt", deep, CONFIG))
+
+
+@pytest.mark.parametrize("hidden", [0, 16])
+def test_classifiers_of_mgca(tmp_path, hidden):
+    """SSLFineTuner: flatten, dropout and linear; or linear without bias, BatchNorm, ReLU, dropout and linear."""
+    torch.manual_seed(0)
+    plain = [nn.Linear(512, 3)]
+    deep = [nn.Linear(512, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Dropout(), nn.Linear(hidden, 3)]
+    head = nn.Sequential(nn.Flatten(), nn.Dropout(), *(deep if hidden else plain)).eval()
+    tensors = {f"backbone.model.{n}": v for n, v in resnet18().state_dict().items() if not n.startswith("fc.")}
+    tensors |= {"backbone.global_embed.head.0.weight": torch.zeros(4, 512)}
+    tensors |= {f"linear_layer.block_forward.{n}": v for n, v in head.state_dict().items()}
+    model = load_pretrained(lightning_file.write(tmp_path / "a.ckpt", tensors, {}))
+    assert model.img_encoder.resize_to == 299
+    assert model.load_report.ignored == ("backbone.global_embed.head.0.weight",)
+    pixels = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(model(pixels), head(model.img_encoder(pixels).pooled))
 
 
 def test_classifiers_of_cxr_clip(tmp_path):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -127,13 +127,13 @@ class Finetuned:
         network: the classifier.
         data: the studies that it was trained on and can be scored on.
         history: one row an epoch (epoch, train_loss, valid_loss).
-        best_epoch: from 1.
+        best_epoch: from 1; 0 for a classifier that was not trained here.
     """
 
-    network: ImageClassifier
+    network: nn.Module
     data: AnnotatedImages
-    history: pd.DataFrame
-    best_epoch: int
+    history: pd.DataFrame | None = None
+    best_epoch: int = 0
 
     def scores(self, rows: Sequence[int], *, batch_size: int = 64) -> pd.DataFrame:
         """Logits (n, K) of these studies, centre crop; columns are the labels, the index is `rows`."""
@@ -222,6 +222,19 @@ def finetune(
     return Finetuned(network, data, history, step // steps_per_epoch)
 
 
+def ranking(
+    data: AnnotatedImages, targets: pd.DataFrame, protocol: LabelEfficiency, metrics: Sequence[Metric] = ("auroc",)
+) -> Callable[[Finetuned, np.ndarray], pd.DataFrame]:
+    """The function that gives the `metric_rows` of a classifier in some studies; targets (n, K) as `finetune`."""
+    targets, patients = targets.reset_index(drop=True), data.frame["patient_id"].astype(str).to_numpy()
+
+    def score(tuned: Finetuned, rows: np.ndarray) -> pd.DataFrame:
+        options = {"metrics": metrics, "groups": patients[rows], **protocol.options}
+        return metric_rows(targets.loc[rows], tuned.scores(rows), **options)
+
+    return score
+
+
 def label_efficiency(
     pretrained: nn.Module,
     data: AnnotatedImages,
@@ -239,15 +252,11 @@ def label_efficiency(
     targets (n, K) belong to the studies of `data`, in their order. Subset number k trains with the seed
     `config.seed` + k. Also returns the classifiers by (fraction, subset).
     """
-    targets, patients = targets.reset_index(drop=True), data.frame["patient_id"].astype(str).to_numpy()
+    score = ranking(data, targets, protocol, metrics)
 
     def fit(train: np.ndarray, subset: int) -> Finetuned:
         own = dataclasses.replace(config, seed=config.seed + subset)
         return finetune(pretrained, data, targets, train, data.rows("valid"), own, progress=progress)
 
-    def score(tuned: Finetuned, rows: np.ndarray) -> pd.DataFrame:
-        options = {"metrics": metrics, "groups": patients[rows], **protocol.options}
-        table = metric_rows(targets.loc[rows], tuned.scores(rows), **options)
-        return table.assign(metric="finetuned_" + table["metric"])
-
-    return protocol.run(data.frame, fit, score, progress)
+    rows, fits = protocol.run(data.frame, fit, score, progress)
+    return (rows.assign(metric="finetuned_" + rows["metric"]) if len(rows) else rows), fits

@@ -7,15 +7,19 @@ split and the same grid of regularisation strengths.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
+from torch import nn
 
+from gloria_core.checkpoints.image_models import ImageClassifier
 from gloria_core.tasks.label_efficiency import LabelEfficiency
 from gloria_core.tasks.metrics import Metric, metric_rows
 
@@ -45,6 +49,13 @@ class Probe:
     def probabilities(self, features: np.ndarray) -> pd.DataFrame:
         """(n, Dg) features -> (n, K) in [0, 1]; NaN as in `scores`."""
         return 1 / (1 + np.exp(-self.scores(features)))
+
+    def classifier(self, encoder: nn.Module) -> ImageClassifier:
+        """The probe on a copy of the image encoder whose features it was fitted to."""
+        network = ImageClassifier(copy.deepcopy(encoder), len(self.labels), probe=True)
+        for name, buffer in network.classifier.named_buffers():
+            buffer.copy_(torch.from_numpy(getattr(self, name)))
+        return network
 
 
 def fit_probe(

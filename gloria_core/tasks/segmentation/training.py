@@ -127,11 +127,14 @@ class Segmenter:
         """Metric rows of these studies: `segmentation_rows`, and again with `_prior` for the mean mask of `train`.
 
         The mean mask is the same for every image, thresholded on validation as the network is: what knowing the usual
-        place of a finding is worth. A label without a mask in `train` has NaN and a note, and the macro leaves it out.
+        place of a finding is worth; it needs training studies. A label without a mask in `train` has NaN and a note,
+        and the macro leaves it out.
         """
         data, options = self.data, {"macro": list(macro), "batch_size": self.config.batch_size, "notes": self.notes}
         options |= {"groups": data.frame["patient_id"].astype(str).to_numpy()[rows], "n_bootstrap": n_bootstrap}
         table = segmentation_rows(self.counts(rows), data.labels, thresholds=self.thresholds, **options)
+        if not len(self.train):  # a network from elsewhere, on data without a training split
+            return table.assign(step=self.step)
         thresholds = best_thresholds(mean_mask_counts(data, self.train, data.rows("valid")))
         prior = mean_mask_counts(data, self.train, rows)
         prior = segmentation_rows(prior, data.labels, thresholds=thresholds, **options)
