@@ -93,11 +93,17 @@ class Annotations:
 
 
 def choose_annotations(
-    frame: pd.DataFrame, sources: Sequence[Source], labels: Sequence[str] = (), *, preferred: Sequence[str] = ()
+    frame: pd.DataFrame,
+    sources: Sequence[Source],
+    labels: Sequence[str] = (),
+    *,
+    preferred: Sequence[str] = (),
+    train: bool = True,
 ) -> Annotations:
     """The first of `sources` that the frame has, and its labels.
 
     Without `labels`: those of `preferred` that are annotated in split train, else all, in the order of the columns.
+    `train=False`: nothing is to be learnt, so that split test alone can be a problem.
     Raises ValueError for an unknown source.
     """
     unknown = [source for source in sources if source not in get_args(Source)]
@@ -107,11 +113,13 @@ def choose_annotations(
     source = next((name for name, counts in tables.items() if len(counts)), sources[0])
     counts, problem = tables[source], ""
     named = [label for label in label_columns(frame) if label in counts.index]
-    default = [label for label in preferred if label in counts.index and counts.loc[label, "train"]]
+    default = [
+        label for label in preferred if label in counts.index and counts.loc[label, "train" if train else "test"]
+    ]
     labels = list(labels) or default or [*named, *(label for label in counts.index if label not in named)]
     if counts.empty:
         problem = f"no study has {' or '.join(sources)}; choose a dataset that has, or notebook 04 for its labels"
-    for split, use in (("test", "score"), ("train", "learn from")):
+    for split, use in (("test", "score"), ("train", "learn from"))[: 1 + train]:
         if not (frame["split"] == split).any():
             problem = f"no study is in split {split!r}, so there is nothing to {use}; choose a dataset with that split"
         elif len(counts) and not counts[split].reindex(labels).any():

@@ -9,7 +9,7 @@ upstream files and networks as well, and `FineTuned.evaluate` scores any of them
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,7 +36,7 @@ from gloria_core.tasks.annotated_images import AnnotatedImages
 from gloria_core.tasks.classification.finetuning import Finetuned
 from gloria_core.tasks.detection import training as detection
 from gloria_core.tasks.detection.data import BoxData
-from gloria_core.tasks.label_efficiency import LabelEfficiency
+from gloria_core.tasks.label_efficiency import LabelEfficiency, Score
 from gloria_core.tasks.segmentation import training as segmentation
 from gloria_core.tasks.segmentation.data import SegmentationData
 from gloria_core.tasks.segmentation.metrics import THRESHOLDS
@@ -113,19 +113,16 @@ class FineTuned(nn.Module):
         self,
         data: AnnotatedImages,
         protocol: LabelEfficiency,
-        score: Callable[[Fitted, np.ndarray], pd.DataFrame] | None = None,
+        score: Score | None = None,
     ) -> tuple[pd.DataFrame, dict[tuple[float, int], Fitted]]:
         """Score split test without training: rows and fits as `label_efficiency` of the task gives them.
 
-        `score`: metric rows of a classifier, from `finetuning.ranking`; masks and boxes have their own.
+        `score`: of a classifier, from `finetuning.ranking`; masks and boxes have their own.
         """
         fitted = self.on(data)
-        if score is None and self.task == "detection":
-            score = lambda fitted, rows: detection.score_fit(fitted, rows, protocol)  # noqa: E731
-        elif score is None:
-            score = lambda fitted, rows: fitted.score(rows, **protocol.options)  # noqa: E731
         rows = protocol.score(data.frame, fitted, score)
-        return rows.assign(**protocol.columns(self.label_fraction), n_train=0), {(self.label_fraction, 0): fitted}
+        rows = rows.assign(**protocol.columns(self.label_fraction), n_train=0, train_positives=0)
+        return rows, {(self.label_fraction, 0): fitted}
 
     def predict(self, images: Sequence[str | Path | np.ndarray]) -> pd.DataFrame | list[dict[str, np.ndarray]]:
         """What the network says of image files, or of gray arrays (H, W) uint8.

@@ -17,6 +17,8 @@ import pandas as pd
 from gloria_core.data.splits import label_subset
 
 Fitted = TypeVar("Fitted")
+# What was fitted and row numbers of test studies -> metric rows.
+Score = Callable[[Fitted, np.ndarray], pd.DataFrame]
 
 
 @dataclass(frozen=True)
@@ -47,15 +49,18 @@ class LabelEfficiency:
         self,
         frame: pd.DataFrame,
         fit: Callable[[np.ndarray, int], Fitted],
-        score: Callable[[Fitted, np.ndarray], pd.DataFrame],
+        *,
+        targets: pd.DataFrame,
+        score: Score | None = None,
         progress: Callable[[str], None] | None = None,
     ) -> tuple[pd.DataFrame, dict[tuple[float, int], Fitted]]:
-        """Call `fit(train, subset)` for every subset, and `score(fitted, rows)` on every test set.
+        """Call `fit(train, subset)` for every subset, and `score(fitted, rows)` on every test set (see `score`).
 
-        `train` and `rows` are row numbers of `frame`. Returns the metric rows with the columns label_fraction, seed,
-        split and n_train, and what was fitted by (fraction, subset). A subset without a study is left out with a
-        warning; where none has one, both are empty. Raises ValueError for a fraction outside (0, 1] or an empty test
-        set.
+        `train` and `rows` are row numbers of `frame`; `targets` (n, K) are 1 where a study is positive. Returns the
+        metric rows with the columns label_fraction, seed, split, and the subset's own size: n_train studies and
+        train_positives (of macro: studies with one of its labels), and what was fitted by (fraction, subset). A subset
+        without a study is left out with a warning; where none has one, both are empty. Raises ValueError for a fraction
+        outside (0, 1] or an empty test set.
         """
         frame, tables, fits = frame.reset_index(drop=True), [], {}
         for fraction in self.fractions:
@@ -68,20 +73,23 @@ class LabelEfficiency:
                 if progress is not None:
                     progress(f"{100 * fraction:g} % of the labels, subset {subset}: {len(train)} studies")
                 fits[float(fraction), subset] = fitted = fit(train, subset)
-                columns = self.columns(fraction, subset) | {"n_train": len(train)}
-                tables.append(self.score(frame, fitted, score).assign(**columns))
+                table, positive = self.score(frame, fitted, score), targets.iloc[train] == 1
+                counts = {**positive.sum(), "macro": positive[list(self.macro) or list(targets)].any(axis=1).sum()}
+                table = table.assign(n_train=len(train), train_positives=table["target"].map(counts))
+                tables.append(table.assign(**self.columns(fraction, subset)))
         return (pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()), fits
 
-    def score(
-        self, frame: pd.DataFrame, fitted: Fitted, score: Callable[[Fitted, np.ndarray], pd.DataFrame]
-    ) -> pd.DataFrame:
-        """Metric rows of what was fitted on every test set. Raises ValueError for an empty one."""
+    def score(self, frame: pd.DataFrame, fitted: Fitted, score: Score | None = None) -> pd.DataFrame:
+        """Metric rows of what was fitted on every test set; `score`: by default its own method of that name.
+
+        Raises ValueError for an empty test set.
+        """
         test, tables = (frame["split"] == "test").to_numpy(), []
         for name, part in ({"": frame} if self.test_sets is None else self.test_sets).items():
             rows = np.flatnonzero(test & frame["study_id"].isin(part["study_id"]))
             if not len(rows):
                 raise ValueError(f"no study to test on {name and f'in {name!r}'}: split 'test' is empty")
-            table = score(fitted, rows)
+            table = score(fitted, rows) if score else fitted.score(rows, **self.options)
             tables.append(table.assign(dataset=name) if name else table)
         return pd.concat(tables, ignore_index=True)
 

@@ -13,7 +13,7 @@ import pandas as pd
 from pandas.api.types import is_bool_dtype, is_integer_dtype, is_numeric_dtype
 
 # Columns of metric rows that count something: what was scored, and what was learned from.
-COUNTS = ("n", "positives", "patients", "n_boxes", "n_train", "n_train_boxes")
+COUNTS = ("n", "positives", "patients", "n_boxes", "n_train", "train_positives")
 
 
 class TextTable(pd.DataFrame):

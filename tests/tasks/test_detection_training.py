@@ -53,7 +53,8 @@ def test_the_protocol_end_to_end(data, model):
     assert set(rows["metric"]) == {"map_40_75", "map_50_95", "ap_50", "recall_40_75", "map_40_75_published"}
     assert (rows.loc[~rows["metric"].str.endswith("published"), "n"] == 12).all()
     first = rows[(rows["label_fraction"] == 0.2) & (rows["seed"] == 0)]
-    assert (first["n_train"] == 8).all() and (first["n_train_boxes"] == 4).all()
+    opacity = first[first["target"] == "Lung Opacity"]
+    assert (first["n_train"] == 8).all() and (opacity["train_positives"] == 4).all()
     edema = first[(first["target"] == "Edema") & (first["metric"] == "map_40_75")].iloc[0]
     assert np.isnan(edema["value"]) and "training subset" in edema["note"]
     one, history = fits[0.2, 0], fits[1.0, 0].history

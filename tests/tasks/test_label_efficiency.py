@@ -40,19 +40,25 @@ def run(protocol, frame):
     return protocol.run(
         frame,
         lambda train, subset: (subset, list(train)),
-        lambda fitted, rows: pd.DataFrame({"value": [len(rows)]}),
+        targets=pd.DataFrame({"A": np.arange(len(frame)) % 2, "B": np.arange(len(frame)) % 4 == 0}),
+        score=lambda fitted, rows: pd.DataFrame({"target": ["A", "macro"], "value": len(rows)}),
     )
 
 
 def test_every_subset_is_fitted_once_and_numbered(frame):
     rows, fits = run(LabelEfficiency((0.1, 1.0), subsets=3, seed=2), frame)
     assert list(fits) == [(0.1, 0), (0.1, 1), (0.1, 2), (1.0, 0)]  # one subset at 100 %
+    positives = rows[rows["target"] == "A"]["train_positives"].tolist()
+    assert positives == [sum(row % 2 for row in train) for _, train in fits.values()]
+    positives = rows[rows["target"] == "macro"]["train_positives"].tolist()
+    assert positives == [sum(row % 2 or row % 4 == 0 for row in train) for _, train in fits.values()]
+    rows = rows[rows["target"] == "A"]
     assert rows["seed"].tolist() == [6, 7, 8, 6] and set(rows["split"]) == {"test"} and "dataset" not in rows
     for (fraction, subset), (number, train) in fits.items():
         assert number == subset and train == list(label_subset(frame, fraction, subset).index)
     assert rows["n_train"].tolist() == [len(train) for _, train in fits.values()]
     first, _ = run(LabelEfficiency((0.1,), subsets=3, repeats=1, seed=2), frame)
-    assert first["seed"].tolist() == [6]
+    assert set(first["seed"]) == {6}
     assert run(LabelEfficiency(()), frame)[0].empty
 
 
@@ -67,6 +73,7 @@ def test_every_test_set_is_scored(frame):
     frame = frame.set_axis(np.arange(len(frame))[::-1] + 7)
     kept = frame[frame.index % 3 == 0]  # of all splits; only its test studies count
     rows, fits = run(LabelEfficiency((0.1, 1.0), test_sets={"all": frame, "part": kept}), frame)
+    rows = rows[rows["target"] == "A"]
     assert len(fits) == 2 and rows["dataset"].tolist() == ["all", "part"] * 2
     assert rows["value"].tolist() == [120, (kept["split"] == "test").sum()] * 2
 

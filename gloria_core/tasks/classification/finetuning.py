@@ -143,6 +143,10 @@ class Finetuned:
                 logits.append(self.network(self.data.pixels(batch).to(device)).float().cpu().numpy())
         return pd.DataFrame(np.concatenate(logits), columns=list(self.data.labels), index=rows)
 
+    def probabilities(self, rows: Sequence[int]) -> pd.DataFrame:
+        """`scores` in [0, 1], numbered from 0."""
+        return (1 / (1 + np.exp(-self.scores(rows)))).reset_index(drop=True)
+
 
 def finetune(
     pretrained: nn.Module,
@@ -258,5 +262,5 @@ def label_efficiency(
         own = dataclasses.replace(config, seed=config.seed + subset)
         return finetune(pretrained, data, targets, train, data.rows("valid"), own, progress=progress)
 
-    rows, fits = protocol.run(data.frame, fit, score, progress)
+    rows, fits = protocol.run(data.frame, fit, targets=targets, score=score, progress=progress)
     return (rows.assign(metric="finetuned_" + rows["metric"]) if len(rows) else rows), fits

@@ -142,4 +142,4 @@ def linear_probe(
         notes = [not_fitted.get(t) or note for t, note in zip(table["target"], table["note"], strict=True)]
         return table.assign(note=notes, strength=probe.strength)
 
-    return protocol.run(frame, fit, score)
+    return protocol.run(frame, fit, targets=targets, score=score)

@@ -12,7 +12,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -151,6 +151,11 @@ class TrainedDetector:
         test = self.data.rows("test")
         return dict(zip(test.tolist(), self.detect(test), strict=True))
 
+    def score(self, rows: Sequence[int], **options: Any) -> pd.DataFrame:
+        """Rows of `score` for these test studies."""
+        found = [self.detections[row] for row in rows]
+        return score(self.data, rows, found, trained_on=self.train, **options)
+
     def cases(self, rows: Sequence[int], each: int = 3) -> dict[str, list[tuple]]:
         """Image, truth, detections and title of the test images with the best, median and worst AP of their own."""
         truths, found = [self.data.truths[row] for row in rows], [self.detections[row] for row in rows]
@@ -233,23 +238,14 @@ def label_efficiency(
     """Train on every subset of `protocol`: rows of `score` with both rules, and the detectors by (fraction, subset).
 
     The number of the subset also seeds the new layers' first weights and the order of the batches. A class without a
-    box in the training subset is NaN, with a note, and left out of the macro. More columns: those of `LabelEfficiency`,
-    and n_train_boxes.
+    box in the training subset is NaN, with a note, and left out of the macro. More columns: those of `LabelEfficiency`.
     """
     store, valid = feature_store(model, data, config), data.rows("valid")
 
     def fit(train: np.ndarray, subset: int) -> TrainedDetector:
         return train_detector(model, data, train, valid, config, seed=subset, store=store, progress=progress)
 
-    return protocol.run(data.frame, fit, lambda fitted, rows: score_fit(fitted, rows, protocol), progress)
-
-
-def score_fit(fitted: TrainedDetector, rows: Sequence[int], protocol: LabelEfficiency) -> pd.DataFrame:
-    """Rows of `score` of a detector in these test studies, with n_train_boxes where it was trained on `data`."""
-    found = [fitted.detections[row] for row in rows]
-    table = score(fitted.data, rows, found, trained_on=fitted.train, **protocol.options)
-    counted = {} if fitted.train is None else {"n_train_boxes": int(fitted.data.counts(fitted.train).sum())}
-    return table.assign(**counted)
+    return protocol.run(data.frame, fit, targets=data.positives(), progress=progress)
 
 
 def score(

@@ -57,6 +57,10 @@ class SegmentationData(AnnotatedImages):
         """Whether a class has a mask in any of these studies. Shape: -> (K,) bool."""
         return ((self.areas(rows) > 0) & self.known[np.asarray(rows, dtype=int)]).any(axis=0)
 
+    def positives(self) -> pd.DataFrame:
+        """Whether a study has a mask of a class. Shape: (n, K) bool, a column a label"""
+        return pd.DataFrame(self.areas(range(len(self))) > 0, columns=list(self.labels))
+
     def on_original(self, row: int, mask: np.ndarray) -> np.ndarray:
         """A mask of the crop on the pixels of the image file; empty outside the crop.
 

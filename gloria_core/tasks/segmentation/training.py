@@ -288,5 +288,5 @@ def label_efficiency(
         k, note = len(data.labels), f"not fitted: no mask in {len(train)} training studies"
         return Segmenter(None, data, config, train=train, thresholds=[PUBLISHED_THRESHOLD] * k, notes=[note] * k)
 
-    rows, fits = protocol.run(data.frame, fit, lambda fitted, rows: fitted.score(rows, **protocol.options), progress)
+    rows, fits = protocol.run(data.frame, fit, targets=data.positives(), progress=progress)
     return rows, {key: fitted for key, fitted in fits.items() if fitted.network is not None}
