@@ -15,6 +15,7 @@ All errors are ManifestError.
 import contextlib
 import gzip
 import hashlib
+import io
 import json
 import os
 import re
@@ -25,7 +26,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal, Self
+from typing import Literal, Self
 
 import numpy as np
 import pandas as pd
@@ -54,6 +55,7 @@ Unit = Literal["study", "image"]
 
 DICOM = (".dcm", ".dicom")
 PICTURES = (".png", ".jpg", ".jpeg")
+ORIGINAL_SIDE = 1024  # pixels of the images that NIH published, on which NIH and RSNA drew their boxes
 THREADS = 8  # folders or headers read at once; network disks answer slowly, but many at a time
 BINARY = {"0": 0.0, "1": 1.0, "0.0": 0.0, "1.0": 1.0}
 
@@ -71,6 +73,8 @@ class RawFolder:
 
     def __init__(self, root: Path | str, dataset: str) -> None:
         self.root, self.dataset = Path(root), dataset
+        self.named: set[str] = set()  # the files that tables name
+        self._tables: set[Path] = set()
         self._names: dict[str, set[str]] = {}
         if not self.root.is_dir():
             raise ManifestError(f"{dataset}: the root {root} is not a folder; give the folder of its tables and images")
@@ -89,34 +93,42 @@ class RawFolder:
             raise ManifestError(text)
         return list(paths.values())
 
-    def optional(self, pattern: str) -> Path | None:
-        """The path of a file that may be missing; warns of a table with a similar name."""
+    def optional(self, pattern: str, *, without: str = "") -> Path | None:
+        """The path of a file that may be missing; a warning names a table with a similar name, here or in a folder.
+
+        without: what the manifest then lacks, which is said in a warning, too.
+        """
         path = self._match(pattern)
         if path is None:
-            stem = re.split(r"[*.|]", pattern)[0]
-            names = [path.name for path in self.root.glob("*.*")]
-            tables = [name for name in names if re.search(r"\.(csv|tsv|txt|xlsx?)(\.\w+)?$", name.lower())]
-            near = [name for name in tables if did_you_mean(stem.lower(), [name.split(".")[0].lower()], cutoff=0.7)]
+            end = r"\.(csv|tsv|txt|json|xlsx?)(\.\w+)?$"
+            stems = [re.sub(end, "", name.split("/")[-1]).replace("*", "").lower() for name in pattern.split("|")]
+            files = {path for form in ("*.*", "*/*.*") for path in self.root.glob(form)} - self._tables
+            tables = [path for path in sorted(files) if re.search(end, path.name.lower()) and path.name[0] != "."]
+            names = {path: re.sub(end, "", path.name.lower()) for path in tables}
+            inside = [path for path, name in names.items() if any(len(stem) > 5 and stem in name for stem in stems)]
+            near = inside or [path for path, name in names.items() if did_you_mean(name, stems, cutoff=0.7)]
             if near:
-                text = f"{self.root / near[0]} is not read: {self.dataset} looks for {pattern}; rename the file"
-                warnings.warn(text, stacklevel=3)
+                warnings.warn(f"{near[0]} is not read: {self.dataset} looks for {pattern}; rename it", stacklevel=3)
+            elif without:
+                name = pattern.split("|")[0]
+                warnings.warn(f"{self.dataset}: {self.root} has no {name}, so there are no {without}", stacklevel=3)
         return path
 
     def _match(self, patterns: str) -> Path | None:
-        """The one path that fits the first of the alternatives that has any."""
+        """The one path that fits any of the alternatives."""
+        found: dict[Path, None] = {}
         for pattern in patterns.split("|"):
-            forms = [pattern, *(pattern + end for end in (".gz", ".zip") if pattern.endswith(".csv"))]
-            forms += [re.sub("[a-zA-Z]", lambda m: f"[{m[0].lower()}{m[0].upper()}]", form) for form in forms]
-            for form in forms:
-                wanted = Path.is_dir if pattern.endswith("/") else Path.is_file
-                matches = sorted(path for path in self.root.glob(form.rstrip("/")) if wanted(path))
-                if len(matches) > 1:
-                    names = ", ".join(path.relative_to(self.root).as_posix() for path in matches[:5])
-                    text = f"{self.dataset}: {self.root} has several files {pattern}: {names}; keep or name one of them"
-                    raise ManifestError(text)
-                if matches:
-                    return matches[0]
-        return None
+            wanted = Path.is_dir if pattern.endswith("/") else Path.is_file
+            packed = ("", ".gz", ".zip") if pattern.endswith((".csv", ".txt", ".json")) else ("",)
+            for form in (pattern.rstrip("/") + end for end in packed):
+                anycase = re.sub("[a-zA-Z]", lambda m: f"[{m[0].lower()}{m[0].upper()}]", form)
+                found |= dict.fromkeys(path for path in sorted(self.root.glob(anycase)) if wanted(path))
+        if len(found) > 1:
+            names = ", ".join(path.relative_to(self.root).as_posix() for path in [*found][:5])
+            what = f"several files {patterns.replace('|', ' or ')}: {names}; keep or name one of them"
+            raise ManifestError(f"{self.dataset}: {self.root} has {what}")
+        self._tables.update(found)
+        return next(iter(found), None)
 
     def _list(self, folders: Iterable[str]) -> None:
         """Remember the names of the files in the folders ("" is the root)."""
@@ -135,6 +147,7 @@ class RawFolder:
     def existing(self, paths: Collection[str]) -> set[str]:
         """Those of `paths` (below the root) that are files."""
         parts = {path: path.rpartition("/")[::2] for path in paths}
+        self.named.update(parts)
         self._list(folder for folder, _ in parts.values())
         return {path for path, (folder, name) in parts.items() if name in self._names[folder]}
 
@@ -173,7 +186,17 @@ class RawFolder:
             if len(paths := files.get(name, [])) > 1:
                 text = f"{self.root}: image {name!r} occurs twice, {paths[0]} and {paths[1]}; remove one"
                 raise ManifestError(text)
-        return names.map({name: paths[0] for name, paths in files.items()}).fillna("").astype(str)
+        places = names.map(lambda name: files.get(name, [""])[0]).astype(str)
+        self.named.update(places)
+        return places
+
+    def warn_of_unnamed(self, table: object) -> None:
+        """Count, in a warning, the images that no row of the `table` names in the folders that were looked into."""
+        pictures = self.by_stem(sorted(self._names), (*DICOM, *PICTURES)).values()
+        if rest := sorted({path for paths in pictures for path in paths} - self.named):
+            shown = ", ".join(rest[:3]) + (", ..." if len(rest) > 3 else "")
+            text = f"{self.root}: {len(rest)} images are in no row of {table} and are not used ({shown})"
+            warnings.warn(text, stacklevel=3)
 
     def sizes(self, paths: Iterable[str]) -> dict[str, tuple[int, int] | None]:
         """Path -> (width, height) from the file's header; None for a file that has none."""
@@ -256,7 +279,7 @@ def read_table(
     Raises ManifestError for an unreadable table, for a missing column with the nearest name, and for bad cells.
     """
     path, optional = Path(path), optional or {}
-    table = _read_text(path, [*columns, *optional], separator)
+    table = _cells_of(path, [*columns, *optional], separator)
     folded: dict[str, list[str]] = {}
     for name in table.columns:
         folded.setdefault(_folded(name), []).append(name)
@@ -285,71 +308,77 @@ def read_table(
     return read
 
 
+def columns_of(path: Path, names: Sequence[str], separator: str = "") -> dict[str, str]:
+    """Those of `names` that are columns of a table -> as the table spells them; capitals and blanks do not matter."""
+    header = {_folded(name): name for name in header_of(path, separator)}
+    return {name: header[_folded(name)] for name in names if _folded(name) in header}
+
+
 def header_of(path: Path, separator: str = "") -> list[str]:
     """The names in row 1 of a table, without blanks around them."""
-    return [str(name).strip() for name in _read_text(Path(path), [], separator, rows=0).columns]
+    return [str(name).strip() for name in _cells_of(Path(path), [], separator, rows=0).columns]
 
 
 def _folded(name: object) -> str:
     return "".join(str(name).split()).casefold()
 
 
-def _read_text(path: Path, names: Sequence[str], separator: str, *, rows: int | None = None) -> pd.DataFrame:
-    """All cells as text. The separator is the one that finds most of the `names` in the header, or most cells."""
-    wanted = {_folded(name) for name in names}
+def read_text(path: Path) -> tuple[str, str]:
+    """The text of a file, or of the one file in a .gz or .zip, and its encoding.
+
+    That is UTF-8 or UTF-16, with or without byte order mark, else Windows-1252 (with a warning).
+    Raises ManifestError for a file that cannot be read as text.
+    """
     try:
-        with _unpacked(path) as file:
-            start = file.read(65536)
-        if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            encodings = ["utf-16"]
-        elif b"\0" in start[:2]:
-            encodings = ["utf-16-be" if start[:1] == b"\0" else "utf-16-le"]
-        else:
-            encodings = ["utf-8-sig", "cp1252"]
-        header = start.decode(encodings[0], "replace").partition("\n")[0]
-        parts = {sign: {_folded(name).strip('"') for name in header.split(sign)} for sign in ",;\t|"}
-        separator = separator or max(parts, key=lambda sign: len(parts[sign] & (wanted or parts[sign])))
-        for encoding in encodings:
-            with contextlib.suppress(UnicodeDecodeError), _unpacked(path) as file, warnings.catch_warnings():
-                # pandas only warns where it cuts rows that are longer than the header
-                warnings.simplefilter("error", pd.errors.ParserWarning)
-                options = {"dtype": str, "keep_default_na": False, "index_col": False, "nrows": rows}
-                table = pd.read_csv(file, sep=separator, encoding=encoding, **options)
-                break
-        else:
-            raise ValueError("its encoding is neither UTF-8, UTF-16 nor Windows-1252; save it as UTF-8")
-    except pd.errors.ParserWarning as error:
-        remedy = "put texts with the separator in quotes, and end no row with it"
-        raise ManifestError(f"{path}: rows have more cells than row 1 (the header); {remedy}") from error
-    except (ValueError, OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-        raise ManifestError(f"{path}: cannot be read as a table ({error}); get or save it again") from error
-    if encoding == "cp1252":
-        warnings.warn(f"{path} is not UTF-8 and is read as Windows-1252; look at its accents", stacklevel=4)
-    table.attrs["encoding"] = encoding
-    return table
-
-
-@contextlib.contextmanager
-def _unpacked(path: Path) -> Iterator[IO[bytes]]:
-    """The bytes of a file, or of the one file in a .gz or .zip, whatever it is called."""
-    with path.open("rb") as file:
-        magic = file.read(2)
-        file.seek(0)
-        if magic == b"\x1f\x8b":
-            with gzip.open(file) as content:
-                yield content
-        elif magic == b"PK":
-            with zipfile.ZipFile(file) as archive:
+        content = path.read_bytes()
+        if content[:2] == b"\x1f\x8b":
+            content = gzip.decompress(content)
+        elif content[:2] == b"PK":
+            with zipfile.ZipFile(path) as archive:
                 members = [name for name in archive.namelist() if not name.startswith("__MACOSX")]
                 if "xl/workbook.xml" in members:
                     raise ValueError("it is an Excel workbook; save it as CSV, UTF-8")
                 if len(members) != 1:
                     shown = ", ".join(members[:5])
                     raise ValueError(f"the archive holds {len(members)} files ({shown}), not one table")
-                with archive.open(members[0]) as content:
-                    yield content
+                content = archive.read(members[0])
+        encodings = ["utf-8-sig", "cp1252"]
+        if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            encodings = ["utf-16"]
+        elif b"\0" in content[:2]:
+            encodings = ["utf-16-be" if content[:1] == b"\0" else "utf-16-le"]
+        for encoding in encodings:
+            with contextlib.suppress(UnicodeDecodeError):
+                text = content.decode(encoding)
+                break
         else:
-            yield file
+            raise ValueError("its encoding is neither UTF-8, UTF-16 nor Windows-1252; save it as UTF-8")
+    except (ValueError, OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+        raise ManifestError(f"{path}: cannot be read as a table or list ({error}); get or save it again") from error
+    if encoding == "cp1252":
+        warnings.warn(f"{path} is not UTF-8 and is read as Windows-1252; look at its accents", stacklevel=5)
+    return text, encoding
+
+
+def _cells_of(path: Path, names: Sequence[str], separator: str, *, rows: int | None = None) -> pd.DataFrame:
+    """All cells as text. The separator is the one that finds most of the `names` in the header, or most cells."""
+    text, encoding = read_text(path)
+    wanted, header = {_folded(name) for name in names}, text.lstrip().partition("\n")[0]
+    parts = {sign: {_folded(name).strip('"') for name in header.split(sign)} for sign in ",;\t|"}
+    separator = separator or max(parts, key=lambda sign: len(parts[sign] & (wanted or parts[sign])))
+    try:
+        with warnings.catch_warnings():
+            # pandas only warns where it cuts rows that are longer than the header
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            options = {"dtype": str, "keep_default_na": False, "index_col": False, "nrows": rows}
+            table = pd.read_csv(io.StringIO(text), sep=separator, **options)
+    except pd.errors.ParserWarning as error:
+        remedy = "put texts with the separator in quotes, and end no row with it"
+        raise ManifestError(f"{path}: rows have more cells than row 1 (the header); {remedy}") from error
+    except ValueError as error:
+        raise ManifestError(f"{path}: cannot be read as a table ({error}); get or save it again") from error
+    table.attrs["encoding"] = encoding
+    return table
 
 
 def check_cells(path: Path | str, column: str, values: pd.Series, good: object, remedy: str) -> None:
@@ -372,21 +401,37 @@ def check_paths(path: Path | str, column: str, values: pd.Series, *, remedy: str
 
 
 def check_boxes(
-    path: Path | str, table: pd.DataFrame, columns: Mapping[str, str], *, marked: object = True, remedy: str = ""
+    path: Path | str,
+    table: pd.DataFrame,
+    columns: Mapping[str, str],
+    *,
+    marked: object = True,
+    remedy: str = "a box is x, y >= 0 and w, h > 0 in pixels",
+    side: int = 0,
 ) -> pd.DataFrame:
     """Columns x, y, w, h ... as numbers: x, y >= 0, the others > 0; rows that are not `marked` must be blank.
 
-    columns: theirs -> ours.
+    columns: theirs -> ours. side: of the square images that the boxes lie in, if known.
     """
     marked = np.broadcast_to(np.asarray(marked, bool), len(table))
     numbers = {}
     for theirs, ours in columns.items():
         values = pd.to_numeric(table[ours], errors="coerce")
         good = np.isfinite(values) & ((values >= 0) if ours in ("x", "y") else (values > 0))
-        rule = remedy or "a box is x, y >= 0 and w, h > 0 in pixels"
-        check_cells(path, theirs, table[ours], np.where(marked, good, table[ours] == ""), rule)
+        check_cells(path, theirs, table[ours], np.where(marked, good, table[ours] == ""), remedy)
         numbers[ours] = values.astype(float)
-    return table.assign(**numbers)
+    table = table.assign(**numbers)
+    if side:
+        check_inside(path, table, side, side)
+    return table
+
+
+def check_inside(path: Path | str, boxes: pd.DataFrame, width: object, height: object) -> None:
+    """Raise ManifestError where a box (x, y, w, h) ends more than a pixel outside its image (width, height)."""
+    outside = boxes[(boxes["x"] + boxes["w"] > width + 1) | (boxes["y"] + boxes["h"] > height + 1)]
+    cells = pd.Series(outside[["x", "y", "w", "h"]].to_numpy().tolist(), outside.index, dtype=object)
+    remedy = "a box ends outside its image: take the images that it was drawn on, or correct the row"
+    check_cells(path, "x, y, w, h", cells, np.zeros(len(cells), bool), remedy)
 
 
 # -------------------------------------------------------------------------------------------------------------- rows
@@ -455,12 +500,10 @@ class Rows:
         self.exclude(True, f"no image of view {rule!r}", by_study=True)
         self.table = seen
 
-    def place_boxes(
-        self, boxes: pd.DataFrame, folder: RawFolder, on_error: OnError, *, key: str = "study_id", side: int = 1024
-    ) -> None:
+    def place_boxes(self, boxes: pd.DataFrame, folder: RawFolder, on_error: OnError, *, key: str = "study_id") -> None:
         """Set the column "boxes" from a row a box (study_id, label, x, y, w, h): JSON, in pixels of the image files.
 
-        The numbers of `boxes` count pixels of originals of `side` x `side`; its study_id is our column `key`. Rows with
+        The numbers of `boxes` count pixels of originals of ORIGINAL_SIDE; its study_id is our column `key`. Rows with
         boxes whose picture cannot be read are left out as by `exclude_missing`; a DICOM file without a readable header
         counts as an original.
         """
@@ -472,8 +515,8 @@ class Rows:
         self.exclude_missing(~boxed | known, on_error, reason=reason)
         entries: dict[str, list[dict]] = {}
         for box in boxes[boxes["study_id"].isin(self.table[key])].itertuples():
-            across, down = (pixels / side for pixels in sizes[box.study_id] or (side, side))
-            xywh = [round(value, 3) for value in (box.x * across, box.y * down, box.w * across, box.h * down)]
+            original = [ORIGINAL_SIDE] * 2
+            xywh = scaled((box.x, box.y, box.w, box.h), original, sizes[box.study_id] or original)
             entries.setdefault(box.study_id, []).append({"label": box.label, "xywh": xywh})
         self.table["boxes"] = [cell(entries.get(study, [])) for study in self.table[key]]
 
@@ -500,6 +543,12 @@ def cell(entries: Sequence[Mapping[str, object]]) -> str:
     """The JSON cell of boxes or masks of image 0, "" for none. An entry has label, xywh or path, and more."""
     full = [{"label": entry["label"], "image": 0, **entry} for entry in entries]
     return json.dumps(full) if full else ""
+
+
+def scaled(xywh: Iterable[float], original: Sequence[float], size: Sequence[float]) -> list[float]:
+    """A box on an image of `original` (width, height) pixels, in those of a file of `size`."""
+    factors = (size[0] / original[0], size[1] / original[1]) * 2
+    return [round(value * factor, 3) for value, factor in zip(xywh, factors, strict=True)]
 
 
 def mask_cells(label: str, paths: Sequence[str]) -> list[str]:
@@ -556,6 +605,7 @@ def manifest_frame(table: pd.DataFrame, labels: Sequence[str] = ()) -> pd.DataFr
 
 
 def finish(
+    folder: RawFolder | None,
     rows: Rows,
     labels: Sequence[str] = (),
     *,
@@ -568,8 +618,11 @@ def finish(
 
     draw: the splits that are drawn by `seed`, patient-disjoint and stratified by `labels`: "all" (70/10/20 %), "valid"
         (a `fraction` of train), or none.
-    `attrs["excluded"]` are the failures of the rows.
+    `attrs["excluded"]` are the failures of the rows. Images of the folder that no row names are counted in a warning,
+    unless it is None.
     """
+    if folder is not None:
+        folder.warn_of_unnamed(rows.source)
     frame = manifest_frame(rows.table, labels)
     if draw == "all":
         frame = assign_splits(frame, seed=seed)

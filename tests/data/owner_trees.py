@@ -19,7 +19,7 @@ from gloria_core.data.manifest import ManifestError, read_manifest, write_manife
 
 
 def write_dicom(path: Path, *, size: int = 16, **tags: str) -> None:
-    """A small secondary capture, 8 bits."""
+    """A secondary capture, 8 bits; without pixels above 64 x 64."""
     path.parent.mkdir(parents=True, exist_ok=True)
     meta = FileMetaDataset()
     meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
@@ -32,7 +32,8 @@ def write_dicom(path: Path, *, size: int = 16, **tags: str) -> None:
     data.SamplesPerPixel, data.PhotometricInterpretation, data.PixelRepresentation = 1, "MONOCHROME2", 0
     data.BitsAllocated = data.BitsStored = 8
     data.HighBit = 7
-    data.PixelData = np.arange(size * size, dtype=np.uint8).tobytes()
+    if size <= 64:
+        data.PixelData = np.arange(size * size, dtype=np.uint8).tobytes()
     data.save_as(path, enforce_file_format=True)
 
 

@@ -82,7 +82,7 @@ def test_refusals(tmp_path):
     assert "train_COVIDx8B.txt, train_COVIDx9A.txt; keep or name one" in refusal(prepare, tmp_path)
     assert "train_COVIDx7A.txt" in refusal(prepare, tmp_path, version="7A")
     (tmp_path / "test_COVIDx8B.txt").unlink()
-    assert "test_COVIDx8B.txt is missing" in refusal(prepare, tmp_path, version="8B")
+    assert "test_COVIDx8B.txt: the test list" in refusal(prepare, tmp_path, version="8B")
     assert len(lines) == 24
 
 

@@ -283,8 +283,8 @@ def test_valid_is_drawn_from_train_alone():
 def test_finish_checks_and_reports():
     table = pd.DataFrame({"study_id": ["a", "b"], "split": ["train", "test"], "images": ["x", "y"], "Edema": 1.0})
     rows = Rows(table, source="f", cell=("Image", "images"))
-    done = finish(rows, ["Edema"], seed=0, leaks={"patients": 0})
+    done = finish(None, rows, ["Edema"], seed=0, leaks={"patients": 0})
     assert done.attrs == {"excluded": [], "leaks": {"patients": 0}} and done["label_rank"].between(0, 1).all()
     assert done["patient_id"].tolist() == ["a", "b"] and set(done["views"]) == {"FRONTAL"}
     rows.table = table.assign(patient_id="p")
-    assert "patient in two splits" in said(finish, rows, ["Edema"], seed=0)
+    assert "patient in two splits" in said(finish, None, rows, ["Edema"], seed=0)

@@ -34,7 +34,7 @@ def rows_of(n: int, prefix: str = "1.2.3.") -> list[str]:
 
 def make_stage1(root: Path, n: int = 24) -> list[str]:
     for i in range(n):
-        write_dicom(root / f"dicom-images-train/study{i}/series{i}/1.2.3.{i}.dcm")
+        write_dicom(root / f"dicom-images-train/study{i}/series{i}/1.2.3.{i}.dcm", size=1024)
     rows = rows_of(n)
     write_table(root, rows)
     return rows
@@ -62,7 +62,7 @@ def test_stage_1_with_its_odd_header(tmp_path):
 def test_stage_2_and_masks_that_are_there(tmp_path):
     root = tmp_path / "root"
     for i in range(12):
-        write_dicom(root / f"stage_2_images/ID_{i}.dcm")
+        write_dicom(root / f"stage_2_images/ID_{i}.dcm", size=1024)
     write_table(root, rows_of(12, "ID_"), "ImageId,EncodedPixels", "stage_2_train.csv")
     frame = prepared_twice(prepare, root, tmp_path)
     assert set(frame["images"].str.split("/").str[0]) == {"stage_2_images"}

@@ -36,7 +36,7 @@ _STRINGS = TypeAdapter(list[Annotated[str, StringConstraints(strip_whitespace=Tr
 
 def read_studies(path: Path, root: Path, split: str, tasks: Sequence[str], prefix: str) -> pd.DataFrame:
     """The rows of one table as studies; the index + 2 is the row of the table."""
-    header = raw.header_of(path)
+    header = raw.columns_of(path, ["index", "Unnamed: 0", "patient_id", *OTHER_SPELLINGS])
     index = next((name for name in ("index", "Unnamed: 0") if name in header), "")
     spelt = {name: next((old for old in header if OTHER_SPELLINGS.get(old) == name), name) for name in tasks}
     rule = {"values": raw.BINARY, "fold": True, "remedy": "a label of the test table is 1 present or 0 absent"}
@@ -136,7 +136,7 @@ def prepare(
     if prompts:
         frame = _with_texts(frame, _prompts(prompts, root), tasks, seed=seed, n_negative=n_negative)
     rows.table = frame
-    return raw.finish(rows, tasks, seed=seed)
+    return raw.finish(folder, rows, tasks, seed=seed)
 
 
 def _prompts(given: str | PromptSet, root: Path) -> PromptSet:

@@ -129,7 +129,7 @@ def read_list(path: Path) -> pd.DataFrame:
         table = raw.read_table(path, {"Path": "path"}, optional={"Report Impression": "impression", **labels})
     else:
         try:
-            entries = json.loads(path.read_text(encoding="utf-8"))
+            entries = json.loads(raw.read_text(path)[0])
             rows = [[item["image_path"], *(float(value) for value in item["label"])] for item in entries.values()]
             table = pd.DataFrame(rows, columns=["path", *COMPETITION_LABELS]).assign(impression="")
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -183,6 +183,9 @@ def prepare(
         raw.Rows(read_images(path), source=path, cell=("Path", "path"), key="image_id") for path in paths
     )
     leaks = {}
+    for rows in (learn, official):
+        rows.table["images"] = locate(root, paths[0].parent, rows.table)
+        folder.named.update(rows.table["images"])
     if split_rule == "published":
         parts, leaks = published_parts(learn, official, paper, hold_out)
         unit = "image"
@@ -193,8 +196,8 @@ def prepare(
         learn.exclude(train["patient_id"].isin(held), "its patient is held out for the 5x200 test set")
         parts = {"train": learn, "test": official}
     for split, rows in parts.items():
-        table = rows.table.assign(images=locate(root, paths[0].parent, rows.table))
-        rows.table = table if unit == "study" else table.assign(study_id=table["image_id"])
+        if unit == "image":
+            rows.table = rows.table.assign(study_id=rows.table["image_id"])
         if check_images:
             rows.exclude_missing(folder.complete(rows.table["images"]), on_error)
         rows.keep_views(views)
@@ -206,7 +209,7 @@ def prepare(
         rows.table = rows.table.assign(meta_patient=rows.table["patient_id"], patient_id=rows.table["study_id"])
     draw = "valid" if split_rule == "patient" else ""
     labels = [*CHEXPERT_LABELS, "is_ap_view", "is_male"]
-    return raw.finish(rows, labels, seed=seed, draw=draw, fraction=VALID_FRACTION, leaks=leaks)
+    return raw.finish(folder, rows, labels, seed=seed, draw=draw, fraction=VALID_FRACTION, leaks=leaks)
 
 
 def published_parts(

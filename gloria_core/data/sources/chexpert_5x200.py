@@ -71,7 +71,7 @@ def prepare(
         rows.exclude_missing(folder.complete(table["images"]), None)
     silent = rows.table["impression"].fillna("") == "" if reports else pd.Series(False, index=rows.table.index)
     rows.exclude_missing(~silent, on_error, reason="no impression")
-    return raw.finish(rows, [*CHEXPERT_LABELS, "is_ap_view", "is_male"], seed=seed)
+    return raw.finish(None, rows, [*CHEXPERT_LABELS, "is_ap_view", "is_male"], seed=seed)
 
 
 def _listed(table: pd.DataFrame, given: Path, path: Path) -> pd.DataFrame:

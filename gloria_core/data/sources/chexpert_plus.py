@@ -65,12 +65,12 @@ def prepare(
     for name in ("findings", "impression"):
         table[name] = [unwrapped(text) for text in table[name]]
     rows = raw.Rows(table, source=path, cell=("path_to_image", "path"), key="image_id")
+    rows.table["images"] = _places(folder, table) if check_images else table["path"]
     held = table["patient_id"].isin(listed_patients(hold_out)) & (table["split"] == "train")
     rows.exclude(held, "its patient is held out for the 5x200 test set")
     if texts_only:
         silent = (rows.table["findings"] == "") & (rows.table["impression"] == "")
         rows.exclude(silent, "neither findings nor impression")
-    rows.table["images"] = _places(folder, rows.table) if check_images else rows.table["path"]
     rows.exclude_missing(rows.table["images"] != "", on_error)
     rows.keep_views(views)
     rows.check_rest("use views='all' or texts_only=False")
@@ -81,7 +81,7 @@ def prepare(
     if split_rule == "patient":
         table["split"], draw = table["split"].replace("valid", "test"), "valid"
     rows.table = raw.group_studies(table)
-    return raw.finish(rows, [*names, "is_ap_view", "is_male"], seed=seed, draw=draw, fraction=VALID_FRACTION)
+    return raw.finish(folder, rows, [*names, "is_ap_view", "is_male"], seed=seed, draw=draw, fraction=VALID_FRACTION)
 
 
 def _places(folder: raw.RawFolder, table: pd.DataFrame) -> pd.Series:
@@ -96,21 +96,22 @@ def _labels(folder: raw.RawFolder, which: str) -> pd.DataFrame | None:
     if which == "none":
         return None
     name = f"{which}_fixed.json"
-    path = folder.optional(f"chexbert_labels/{name}|*/{name}|{name}")
+    path = folder.optional(f"*/{name}|{name}", without="labels")
     if path is None:
         if which != "impression":
             raise ManifestError(f"{folder.root} lacks chexbert_labels/{name}, {WHERE}; or use labels='none'")
         return None
     rows = []
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                item = json.loads(line)
-                key = item["path_to_image"].rsplit(".", 1)[0]
-                values = [float(np.nan if item[name] is None else item[name]) for name in CHEXPERT_LABELS]
-            except (ValueError, TypeError, KeyError) as error:
-                raise ManifestError(f"{path}, line {number}: no labels ({error!r}); download it again") from error
-            if any(value not in (1, 0, -1) and value == value for value in values):
-                raise ManifestError(f"{path}, line {number}: a label is neither 1, 0, -1 nor null; download it again")
-            rows.append([key, *values])
+    for number, line in enumerate(raw.read_text(path)[0].splitlines(), start=1):
+        try:
+            item = json.loads(line)
+            key = item["path_to_image"].rsplit(".", 1)[0]
+            values = [float(np.nan if item[name] is None else item[name]) for name in CHEXPERT_LABELS]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ManifestError(f"{path}, line {number}: no labels ({error!r}); download it again") from error
+        if any(value not in (1, 0, -1) and value == value for value in values):
+            raise ManifestError(f"{path}, line {number}: a label is neither 1, 0, -1 nor null; download it again")
+        rows.append([key, *values])
+    if not rows:
+        raise ManifestError(f"{path}: the file has no line; download it again, or use labels='none'")
     return pd.DataFrame(rows, columns=["key", *CHEXPERT_LABELS]).drop_duplicates("key").set_index("key")

@@ -40,6 +40,7 @@ COLUMNS = {
     "lung_boxes": "lung_boxes",
     "lesion_masks": "lesions",
 }
+OPTIONAL = {"width": "width", "height": "height"}
 
 
 def prepare(
@@ -67,7 +68,7 @@ def prepare(
     """
     folder = raw.RawFolder(root, "covid_pairs")
     (path,) = folder.require({"index.csv": "the table, beside images/"})
-    rows = raw.Rows(raw.read_table(path, COLUMNS), source=path, cell=("id", "study_id"))
+    rows = raw.Rows(raw.read_table(path, COLUMNS, optional=OPTIONAL), source=path, cell=("id", "study_id"))
     rows.exclude_missing(folder.complete(rows.table["images"]), on_error, cell=("path", "images"))
     if not lateral:
         rows.exclude(rows.table["meta_view"] == "L", "a lateral view")
@@ -83,20 +84,25 @@ def prepare(
         table[name] = np.where(known, table["meta_finding"].str.contains(rule), np.nan)
     table["views"] = table["meta_view"].map(VIEWS)
     table["is_ap_view"], table["is_male"] = raw.ap_view(table["views"]), raw.male(table["meta_sex"])
-    cells = [_cells(row, path, index + 2) for index, row in zip(table.index, table.to_dict("records"), strict=True)]
+    sizes = folder.sizes(table.loc[table["lung_boxes"] != "", "images"])
+    cells = [_cells(row, path, sizes.get(row["images"])) for row in table.reset_index().to_dict("records")]
     table["boxes"], table["masks"] = zip(*cells, strict=True)
     rows.table = table if split_rule == "patient" else table.assign(split="test")
     labels = [*LABELS, "is_ap_view", "is_male"]
-    return raw.finish(rows, labels, seed=seed, draw="all" if split_rule == "patient" else "")
+    return raw.finish(folder, rows, labels, seed=seed, draw="all" if split_rule == "patient" else "")
 
 
-def _cells(row: dict[str, str], path: Path, number: int) -> tuple[str, str]:
-    """Boxes and masks of one image. Raises ManifestError where a cell is not the JSON it should be."""
+def _cells(row: dict, path: Path, size: tuple[int, int] | None) -> tuple[str, str]:
+    """Boxes (in pixels of a file of `size`) and masks of one image. Raises ManifestError for what is not JSON."""
     try:
         sides = json.loads(row["lung_boxes"] or "[]")
         boxes = [{"label": side.replace("_", " ").title(), "xywh": box} for side, *box in sides]
+        original = [float(row[name]) for name in ("width", "height") if row[name]]
+        if size and len(original) == 2 and list(size) != original:
+            boxes = [{**box, "xywh": raw.scaled(box["xywh"], original, size)} for box in boxes]
         lesions = json.loads(row["lesions"] or "{}").items()
     except (ValueError, TypeError, AttributeError) as error:
+        number = row["index"] + 2
         raise ManifestError(f"{path}, row {number}: boxes or masks are not JSON ({error}); repair the cell") from error
     masks = [{"label": "Lung", "path": row["lungs"]}] if row["lungs"] else []
     for name, file in lesions:

@@ -61,7 +61,7 @@ def prepare(
             rows.table["split"] = rows.table["split"].mask(held, "valid")
     labels = [name for name in CLASSES["normal"] if rows.table[name].notna().any()]
     undrawn = split_rule == "patient" and not (rows.table["split"] == "valid").any()
-    return raw.finish(rows, labels, seed=seed, draw="valid" if undrawn else "", leaks=leaks)
+    return raw.finish(folder, rows, labels, seed=seed, draw="valid" if undrawn else "", leaks=leaks)
 
 
 def _lists(folder: raw.RawFolder, version: str) -> dict[str, Path]:
@@ -69,16 +69,17 @@ def _lists(folder: raw.RawFolder, version: str) -> dict[str, Path]:
     ends = [f"_COVIDx{version}", f"_COVIDx_{version}"] if version else ["", "_COVIDx*"]
     pattern = "|".join(f"{home}train{end}.txt" for home in ("", "labels/") for end in ends)
     (train,) = folder.require({pattern: f"the training list; option version names another; {HOW}"})
-    lists = {split: train.with_name(train.name.replace("train", word)) for split, word in LISTS.items()}
-    if not lists["test"].is_file():
-        raise ManifestError(f"covidx: {lists['test']} is missing; it belongs to {train.name}; {HOW}")
-    return {split: path for split, path in lists.items() if path.is_file()}
+    name = re.sub(r"(\.gz|\.zip)$", "", train.relative_to(folder.root).as_posix())
+    other = {word: re.sub("train", word, name, flags=re.IGNORECASE) for word in ("test", "val")}
+    (test,) = folder.require({other["test"]: f"the test list; it belongs to {train.name}; {HOW}"})
+    valid = folder.optional(other["val"])
+    return {"train": train, "test": test} | ({"valid": valid} if valid else {})
 
 
 def _read(path: Path, split: str) -> pd.DataFrame:
     """One row an image; the index + 2 is the line of the list."""
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+    for number, line in enumerate(raw.read_text(path)[0].splitlines(), start=1):
         if not line.strip():
             continue
         match = _LINE.fullmatch(line.strip())

@@ -60,7 +60,7 @@ def prepare(
     if split_rule == "published":
         table["split"] = np.where(table["meta_original_split"] == "test", "test", "train")
         table["patient_id"], leaks = raw.tear(table["patient_id"], table["split"], rows="images", unit="patient")
-    return raw.finish(rows, [LABEL], seed=seed, draw="all" if split_rule == "patient" else "valid", leaks=leaks)
+    return raw.finish(folder, rows, [LABEL], seed=seed, draw="all" if split_rule == "patient" else "valid", leaks=leaks)
 
 
 def _read_folders(folder: raw.RawFolder) -> pd.DataFrame:

@@ -10,6 +10,7 @@ paragraph. The makers' hand-made exceptions for 54 studies are not applied.
 """
 
 import difflib
+import os
 import re
 import zipfile
 import zlib
@@ -37,6 +38,7 @@ _WITHIN = ("impression", "findings", "history", "comparison", "addendum")
 _VIEWS = re.compile(
     r"\b(?:views?|pa|ap|lateral|portable|upright|supine|semi-?upright|frontal|radiographs?|films?|chest|single|two)\b"
 )
+_REPORT = re.compile(r"s\d{8}\.txt")
 _SPELT = ("impression", "findings", "conclusion", "comparison", "indication")
 
 
@@ -90,16 +92,14 @@ def unwrapped(text: str) -> str:
 def read_reports(folder: raw.RawFolder, studies: pd.DataFrame) -> pd.DataFrame:
     """Columns findings, impression and last_paragraph of the reports that are there, by study_id ("s50414267").
 
-    From `mimic-cxr-reports.zip`, or from the folder that it was unpacked to: below the root, in a folder there, or in
-    `files/` beside the images. studies: columns study_id and patient_id.
+    From `mimic-cxr-reports.zip`, or from what it was unpacked to (p10/p10000032/s50414267.txt, or the files alone),
+    in whatever folder below the root. studies: columns study_id and patient_id.
     Raises ManifestError where there is neither, for a broken archive, and for a study that has two reports.
     """
     sections = {}
     for name, content in _report_texts(folder, studies):
         if name in sections:
-            raise ManifestError(
-                f"{folder.root / REPORTS}: the report of study {name} occurs twice; keep one {name}.txt"
-            )
+            raise ManifestError(f"{folder.root}: the report of study {name} occurs twice; keep one {name}.txt")
         parts = mimic_sections(content.decode("utf-8", "replace").replace("\r\n", "\n"))
         sections[name] = [parts.get(section, "") for section in TEXTS]
     return pd.DataFrame.from_dict(sections, orient="index", columns=TEXTS)
@@ -107,10 +107,17 @@ def read_reports(folder: raw.RawFolder, studies: pd.DataFrame) -> pd.DataFrame:
 
 def _report_texts(folder: raw.RawFolder, studies: pd.DataFrame) -> Iterator[tuple[str, bytes]]:
     """Study id and bytes of each wanted report."""
-    root = folder.root
-    path = next((path for path in (root / REPORTS, *sorted(root.glob(f"*/{REPORTS}"))) if path.is_file()), None)
-    if path is not None:
-        wanted = set(studies["study_id"])
+    archives, homes = [], []
+    for place, below, files in os.walk(folder.root):
+        home = Path(place).relative_to(folder.root)
+        archives += [folder.root / home / name for name in files if name.lower() == REPORTS]
+        if any(re.fullmatch(r"p1\d", name) for name in below) or any(map(_REPORT.fullmatch, files)):
+            homes.append(home)
+        below[:] = [name for name in below if not re.fullmatch(r"p1\d", name)]
+    if len(archives) > 1:
+        raise ManifestError(f"MIMIC-CXR-JPG: two archives of reports, {archives[0]} and {archives[1]}; keep one")
+    wanted = set(studies["study_id"])
+    for path in archives:
         try:
             with zipfile.ZipFile(path) as archive:
                 for member in archive.namelist():
@@ -123,16 +130,18 @@ def _report_texts(folder: raw.RawFolder, studies: pd.DataFrame) -> Iterator[tupl
                 "short, download it again"
             ) from error
         return
-    patient, study = studies["patient_id"], studies["study_id"]
-    below = patient.str[:3] + "/" + patient + "/" + study + ".txt"
-    homes = sorted(home.name for home in root.iterdir() if home.is_dir())
-    for home in ("", *(f"{name}/" for name in homes), *(f"{name}/files/" for name in homes)):
-        if there := folder.existing(home + below):
-            yield from ((Path(name).stem, (root / name).read_bytes()) for name in sorted(there))
-            return
-    place = "mimic-cxr-reports/files/p10/p10000032/s50414267.txt"
-    what = "the reports, from https://physionet.org/content/mimic-cxr/ (a download of its own)"
-    folder.require({REPORTS: f"{what}, or unpacked as {place}"})
+    patient, names = studies["patient_id"], studies["study_id"] + ".txt"
+    found = False
+    for home in homes:
+        place = "" if home == Path() else f"{home.as_posix()}/"
+        for below in (patient.str[:3] + "/" + patient + "/" + names, names):
+            for name in sorted(folder.existing(place + below)):
+                found = True
+                yield Path(name).stem, (folder.root / name).read_bytes()
+    if not found:
+        place = "p10/p10000032/s50414267.txt"
+        what = "the reports, from https://physionet.org/content/mimic-cxr/ (a download of its own)"
+        folder.require({REPORTS: f"{what}, or unpacked, as mimic-cxr-reports/files/{place}"})
 
 
 WHERE = "from https://physionet.org/content/mimic-cxr-jpg/ (credentialed access)"
@@ -188,6 +197,7 @@ def prepare(
     folder = raw.RawFolder(root, "MIMIC-CXR-JPG")
     metadata, official, labeler = folder.require(needs)
     rows = raw.Rows(_read_images(metadata, official), source=metadata, cell=("dicom_id", "dicom"))
+    folder.named.update(rows.table["images"])
     rows.keep_views(views, known="known")
     if check_images:
         rows.exclude_missing(folder.complete(rows.table["images"]), on_error, cell=("dicom_id", "images"))
@@ -211,7 +221,7 @@ def prepare(
     if split_rule == "published":
         rows.table, leaks = _published(rows.table, paper)
     rows.source = metadata
-    return raw.finish(rows, ["is_ap_view", *CHEXPERT_LABELS], seed=seed, leaks=leaks)
+    return raw.finish(folder, rows, ["is_ap_view", *CHEXPERT_LABELS], seed=seed, leaks=leaks)
 
 
 def _read_images(metadata: Path, official: Path) -> pd.DataFrame:

@@ -49,6 +49,7 @@ def prepare(
     """
     folder = raw.RawFolder(root, "montgomery_shenzhen")
     table = pd.concat([_images(folder, name) for name in sets], ignore_index=True)
+    folder.named.update(table["images"])
     names = table["study_id"]
     masks = {side: folder.locate(names + end, homes, [".png"]) for side, (end, homes) in MASKS.items()}
     rows = raw.Rows(table.assign(**masks), source=root, cell=("masks", "images"))
@@ -64,7 +65,7 @@ def prepare(
     first = (frame["meta_source"] == sets[0]).astype(float)
     drawn = assign_splits(frame.assign(is_first_set=first), seed=seed)["split"]
     rows.table = frame.assign(split=drawn if split_rule == "patient" else "test")
-    return raw.finish(rows, [LABEL, "is_male"], seed=seed)
+    return raw.finish(folder, rows, [LABEL, "is_male"], seed=seed)
 
 
 def _images(folder: raw.RawFolder, name: str) -> pd.DataFrame:
@@ -93,7 +94,7 @@ def _with_readings(table: pd.DataFrame, root: Path) -> pd.DataFrame:
     readings = []
     for image in table["images"]:
         path = root / image.replace("CXR_png", "ClinicalReadings").replace(".png", ".txt")
-        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        text = raw.read_text(path)[0] if path.is_file() else ""
         readings.append(" ".join(text.split()))
     words = pd.Series(readings, index=table.index, dtype=str)
     sex = words.str.extract(r"(?i)\b(?:(m)(?:ale)?|(f)(?:emale)?)\b").bfill(axis=1)[0].str.upper()

@@ -64,13 +64,14 @@ def prepare(
         rows.table["split"] = "test"
     parts = rows.table.groupby("study_id", sort=True)
     rows.table = pd.DataFrame([_study(part, root, write_masks) for _, part in parts])
-    return raw.finish(rows, LABELS, seed=seed, leaks=_seen_by_mimic(folder, rows.table))
+    return raw.finish(None, rows, LABELS, seed=seed, leaks=_seen_by_mimic(folder, rows.table))
 
 
 def _read(path: Path) -> pd.DataFrame:
     """One row a box."""
     table = raw.read_table(path, {**COLUMNS, **NUMBERS}, optional={"split": "split"})
     table = raw.check_boxes(path, table, NUMBERS, remedy="a box is x, y >= 0 and w, h > 0 in pixels of the image")
+    raw.check_inside(path, table, table["image_width"], table["image_height"])
     parts = table["images"].str.extract(r"(p\d{8})/(s\d{8})/[^/]+$")
     remedy = "a path is files/p10/p10000032/s50414267/<dicom_id>.jpg"
     raw.check_cells(path, "path", table["images"], parts[0].notna(), remedy)
@@ -137,11 +138,9 @@ def patients_of(path: Path) -> set[str]:
     """The patients (p10000032) of an MS-CXR table, or of any csv with a column `path`, `subject_id` or `patient_id`."""
     if not path.is_file():
         raise ManifestError(f"{path}: no such table; give a csv with the patients to hold out")
-    header = raw.header_of(path)
-    for name in ("subject_id", "patient_id", "path"):
-        if name in header:
-            cells = raw.read_table(path, {name: "cell"})["cell"]
-            patients = cells.str.extract(r"(?:^|/)p?(\d{8})(?:/|$)")[0]
-            raw.check_cells(path, name, cells, patients.notna(), "a patient has eight digits")
-            return set("p" + patients)
+    for name in raw.columns_of(path, ["subject_id", "patient_id", "path"]):
+        cells = raw.read_table(path, {name: "cell"})["cell"]
+        patients = cells.str.extract(r"(?:^|/)p?(\d{8})(?:/|$)")[0]
+        raw.check_cells(path, name, cells, patients.notna(), "a patient has eight digits")
+        return set("p" + patients)
     raise ManifestError(f"{path}: row 1 (the header) lacks subject_id, patient_id and path; one must name the patients")

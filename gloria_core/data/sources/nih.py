@@ -20,7 +20,7 @@ NIH_LABELS = tuple(vocabulary("nih", "labels"))
 NO_FINDING = "No Finding"
 LABELS = (*NIH_LABELS, NO_FINDING)
 TABLE = "Data_Entry_2017*.csv"
-BOXES = "BBox_List_2017.csv|BBox_List*.csv"
+BOXES = "BBox_List*.csv"
 LISTS = {"train_val_list.txt": "train", "test_list.txt": "test"}
 
 
@@ -58,7 +58,7 @@ def read_boxes(path: Path) -> pd.DataFrame:
     label = raw.Column("label", values=names, remedy="use the labels of the entries")
     table = raw.read_table(path, {"Image Index": "image", "Finding Label": label, **numbers})
     table["study_id"] = table["image"].str.rsplit(".", n=1).str[0]
-    return raw.check_boxes(path, table, {f"Bbox {name}": name for name in numbers.values()})
+    return raw.check_boxes(path, table, {f"Bbox {name}": name for name in numbers.values()}, side=raw.ORIGINAL_SIDE)
 
 
 def read_extra(folder: raw.RawFolder, name: str, value: str, images: pd.Series) -> pd.Series | None:
@@ -101,7 +101,7 @@ def prepare(
     rows.table["images"] = folder.locate(rows.table["study_id"], homes, raw.PICTURES)
     listed = set(rows.table["study_id"])
     rows.exclude_missing(rows.table["images"] != "", on_error, reason="listed, but no such image in images*/")
-    if (boxes := folder.optional(BOXES)) is not None:
+    if (boxes := folder.optional(BOXES, without="boxes")) is not None:
         marked = raw.Rows(read_boxes(boxes), source=boxes, cell=("Image Index", "image"))
         marked.exclude(
             ~marked.table["study_id"].isin(listed), "its image is not in the table of entries; remove the box"
@@ -130,7 +130,7 @@ def prepare(
         moved = frame.loc[boxed & (frame["split"] != "test"), "patient_id"].nunique()
         frame["split"] = frame["split"].mask(boxed, "test")
     rows.table = _add_texts(frame, prompts or load_prompts("nih"), seed=text_seed, n_negative=n_negative)
-    frame = raw.finish(rows, labels, seed=seed)
+    frame = raw.finish(folder, rows, labels, seed=seed)
     frame.attrs["moved_to_test"] = moved
     return frame
 
@@ -140,7 +140,7 @@ def _published_split(folder: raw.RawFolder, table: Path, images: pd.Series) -> p
     needs = dict.fromkeys(LISTS, "needed by split_rule='published'; get it from NIH, or use 'patient'")
     split = {}
     for path, name in zip(folder.require(needs), LISTS.values(), strict=True):
-        split |= dict.fromkeys(path.read_text(encoding="utf-8").split(), name)
+        split |= dict.fromkeys(raw.read_text(path)[0].split(), name)
     remedy = f"in neither {' nor '.join(LISTS)}; get the complete lists or use split_rule='patient'"
     raw.check_cells(table, "Image Index", images, images.isin(split), remedy)
     return images.map(split)

@@ -44,8 +44,8 @@ def prepare(
     """
     folder = raw.RawFolder(root, "object_cxr")
     paths = folder.require({name: f"the shapes of the {split} images; {HOW}" for name, split in TABLES.items()})
-    parts = zip(paths, TABLES.values(), strict=True)
-    table = pd.concat([_read(path, folder).assign(split=split) for path, split in parts])
+    parts = zip(paths, TABLES.items(), strict=True)
+    table = pd.concat([_read(path, folder, name[:-4]).assign(split=split) for path, (name, split) in parts])
     if split_rule == "published":
         train = (table["split"] == "train").to_numpy()
         table.loc[train, "split"] = random_split(int(train.sum()), held_out=0.1)
@@ -57,13 +57,12 @@ def prepare(
     boxes = [[{"label": LABEL, "xywh": _box(numbers)} for _, numbers in part] for part in table["shapes"]]
     table["boxes"] = [raw.cell(part) for part in boxes]
     table[LABEL] = (table["boxes"] != "").astype(float)
-    return raw.finish(rows, [LABEL], seed=seed, draw="valid" if split_rule == "patient" else "")
+    return raw.finish(folder, rows, [LABEL], seed=seed, draw="valid" if split_rule == "patient" else "")
 
 
-def _read(path: Path, folder: raw.RawFolder) -> pd.DataFrame:
+def _read(path: Path, folder: raw.RawFolder, home: str) -> pd.DataFrame:
     """study_id, images (path below the root, "" without a file), cell, shapes."""
-    split = path.name.partition(".")[0]
-    column = next((name for name in ("image_name", "image_path") if name in raw.header_of(path)), "image_path")
+    column = next(iter(raw.columns_of(path, ["image_name", "image_path"])), "image_path")
     table = raw.read_table(path, {column: "cell", "annotation": "annotation"})
     # the owner's paths begin with a folder of theirs; the file's name says which image it is
     names = table["cell"].str.replace(r"^/path/", "", regex=True)
@@ -71,8 +70,14 @@ def _read(path: Path, folder: raw.RawFolder) -> pd.DataFrame:
     names = names.str.rpartition("/")[2]
     raw.check_cells(path, column, names, ~names.duplicated(), "the image occurs twice; keep one row of it")
     shapes = [_shapes(text, path, row + 2) for row, text in table["annotation"].items()]
-    images = folder.first_existing([names, f"{split}/" + names])
-    return table.assign(study_id=f"{split}-" + names.str.rpartition(".")[0], images=images, shapes=shapes)
+    images = folder.first_existing([names, f"{home}/" + names])
+    drawn = pd.DataFrame({"image": images, "shape": shapes}).explode("shape").dropna()
+    sizes = folder.sizes(drawn["image"])
+    drawn = drawn[drawn["image"].map(sizes).notna()]
+    boxes = pd.DataFrame([_box(numbers) for _, numbers in drawn["shape"]], drawn.index, columns=[*"xywh"])
+    width, height = (drawn["image"].map(lambda image, side=side: sizes[image][side]) for side in (0, 1))
+    raw.check_inside(path, boxes, width, height)
+    return table.assign(study_id=f"{home}-" + names.str.rpartition(".")[0], images=images, shapes=shapes)
 
 
 def _shapes(text: str, path: Path, row: int) -> list[Shape]:

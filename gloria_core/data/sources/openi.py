@@ -104,7 +104,7 @@ def projections(folder: raw.RawFolder) -> dict[str, str]:
     map. The rules for the other images of a study: a lateral header is believed; a frontal header is believed where no
     other image of the study is frontal; and where the t-SNE image is lateral, the one other image of two is frontal.
     """
-    people = folder.optional("indiana_projections.csv")
+    people = folder.optional("indiana_projections.csv", without="projections by people: those of the wheel are used")
     if people is not None:
         view = raw.Column("view", values={"Frontal": "FRONTAL", "Lateral": "LATERAL"})
         return _by_image(raw.read_table(people, {"filename": "image", "projection": view}))
@@ -186,6 +186,9 @@ def prepare(
     files = _image_files(folder) if check_images else None
     path = report_files(root)
     rows = raw.Rows(read_reports(path), source=path, cell=("study", "study_id"))
+    if files is not None:
+        keys = {image_key(name) for names in rows.table["images"] for name in names}
+        folder.named.update(path for key, path in files.items() if key in keys)
     rows.exclude(rows.table["images"].str.len() == 0, "the report has no image")
     if texts_only:
         silent = (rows.table["findings"] == "") & (rows.table["impression"] == "")
@@ -211,7 +214,7 @@ def prepare(
     rows.table = table.assign(is_ap_view=raw.ap_view(table["view"]))
     if split_rule == "published":
         rows.table["split"] = "test"
-    return raw.finish(rows, ["is_ap_view", *LABELS], seed=seed, draw="all" if split_rule == "patient" else "")
+    return raw.finish(folder, rows, ["is_ap_view", *LABELS], seed=seed, draw="all" if split_rule == "patient" else "")
 
 
 def download(

@@ -94,7 +94,7 @@ def prepare(
     rows.exclude_missing(folder.complete(studies["images"]), on_error)
     if "split" not in studies:
         rows.table = assign_splits(raw.manifest_frame(rows.table, list(label_of)), fractions=fractions, seed=seed)
-    return raw.finish(rows, list(label_of), seed=seed)
+    return raw.finish(folder, rows, list(label_of), seed=seed)
 
 
 def _read(path: Path, named: Mapping[str, str], label_of: Mapping[str, str], separator: str) -> pd.DataFrame:

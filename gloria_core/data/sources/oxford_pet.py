@@ -62,15 +62,12 @@ def prepare(
     ]
     labels = {name: (rows.table["species"] == name).astype(float) for name in ("Cat", "Dog")}
     rows.table = rows.table.assign(masks=raw.mask_cells(MASK, masks), **labels)
-    return raw.finish(rows, list(labels), seed=seed, draw="valid")
+    return raw.finish(None if limit else folder, rows, list(labels), seed=seed, draw="valid")
 
 
 def _read(path: Path) -> pd.DataFrame:
     """study_id and species of a list; index + 2 is the line as if it had a header, like the tables'."""
-    try:
-        lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines() if line and line[0] != "#"]
-    except UnicodeDecodeError as error:
-        raise ManifestError(f"{path}: no text ({error}); unpack annotations.tar.gz again") from error
+    lines = [line.split() for line in raw.read_text(path)[0].splitlines() if line and line[0] != "#"]
     if not lines or any(len(line) != 4 for line in lines):
         raise ManifestError(f"{path}: lines are 'name class species breed'; unpack annotations.tar.gz again")
     table = pd.DataFrame([line[::2] for line in lines], columns=["name", "species"], index=range(-1, len(lines) - 1))

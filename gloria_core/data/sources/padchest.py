@@ -53,9 +53,6 @@ def prepare(
     folder = raw.RawFolder(root, "PadChest")
     (path,) = folder.require({NAME: f"labels of 160,861 images, {WHERE}"})
     rows = raw.Rows(raw.read_table(path, COLUMNS, optional=OPTIONAL), source=path, cell=("ImageID", "name"))
-    rows.exclude(rows.table["labels"] == "nan", "the owner gives no labels")
-    if labelled_by == "physician":
-        rows.exclude(rows.table["method"] != "Physician", "not labelled by a physician", by_study=True)
     table = rows.table
     place = table["folder"] + "/" + table["name"]
     if check_images:
@@ -63,7 +60,10 @@ def prepare(
         place = folder.first_existing([place, "images/" + place, "images/" + table["name"], table["name"]])
     view = table["projection"].map(VIEWS)
     rows.table = table.assign(images=place, known=view.notna(), view=view.fillna("FRONTAL"))
-    rows.exclude_missing(place != "", on_error, reason="listed, but no such file")
+    rows.exclude(rows.table["labels"] == "nan", "the owner gives no labels")
+    if labelled_by == "physician":
+        rows.exclude(rows.table["method"] != "Physician", "not labelled by a physician", by_study=True)
+    rows.exclude_missing(rows.table["images"] != "", on_error, reason="listed, but no such file")
     rows.keep_views(views, known="known")
     rows.check_rest("use views='all'")
     table = _with_labels(rows.table, path)
@@ -78,7 +78,7 @@ def prepare(
         **optional,
     )
     rows.table = raw.group_studies(rows.table)
-    return raw.finish(rows, [*LABELS, "is_ap_view", "is_male"], seed=seed, draw="all")
+    return raw.finish(folder, rows, [*LABELS, "is_ap_view", "is_male"], seed=seed, draw="all")
 
 
 def _with_labels(table: pd.DataFrame, path: Path) -> pd.DataFrame:

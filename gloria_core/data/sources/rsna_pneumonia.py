@@ -36,7 +36,7 @@ def read_labels(path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     table = raw.read_table(path, {"patientId": name, "Target": target, **numbers})
     positive = table["target"] == "1"
     rule = "a box has x, y >= 0 and width, height > 0 in pixels; a row with Target 0 has none"
-    table = raw.check_boxes(path, table, numbers, marked=positive, remedy=rule)
+    table = raw.check_boxes(path, table, numbers, marked=positive, remedy=rule, side=raw.ORIGINAL_SIDE)
     alone = ~table["study_id"].duplicated(keep=False) | positive
     remedy = "an image occurs twice without a box; keep one row of it"
     raw.check_cells(path, "patientId", table["study_id"], alone, remedy)
@@ -72,8 +72,9 @@ def prepare(
     table, boxes = read_labels(path)
     table = table.sort_values("study_id")
     name = table["study_id"]
-    classes = folder.optional(CLASSES_TABLE)
-    nih = name.map(_nih_names(folder)).fillna("")
+    classes = folder.optional(CLASSES_TABLE, without="classes of the images")
+    known = _nih_names(folder)
+    nih = name.map(lambda image: known.get(image, ""))
     patient = nih.map(lambda image: nih_patient(image) if image else "")
     table = table.assign(
         patient_id=patient.where(patient != "", name),
@@ -96,7 +97,7 @@ def prepare(
     labels = [LABEL]
     if headers:
         rows.table, labels = _with_headers(rows.table, root), [LABEL, "is_ap_view", "is_male"]
-    return raw.finish(rows, labels, seed=seed, draw="all" if split_rule == "patient" else "", leaks=leaks)
+    return raw.finish(folder, rows, labels, seed=seed, draw="all" if split_rule == "patient" else "", leaks=leaks)
 
 
 def _classes(path: Path, images: pd.DataFrame) -> list[str]:
@@ -117,14 +118,16 @@ def _classes(path: Path, images: pd.DataFrame) -> list[str]:
 
 def _nih_names(folder: raw.RawFolder) -> dict[str, str]:
     """RSNA's image id -> name of the image in ChestX-ray14, from RSNA's own mapping (JSON) or a CSV with both names."""
-    if path := folder.optional(MAPPING):
+    table = folder.optional("rsna_to_nih.csv")
+    without = "" if table else "patients of NIH, and every image is its own patient"
+    if path := folder.optional(MAPPING, without=without):
         try:
-            return {entry["subset_img_id"]: entry["img_id"] for entry in json.loads(path.read_text(encoding="utf-8"))}
+            return {entry["subset_img_id"]: entry["img_id"] for entry in json.loads(raw.read_text(path)[0])}
         except (ValueError, KeyError, TypeError) as error:
             what = "no list of entries with 'subset_img_id' and 'img_id'"
             raise ManifestError(f"{path}: {what} ({error!r}); download it again") from error
-    if path := folder.optional("rsna_to_nih.csv"):
-        table = raw.read_table(path, {"patientId": raw.Column("name", unique=True), "image_index": "image"})
+    if table:
+        table = raw.read_table(table, {"patientId": raw.Column("name", unique=True), "image_index": "image"})
         return dict(zip(table["name"], table["image"], strict=True))
     return {}
 

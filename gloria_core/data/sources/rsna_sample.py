@@ -51,7 +51,7 @@ def prepare(root: Path, *, seed: int = 0, on_error: OnError = "raise") -> pd.Dat
     # patients are named as the nih source names them, so that leaks between the two show
     rows.table = rows.table.assign(study_id=stem, patient_id=rows.table["image"].map(nih_patient))
     rows.table["images"] = folder.locate(stem, ["images"], raw.PICTURES)
-    rows.exclude_missing(rows.table["images"] != "", on_error)
+    rows.exclude_missing(rows.table["images"] != "", on_error, cell=(f"image_index of {MATCHES}", "image"))
     rows.place_boxes(boxes, folder, on_error, key="meta_rsna_patient")
     sources = read_extra(folder, "image_source.csv", "source", rows.table["image"])
     if sources is not None:
@@ -65,4 +65,4 @@ def prepare(root: Path, *, seed: int = 0, on_error: OnError = "raise") -> pd.Dat
         frame = frame.assign(views=of["view"].fillna(frame["views"]), meta_age=of["age"].fillna(""), **known)
         labels += known
     rows.table = frame
-    return raw.finish(rows, labels, seed=seed)
+    return raw.finish(folder, rows, labels, seed=seed)

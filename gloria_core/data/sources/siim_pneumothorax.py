@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from PIL import Image
 
 from gloria_core.data import raw_folder as raw
 from gloria_core.data.annotations import SIIM_SIDE, RleError, decode_rle, write_mask
@@ -71,7 +72,7 @@ def prepare(
     """
     folder = raw.RawFolder(root, "siim_pneumothorax")
     (path,) = folder.require({table or TABLES: f"the runs or labels; {HOW}; option table=... names another"})
-    pictures = "new_filename" in raw.header_of(path)
+    pictures = "new_filename" in raw.columns_of(path, list(PICTURE))
     rows = read_pictures(path, folder) if pictures else read_runs(path)
     leaks: dict[str, int] = {}
     rows["study_id"] = rows["name"]
@@ -87,10 +88,10 @@ def prepare(
         if pictures:
             files = ("png_masks/" + images.table["stem"] + ".png").where(images.table["positive"], "")
         else:
-            files = write_masks(root, rows, images.table["study_id"], path)
+            files = write_masks(folder, rows, images.table, path)
         images.table["masks"] = raw.mask_cells(LABEL, files)
     draw = "all" if split_rule == "patient" else "valid" if pictures else ""
-    return raw.finish(images, [LABEL], seed=seed, draw=draw, leaks=leaks)
+    return raw.finish(folder, images, [LABEL], seed=seed, draw=draw, leaks=leaks)
 
 
 def read_runs(path: Path) -> pd.DataFrame:
@@ -121,16 +122,18 @@ def read_pictures(path: Path, folder: raw.RawFolder) -> pd.DataFrame:
     return rows.assign(stem=rows["file"].str.removesuffix(".png"))
 
 
-def write_masks(root: Path, rows: pd.DataFrame, studies: pd.Series, source: Path) -> list[str]:
+def write_masks(folder: raw.RawFolder, rows: pd.DataFrame, studies: pd.DataFrame, source: Path) -> list[str]:
     """For each study the path of its mask below the root ("" without one): the union of its rows as 1-bit PNG.
 
-    rows: as of `read_runs`, with `study_id`: the image, or a part of its rows.
+    rows: as of `read_runs`, with `study_id`: the image, or a part of its rows. studies: study_id and images. A mask has
+    the size of its image file; one whose header cannot be read counts as original.
     Raises ManifestError for runs that are no mask of such an image, naming the row, and for a root one cannot write to.
     """
     parts = dict(iter(rows[rows["positive"]].groupby("study_id")))
+    sizes = folder.sizes(studies.loc[studies["study_id"].isin(parts), "images"])
     paths = []
-    for study in studies:
-        part = parts.get(study)
+    for study, image in zip(studies["study_id"], studies["images"], strict=True):
+        part, size = parts.get(study), sizes.get(image) or (SIIM_SIDE, SIIM_SIDE)
         if part is None:
             paths.append("")
             continue
@@ -138,12 +141,13 @@ def write_masks(root: Path, rows: pd.DataFrame, studies: pd.Series, source: Path
         if study != name:
             # which rows are a part's is drawn over the whole table, so the file of another table's part is not it
             name = f"{name}-{content_hash(';'.join(part['runs']), digits=12)}"
-        paths.append(write_mask(root, f"{MASKS}/{name}.png", lambda part=part: _union(part, source)))
+        mask = _union(part, source, size)
+        paths.append(write_mask(folder.root, f"{MASKS}/{name}.png", lambda mask=mask: mask))
     return paths
 
 
-def _union(part: pd.DataFrame, source: Path) -> np.ndarray:
-    """The mask of several rows of one study. Shape: (1024, 1024) bool."""
+def _union(part: pd.DataFrame, source: Path, size: tuple[int, int]) -> np.ndarray:
+    """The mask of several rows of one study, on `size` (width, height). Shape: (height, width) bool."""
     mask = np.zeros((SIIM_SIDE, SIIM_SIDE), bool)
     for index, study, runs in zip(part.index, part["study_id"], part["runs"], strict=True):
         try:
@@ -152,7 +156,7 @@ def _union(part: pd.DataFrame, source: Path) -> np.ndarray:
             raise ManifestError(
                 f"{source}, row {index + 2}, column 'EncodedPixels', image {study!r}: {error}; get the table again"
             ) from error
-    return mask
+    return np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
 
 
 def _files(folder: raw.RawFolder, stems: pd.Series) -> pd.Series:

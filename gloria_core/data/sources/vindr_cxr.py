@@ -5,6 +5,7 @@ Two layouts are read: PhysioNet's (`annotations/annotations_train.csv`, `image_l
 public labels). Three radiologists read each training image, each on their own; five agreed on each test image.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -28,6 +29,9 @@ NAMES = {"No finding": NO_FINDING, "Other diseases": "Other disease"}
 CORNERS = ["x_min", "y_min", "x_max", "y_max"]
 HOW = "PhysioNet, vindr-cxr (credentialed), or Kaggle, vinbigdata-chest-xray-abnormalities-detection"
 IMAGE = raw.Column("study_id", path=True, filled=True)
+SIZES = ("train_meta.csv", "test_meta.csv")  # beside copies on Kaggle: the size of each original
+PIXELS = {"pattern": r"[1-9]\d*", "remedy": "a side is a whole number of pixels"}
+SIDES = {"dim1": raw.Column("width", **PIXELS), "dim0": raw.Column("height", **PIXELS)}
 # The 18 targets of CXR-CLIP (You et al. 2023): those with more than ten positive test images
 CXR_CLIP_LABELS = vocabulary("vindr_cxr", "cxr_clip_labels")
 
@@ -51,14 +55,17 @@ def prepare(
     split_rule: test is the owner's. "patient" draws an eighth of the training images as valid, stratified; "published"
         a fifth by CXR-CLIP's call of `train_test_split`. Kaggle's layout has no test labels: "patient" draws 70/10/20 %
         of its training images, "published" gives train and valid only. The owner gives no patients; each image is one.
-    Boxes are in pixels of the original DICOM file: prepare PNG copies of another size from the DICOM files instead.
+    Boxes count pixels of the original DICOM file. They are scaled to PNG and JPEG copies where `train_meta.csv` or
+        `test_meta.csv` (image_id, dim0: height, dim1: width) gives the size of the original; a box that ends outside
+        such a copy is an error without them.
     on_error="exclude" leaves out images that are not there and lists them in `attrs["excluded"]`.
     """
     folder, parts = raw.RawFolder(root, "vindr_cxr"), []
     tables = _tables(folder)
     for split, boxes_path, labels_path in tables:
         boxes = read_boxes(boxes_path)
-        part = labels_of_boxes(boxes, readers) if labels_path is None else read_image_labels(labels_path, readers)
+        kaggle = labels_path is None
+        part = labels_of_boxes(boxes, readers) if kaggle else read_image_labels(labels_path, readers, boxes["label"])
         names = [name for name in part if labels == "all" or name in CXR_CLIP_LABELS]
         entries = merged_boxes(boxes[boxes["label"].isin(names)], readers, overlap)
         part = part[names].rename_axis("study_id").reset_index()
@@ -66,18 +73,43 @@ def prepare(
             split=random_split(len(part), held_out=0.2) if (split_rule, split) == ("published", "train") else split,
             images=folder.locate(part["study_id"], [split], (*raw.DICOM, *raw.PICTURES)),
             views="PA",
-            boxes=[raw.cell(entries.get(name, [])) for name in part["study_id"]],
+            entries=[entries.get(name, []) for name in part["study_id"]],
             meta_owner_split=split,
         )
         parts.append((part, names))
     source = " and ".join(str(labels_path or boxes_path) for _, boxes_path, labels_path in tables)
     rows = raw.Rows(pd.concat([part for part, _ in parts]), source=source, cell=("image_id", "study_id"))
     rows.exclude_missing(rows.table["images"] != "", on_error)
+    rows.table["boxes"] = _boxes(rows.table, folder)
     trained = rows.table["split"] == "train"
     if split_rule == "patient" and not trained.any():
         raise ManifestError(f"vindr_cxr: no training image is left; check the folder {root / 'train'}")
     draw = "" if split_rule == "published" else "all" if trained.all() else "valid"
-    return raw.finish(rows, list(dict.fromkeys(name for _, names in parts for name in names)), seed=seed, draw=draw)
+    return raw.finish(
+        folder, rows, list(dict.fromkeys(name for _, names in parts for name in names)), seed=seed, draw=draw
+    )
+
+
+def _boxes(table: pd.DataFrame, folder: raw.RawFolder) -> list[str]:
+    """The JSON cell of each image; boxes of PNG and JPEG copies are scaled where a table has the original's size."""
+    copies = table[table["entries"].map(bool) & ~table["images"].str.endswith(raw.DICOM)]
+    sizes, originals = folder.sizes(copies["images"]), {}
+    for path in map(folder.optional, SIZES if len(copies) else ()):
+        if path is not None:
+            known = raw.read_table(path, {"image_id": "image", **SIDES})
+            originals |= {name: (float(w), float(h)) for name, w, h in known.itertuples(index=False)}
+    for study, image, entries in copies[["study_id", "images", "entries"]].itertuples(index=False):
+        size = sizes[image]
+        for entry in entries if size else ():
+            if study in originals:
+                entry["xywh"] = raw.scaled(entry["xywh"], originals[study], size)
+            elif any(entry["xywh"][i] + entry["xywh"][i + 2] > size[i] + 1 for i in (0, 1)):
+                raise ManifestError(
+                    f"{folder.root / image}: box {entry['xywh']} ends outside its {size[0]} x {size[1]} pixels: boxes "
+                    f"count those of the DICOM files; use these, or add {' and '.join(SIZES)} with the columns "
+                    "image_id, dim0 and dim1 (height and width of the DICOM image)"
+                )
+    return [raw.cell(entries) for entries in table["entries"]]
 
 
 def _tables(folder: raw.RawFolder) -> list[tuple[str, Path, Path | None]]:
@@ -108,9 +140,13 @@ def read_boxes(path: Path) -> pd.DataFrame:
     return table.assign(**numbers)
 
 
-def read_image_labels(path: Path, readers: Readers) -> pd.DataFrame:
-    """Labels of each image (1 or 0), indexed by image and sorted; several readers are made one."""
-    names = [name for name in raw.header_of(path) if name.lower() not in ("image_id", "rad_id")]
+def read_image_labels(path: Path, readers: Readers, known: Iterable[str]) -> pd.DataFrame:
+    """Labels of each image (1 or 0), indexed by image and sorted; several readers are made one.
+
+    known: labels of the table of boxes, whose spelling counts.
+    """
+    spelt = {theirs: name for name, theirs in raw.columns_of(path, [*CXR_CLIP_LABELS, *NAMES, *known]).items()}
+    names = [spelt.get(name, name) for name in raw.header_of(path) if name.lower() not in ("image_id", "rad_id")]
     rule = {"values": raw.BINARY, "remedy": "a label is 0 or 1"}
     labels = {name: raw.Column(NAMES.get(name, name), **rule) for name in names}
     table = raw.read_table(path, {"image_id": IMAGE, **labels}, optional={"rad_id": "reader"})
