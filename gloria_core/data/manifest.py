@@ -18,41 +18,15 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    Field,
-    FiniteFloat,
-    Json,
-    StringConstraints,
-    TypeAdapter,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    validate_call,
-)
+import pydantic
+from pydantic import BaseModel, Field, FiniteFloat, Json, StringConstraints, TypeAdapter, ValidationError, validate_call
+from pydantic.functional_validators import AfterValidator, BeforeValidator, field_validator
 
 from gloria_core.data.files import atomic_write, existing, file_hash
+from gloria_core.phantom import COMPETITION, LABELS
 
-CHEXPERT_LABELS = (
-    "No Finding",
-    "Enlarged Cardiomediastinum",
-    "Cardiomegaly",
-    "Lung Opacity",
-    "Lung Lesion",
-    "Edema",
-    "Consolidation",
-    "Pneumonia",
-    "Atelectasis",
-    "Pneumothorax",
-    "Pleural Effusion",
-    "Pleural Other",
-    "Fracture",
-    "Support Devices",
-)
-COMPETITION_LABELS = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")
-
+# The fourteen of CheXpert, which the phantom has too, and the five of its competition
+CHEXPERT_LABELS, COMPETITION_LABELS = LABELS, COMPETITION
 OnError = Literal["raise", "exclude"]
 Split = Literal["train", "valid", "test"]
 View = Literal["PA", "AP", "FRONTAL", "LATERAL"]
@@ -141,14 +115,14 @@ class Row(BaseModel, strict=True):
 
     @field_validator("views")
     @classmethod
-    def _one_view_an_image(cls, views: list[View], info: ValidationInfo) -> list[View]:
+    def _one_view_an_image(cls, views: list[View], info: pydantic.ValidationInfo) -> list[View]:
         if "images" in info.data and len(views) != len(info.data["images"]):
             raise ValueError(f"{len(views)} views for {len(info.data['images'])} images")
         return views
 
     @field_validator("boxes", "masks")
     @classmethod
-    def _of_this_study(cls, entries: list[Box | Mask], info: ValidationInfo) -> list[Box | Mask]:
+    def _of_this_study(cls, entries: list[Box | Mask], info: pydantic.ValidationInfo) -> list[Box | Mask]:
         count = len(info.data.get("images", ()))
         for entry in entries:
             if count and not 0 <= entry.image < count:

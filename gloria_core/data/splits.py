@@ -17,14 +17,8 @@ import numpy as np
 import pandas as pd
 from sklearn.model_selection import train_test_split
 
-from gloria_core.data.manifest import (
-    COMPETITION_LABELS,
-    SPLIT_MARK,
-    SPLITS,
-    ManifestError,
-    finding_columns,
-    label_columns,
-)
+from gloria_core.data.manifest import SPLIT_MARK, SPLITS, ManifestError, finding_columns, label_columns
+from gloria_core.phantom import COMPETITION
 
 DEFAULT_FRACTIONS = {"train": 0.7, "valid": 0.1, "test": 0.2}
 
@@ -168,19 +162,13 @@ def split_warnings(frame: pd.DataFrame, *, batch_size: int = 32) -> list[str]:
 
 
 def exclusive_test_set(
-    frame: pd.DataFrame,
-    *,
-    labels: Sequence[str] = COMPETITION_LABELS,
-    per_class: int | None = 200,
-    seed: int,
-    at_most: bool = False,
+    frame: pd.DataFrame, *, labels: Sequence[str] = COMPETITION, per_class: int | None = 200, seed: int
 ) -> pd.DataFrame:
     """`per_class` studies of each label that have this finding alone; index and row order are kept.
 
     The rule of CheXpert 5x200 (GLoRIA, Huang et al. 2021, section 4.1): the label is 1, every other finding 0 or
-    blank, never -1; "No Finding" and `is_...` columns are ignored. per_class=None takes all there are,
-    at_most=True accepts fewer. Give only rows that no training sees. Raises ValueError naming a class that has
-    too few, or a label that the frame does not have.
+    blank, never -1; "No Finding" and `is_...` columns are ignored. per_class=None takes all there are. Give only rows
+    that no training sees. Raises ValueError naming a class that has too few, or a label that the frame does not have.
     """
     findings = [name for name in finding_columns(frame) if name != "No Finding"]
     unknown = [name for name in labels if name not in findings]
@@ -192,11 +180,9 @@ def exclusive_test_set(
     chosen = np.zeros(len(frame), bool)
     for name in labels:
         rows = np.flatnonzero(alone & (values[:, findings.index(name)] == 1))
-        if per_class is not None and len(rows) < per_class and not at_most:
-            raise ValueError(
-                f"{name}: {len(rows)} studies have this finding alone, {per_class} are needed; "
-                "lower per_class, or pass at_most=True"
-            )
+        if len(rows) < (per_class or 0):
+            few = f"{len(rows)} studies have this finding alone, {per_class} are needed"
+            raise ValueError(f"{name}: {few}; lower per_class, or take all with per_class=None")
         keys = _keys(frame["study_id"].iloc[rows], seed=seed, purpose=f"exclusive {name}")
         chosen[rows[np.argsort(keys, kind="stable")][:per_class]] = True
     return frame[chosen]

@@ -3,11 +3,15 @@
 `write("nih", root)` fills `root` with a small copy of the dataset in its owner's own format, its well-known oddities
 included, so that every path from a raw folder to a table can be tried without patient data. What is drawn is the
 phantom; the formats are those that the cards in `data_manifests/` describe.
+
+The function of a dataset writes images and yields (name of a file, row) for its tables: a dict is a row of a CSV, text
+is a line of a text file.
 """
 
+from collections import defaultdict
 from pathlib import Path
 
-from gloria_core.phantom.raw_folders import boxes, labels, masks, reports
+from gloria_core.phantom.raw_folders import boxes, files, labels, masks, reports
 
 _FUNCTIONS = (
     reports.mimic_cxr, reports.chexpert_plus, reports.openi, reports.padchest,
@@ -31,5 +35,9 @@ def write(dataset: str, root: Path | str, *, n_studies: int = 60, size: int = 96
     root.mkdir(parents=True, exist_ok=True)
     if any(root.iterdir()):
         raise FileExistsError(f"{root} is not empty; give a new folder")
-    WRITERS[dataset](root, n_studies=n_studies, size=size, seed=seed)
+    tables = defaultdict(list)
+    for name, row in WRITERS[dataset](root, n_studies=n_studies, size=size, seed=seed):
+        tables[name].append(row)
+    for name, rows in tables.items():
+        files.write_rows(root / name, rows)
     return root

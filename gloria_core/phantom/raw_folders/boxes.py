@@ -1,7 +1,7 @@
 """Raw folders of datasets with boxes: RSNA pneumonia, its sample under NIH's names, VinDr-CXR, Object-CXR, MS-CXR."""
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from gloria_core.phantom.raw_folders import files
@@ -12,54 +12,48 @@ from gloria_core.phantom.study import PhantomStudy
 OPACITIES = ("Pneumonia", "Lung Opacity", "Consolidation")
 
 
-def _rsna_tables(root: Path, studies: Sequence[PhantomStudy], seed: int) -> tuple[dict[str, str], list[dict]]:
-    """Write the table of boxes, which count original pixels; returns each image's class by its id, and the rows."""
-    boxes, classes = [], {}
+def _rsna_images(studies: Sequence[PhantomStudy], seed: int) -> Iterator[tuple[PhantomStudy, str, str, list[dict]]]:
+    """Each study with the id and the class of its image, and the rows of its boxes, which count original pixels."""
     for i, one in enumerate(studies):
         name = str(uuid.UUID(int=(seed << 96) + (i + 1) * 0x9E3779B97F4A7C15))
         opacities = [files.original_box(region) for region in files.regions_of(one, OPACITIES)]
         healthy = "Normal" if one.labels["No Finding"] == 1 else "No Lung Opacity / Not Normal"
-        classes[name] = "Lung Opacity" if opacities else healthy
-        for x, y, width, height in opacities or [[""] * 4]:
-            boxes.append({"patientId": name, "x": x, "y": y, "width": width, "height": height,
-                          "Target": int(bool(opacities))})  # fmt: skip
-    files.write_table(root / "stage_2_train_labels.csv", boxes)
-    return classes, boxes
+        places = [dict(zip(("x", "y", "width", "height"), box, strict=True)) for box in opacities or [[""] * 4]]
+        rows = [{"patientId": name, **place, "Target": int(bool(opacities))} for place in places]
+        yield one, name, "Lung Opacity" if opacities else healthy, rows
 
 
-def rsna_pneumonia(root: Path, *, n_studies: int, size: int, seed: int) -> None:
+def rsna_pneumonia(root: Path, *, n_studies: int, size: int, seed: int) -> files.Rows:
     """Kaggle's stage 2: JPEG in DICOM, a row a box. Boxes count pixels of the 1024-pixel originals."""
     studies = files.simulate(n_studies, size=size, seed=seed, half_with=OPACITIES)
-    classes, boxes = _rsna_tables(root, studies, seed)
-    for name, one in zip(classes, studies, strict=True):
+    for one, name, kind, boxes in _rsna_images(studies, seed):
         about = {"ViewPosition": one.projection, "PatientSex": one.patient.sex, "PatientAge": f"{one.patient.age:03d}Y"}
         files.write_dicom(root / f"stage_2_train_images/{name}.dcm", files.enlarge(one.images["frontal"]), **about)
-    rows = [{"patientId": row["patientId"], "class": classes[row["patientId"]]} for row in boxes]  # as often as a box
-    files.write_table(root / "stage_2_detailed_class_info.csv", rows)
+        for box in boxes:
+            yield "stage_2_train_labels.csv", box
+            yield "stage_2_detailed_class_info.csv", {"patientId": name, "class": kind}
 
 
-def rsna_sample(root: Path, *, n_studies: int, size: int, seed: int) -> None:
+def rsna_sample(root: Path, *, n_studies: int, size: int, seed: int) -> files.Rows:
     """RSNA's boxes beside NIH's own images and table of entries."""
-    nih(root, n_studies=n_studies, size=size, seed=seed)
+    yield from nih(root, n_studies=n_studies, size=size, seed=seed)
     (root / "images_001/images").rename(root / "images")
     (root / "images_001").rmdir()
     studies = files.simulate(n_studies, size=size, seed=seed)
-    classes, _ = _rsna_tables(root, studies, seed)
-    matches, sources = [], []
-    for (name, kind), one in zip(classes.items(), studies, strict=True):
+    for i, (one, name, kind, boxes) in enumerate(_rsna_images(studies, seed)):
+        yield from (("stage_2_train_labels.csv", box) for box in boxes)
         image = f"{one.patient.patient + 1:08d}_{one.number - 1:03d}.png"
-        matches.append({"patientId": name, "image_index": image, "rsna_class": kind, "rsna_match_mse": 0.5})
-        sources.append({"image_index": image, "source": "AB"[len(sources) % 2]})
-    files.write_table(root / "rsna_to_nih.csv", matches)
-    files.write_table(root / "image_source.csv", sources)
+        match = {"patientId": name, "image_index": image, "rsna_class": kind, "rsna_match_mse": 0.5}
+        yield "rsna_to_nih.csv", match
+        yield "image_source.csv", {"image_index": image, "source": "AB"[i % 2]}
 
 
-def vindr_cxr(root: Path, *, n_studies: int, size: int, seed: int) -> None:
+def vindr_cxr(root: Path, *, n_studies: int, size: int, seed: int) -> files.Rows:
     """PhysioNet's layout: 12-bit DICOM, three readers of each training image, a consensus of each test image.
 
     Oddities: some images are stored with white as zero; one reader in three sees one box less.
     """
-    names, boxes, labels = files.NAMES["vindr_cxr"], {"train": [], "test": []}, {"train": [], "test": []}
+    names = files.NAMES["vindr_cxr"]
     for i, one in enumerate(files.simulate(n_studies, size=size, seed=seed, half_with=names)):
         split, name = files.split_of(one, {"train": 7, "test": 3}), f"{i:032x}"
         files.write_dicom(root / f"{split}/{name}.dicom", one.images["frontal"], bits=12, white_is_zero=i % 4 == 0)
@@ -69,21 +63,17 @@ def vindr_cxr(root: Path, *, n_studies: int, size: int, seed: int) -> None:
             about = {"image_id": name} | ({"rad_id": reader} if reader else {})
             present = {names[region.label] for region in seen}
             values = {theirs: int(theirs in present) for theirs in names.values()}
-            labels[split].append({**about, **values, "No finding": int(not present)})
+            yield f"annotations/image_labels_{split}.csv", {**about, **values, "No finding": int(not present)}
+            boxes = [{"class_name": "No finding"}] if not seen else []
             for region in seen:
                 x, y, w, h = region.box
                 box = {"class_name": names[region.label], "x_min": x, "y_min": y, "x_max": x + w, "y_max": y + h}
-                boxes[split].append({**about, **box})
-            if not seen:
-                boxes[split].append({**about, "class_name": "No finding"})
-    for split in boxes:
-        files.write_table(root / f"annotations/annotations_{split}.csv", boxes[split])
-        files.write_table(root / f"annotations/image_labels_{split}.csv", labels[split])
+                boxes.append(box)
+            yield from ((f"annotations/annotations_{split}.csv", about | box) for box in boxes)
 
 
-def object_cxr(root: Path, *, n_studies: int, size: int, seed: int) -> None:
+def object_cxr(root: Path, *, n_studies: int, size: int, seed: int) -> files.Rows:
     """train.csv and dev.csv with rectangles, ellipses and polygons; paths begin with the owner's /path/."""
-    rows = {"train": [], "dev": []}
     for i, one in enumerate(files.simulate(n_studies, size=size, seed=seed, half_with=("Support Devices",))):
         split, shapes = files.split_of(one, {"train": 8, "dev": 2}), []
         files.write_picture(root / f"{split}/{i:05d}.jpg", one.images["frontal"])
@@ -92,14 +82,12 @@ def object_cxr(root: Path, *, n_studies: int, size: int, seed: int) -> None:
             corners = [x, y, x + max(w, 2), y + max(h, 2)]
             points = [x, y, x + max(w, 2), y, x + max(w, 2), y + max(h, 2)]
             shapes.append(" ".join(map(str, [k % 3, *(points if k % 3 == 2 else corners)])))
-        rows[split].append({"image_path": f"/path/{split}/{i:05d}.jpg", "annotation": ";".join(shapes)})
-    for split, table in rows.items():
-        files.write_table(root / f"{split}.csv", table)
+        yield f"{split}.csv", {"image_path": f"/path/{split}/{i:05d}.jpg", "annotation": ";".join(shapes)}
 
 
-def ms_cxr(root: Path, *, n_studies: int, size: int, seed: int) -> None:
+def ms_cxr(root: Path, *, n_studies: int, size: int, seed: int) -> files.Rows:
     """A simulated MIMIC-CXR-JPG with phrases and boxes on its images, version 1.1.0 (with splits)."""
-    mimic_cxr(root, n_studies=n_studies, size=size, seed=seed)
+    yield from mimic_cxr(root, n_studies=n_studies, size=size, seed=seed)
     rows = {}
     for i, one in enumerate(files.simulate(n_studies, size=size, seed=seed, lateral=True)):
         path, ids = mimic_image(seed, i, one, "frontal")
@@ -111,4 +99,4 @@ def ms_cxr(root: Path, *, n_studies: int, size: int, seed: int) -> None:
                    "dicom_id": ids["dicom_id"],
                    "split": files.split_of(one, {"train": 6, "val": 2, "test": 2})}  # fmt: skip
             rows[tuple(row.values())] = row  # the owner lists no box twice
-    files.write_table(root / "MS_CXR_Local_Alignment_v1.1.0.csv", rows.values())
+    yield from (("MS_CXR_Local_Alignment_v1.1.0.csv", row) for row in rows.values())

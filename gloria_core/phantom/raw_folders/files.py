@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,8 @@ from gloria_core.phantom.study import PhantomStudy, Region, study
 
 # By dataset, the owner's name of each label
 NAMES = json.loads(Path(__file__).with_name("names.json").read_text(encoding="utf-8"))
-
+# What a writer yields: the name of a table and a row of it, or the name of a text file and a line
+Rows = Iterator[tuple[str, dict | str]]
 
 ORIGINAL_PIXELS = 1024  # side of the original images of NIH, RSNA and SIIM
 
@@ -72,11 +73,8 @@ def write_dicom(path: Path, pixels: np.ndarray, *, bits: int = 8, white_is_zero:
     for name, value in tags.items():
         setattr(data, name, value)
     values = pixels.astype(np.uint16) * (2**bits - 1) // 255
-    values = 2**bits - 1 - values if white_is_zero else values
-    values, kind = (
-        values.astype(np.uint8 if bits == 8 else np.uint16),
-        "MONOCHROME1" if white_is_zero else "MONOCHROME2",
-    )
+    values, kind = (2**bits - 1 - values, "MONOCHROME1") if white_is_zero else (values, "MONOCHROME2")
+    values = values.astype(np.uint8 if bits == 8 else np.uint16)
     data.set_pixel_data(values, kind, bits, generate_instance_uid=False)
     if bits == 8:
         jpeg = io.BytesIO()
@@ -86,17 +84,14 @@ def write_dicom(path: Path, pixels: np.ndarray, *, bits: int = 8, white_is_zero:
     data.save_as(path, enforce_file_format=True)
 
 
-def write_table(path: Path, rows: Iterable[Mapping], *, header: Sequence[str] | bool = True) -> None:
-    """A CSV, packed where the name ends in .gz. header: written in place of the keys of the rows."""
+def write_rows(path: Path, rows: list[dict] | list[str]) -> None:
+    """A CSV of rows, packed where the name ends in .gz, or a text file of lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    packed = {"method": "gzip", "mtime": 1} if path.suffix == ".gz" else None
-    pd.DataFrame(list(rows), dtype=object).to_csv(path, index=False, header=header, compression=packed)
-
-
-def write_lists(root: Path, lists: Mapping[str, list[str]]) -> None:
-    """Text files, by name: a line each entry."""
-    for name, lines in lists.items():
-        (root / name).write_text("\n".join(lines) + "\n")
+    if isinstance(rows[0], str):
+        path.write_text("\n".join(rows) + "\n")
+    else:
+        packed = {"method": "gzip", "mtime": 1} if path.suffix == ".gz" else None
+        pd.DataFrame(rows, dtype=object).to_csv(path, index=False, compression=packed)
 
 
 def rough_lungs(size: int) -> np.ndarray:

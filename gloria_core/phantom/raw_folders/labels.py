@@ -10,12 +10,12 @@ from gloria_core.phantom.raw_folders import files
 from gloria_core.phantom.study import PhantomStudy
 
 
-def chexpert(root: Path, *, n_studies: int, size: int, seed: int) -> None:
+def chexpert(root: Path, *, n_studies: int, size: int, seed: int) -> files.Rows:
     """The small release: train.csv, valid.csv and JPEG. Oddity: paths begin with the folder's own name."""
-    _chexpert(root, files.simulate(n_studies, size=size, seed=seed, lateral=True))
+    yield from _chexpert(root, files.simulate(n_studies, size=size, seed=seed, lateral=True))
 
 
-def chexpert_5x200(root: Path, *, n_studies: int, size: int, seed: int) -> None:
+def chexpert_5x200(root: Path, *, n_studies: int, size: int, seed: int) -> files.Rows:
     """The same folder, of studies that have one finding alone: those that the 5x200 set is drawn from."""
     findings = [name for name in LABELS if name != "No Finding"]
     alone = []
@@ -23,7 +23,7 @@ def chexpert_5x200(root: Path, *, n_studies: int, size: int, seed: int) -> None:
         named = [name for name in findings if one.labels[name] in (1, -1)]
         if len(named) == 1 and named[0] in COMPETITION and one.labels[named[0]] == 1:
             alone.append(one)
-    _chexpert(root, alone[:n_studies])
+    yield from _chexpert(root, alone[:n_studies])
 
 
 def chexpert_images(one: PhantomStudy) -> Iterator[tuple[str, str, str, np.ndarray]]:
@@ -33,77 +33,65 @@ def chexpert_images(one: PhantomStudy) -> Iterator[tuple[str, str, str, np.ndarr
         yield split, f"{split}/patient{one.patient.patient + 1:05d}/study{one.number}/view{k}_{view}", view, pixels
 
 
-def _chexpert(root: Path, studies: Sequence[PhantomStudy]) -> None:
-    rows = {"train": [], "valid": []}
+def _chexpert(root: Path, studies: Sequence[PhantomStudy]) -> files.Rows:
     for one in studies:
         for split, key, view, pixels in chexpert_images(one):
             files.write_picture(root / f"{key}.jpg", pixels)
-            rows[split].append({
+            yield f"{split}.csv", {
                 "Path": f"CheXpert-v1.0-small/{key}.jpg", "Sex": {"M": "Male", "F": "Female"}[one.patient.sex],
                 "Age": one.patient.age, "Frontal/Lateral": view.title(),
                 "AP/PA": one.projection if view == "frontal" else "", **files.label_cells(one),
-            })  # fmt: skip
-    for split, table in rows.items():
-        files.write_table(root / f"{split}.csv", table)
+            }  # fmt: skip
 
 
-def nih(root: Path, *, n_studies: int, size: int, seed: int) -> None:
+def nih(root: Path, *, n_studies: int, size: int, seed: int) -> files.Rows:
     """Tables and lists of the 2017 release, PNG in images_001/images/. Oddity: "Infiltrate" in the table of boxes."""
-    names, entries, boxes, lists = files.NAMES["nih"], [], [], {"train_val_list.txt": [], "test_list.txt": []}
+    names = files.NAMES["nih"]
+    yield "BBox_List_2017.csv", "Image Index,Finding Label,Bbox [x,y,w,h],,,"
     for one in files.simulate(n_studies, size=size, seed=seed):
         patient = one.patient.patient + 1
         name = f"{patient:08d}_{one.number - 1:03d}.png"
         files.write_picture(root / f"images_001/images/{name}", one.images["frontal"])
         labels = [theirs for ours, theirs in names.items() if one.labels[ours] == 1] or ["No Finding"]
-        entries.append({
+        yield "Data_Entry_2017.csv", {
             "Image Index": name, "Finding Labels": "|".join(labels),
             "Follow-up #": one.number - 1, "Patient ID": patient,
             "Patient Age": one.patient.age, "Patient Gender": one.patient.sex, "View Position": one.projection,
             "OriginalImage[Width": 2500, "Height]": 2048, "OriginalImagePixelSpacing[x": 0.168, "y]": 0.168,
-        })  # fmt: skip
-        lists[files.split_of(one, {"train_val_list.txt": 8, "test_list.txt": 2})].append(name)
+        }  # fmt: skip
+        yield files.split_of(one, {"train_val_list.txt": 8, "test_list.txt": 2}), name
         for region in files.regions_of(one, names) if patient % 5 == 0 else ():
             if names[region.label] in labels:
                 label = names[region.label].replace("Infiltration", "Infiltrate")
-                boxes.append(dict(enumerate([name, label, *files.original_box(region), "", "", ""])))
-    files.write_table(root / "Data_Entry_2017.csv", entries)
-    header = ["Image Index", "Finding Label", "Bbox [x", "y", "w", "h]", "", "", ""]
-    files.write_table(root / "BBox_List_2017.csv", boxes, header=header)
-    files.write_lists(root, lists)
+                yield "BBox_List_2017.csv", ",".join(map(str, [name, label, *files.original_box(region), "", "", ""]))
 
 
-def covidx(root: Path, *, n_studies: int, size: int, seed: int) -> None:
+def covidx(root: Path, *, n_studies: int, size: int, seed: int) -> files.Rows:
     """Version 9A: lists with blanks between patient, file, class and source. Oddity: files of several formats."""
-    lines = {"train_COVIDx9A.txt": [], "test_COVIDx9A.txt": []}
     for i, one in enumerate(files.simulate(n_studies, size=size, seed=seed)):
         split = files.split_of(one, {"train": 8, "test": 2})
-        name = f"img{i:04d}.{('png', 'jpg')[i % 2]}"
+        name, person = f"img{i:04d}.{('png', 'jpg')[i % 2]}", one.patient.patient
         files.write_picture(root / split / name, one.images["frontal"])
-        kind = "normal" if one.labels["No Finding"] == 1 else ("pneumonia", "COVID-19")[one.patient.patient % 2]
-        lines[f"{split}_COVIDx9A.txt"].append(
-            f"{one.patient.patient} {name} {kind} {('rsna', 'cohen')[one.patient.patient % 2]}"
-        )
-    files.write_lists(root, lines)
+        kind = "normal" if one.labels["No Finding"] == 1 else ("pneumonia", "COVID-19")[person % 2]
+        yield f"{split}_COVIDx9A.txt", f"{person} {name} {kind} {('rsna', 'cohen')[person % 2]}"
 
 
-def kermany(root: Path, *, n_studies: int, size: int, seed: int) -> None:
-    """train/, test/ and val/ with a folder a class; patients are in the names of the files."""
-    for i, one in enumerate(
-        files.simulate(n_studies, size=size, seed=seed, half_with=("Lung Opacity", "Consolidation"))
-    ):
-        sick = one.labels["Lung Opacity"] == 1 or one.labels["Consolidation"] == 1
+def kermany(root: Path, *, n_studies: int, size: int, seed: int) -> files.Rows:
+    """train/, test/ and val/ with a folder a class; patients are in the names of the files. There are no tables."""
+    yield from ()
+    opacities = ("Lung Opacity", "Consolidation")
+    for i, one in enumerate(files.simulate(n_studies, size=size, seed=seed, half_with=opacities)):
+        sick = any(one.labels[name] == 1 for name in opacities)
         kind, person = "PNEUMONIA" if sick else "NORMAL", one.patient.patient
         name = f"person{person}_{('bacteria', 'virus')[i % 2]}_{i}" if sick else f"IM-{person:04d}-{i:04d}"
         split = files.split_of(one, {"train": 7, "val": 1, "test": 2})
         files.write_picture(root / split / kind / f"{name}.jpeg", one.images["frontal"])
 
 
-def own_csv(root: Path, *, n_studies: int, size: int, seed: int) -> None:
+def own_csv(root: Path, *, n_studies: int, size: int, seed: int) -> files.Rows:
     """A table of one's own: image, patient, report and one label in words."""
-    rows = []
     for i, one in enumerate(files.simulate(n_studies, size=size, seed=seed, half_with=("Pleural Effusion",))):
         files.write_picture(root / f"scans/{i:04d}.png", one.images["frontal"])
         effusion = {1.0: "yes", 0.0: "no", -1.0: "uncertain"}.get(one.labels["Pleural Effusion"], "")
-        rows.append({"image": f"scans/{i:04d}.png", "patient": f"P{one.patient.patient}", "view": one.projection,
-                     "impression": one.impression, "Effusion": effusion})  # fmt: skip
-    files.write_table(root / "studies.csv", rows)
+        yield "studies.csv", {"image": f"scans/{i:04d}.png", "patient": f"P{one.patient.patient}",
+                              "view": one.projection, "impression": one.impression, "Effusion": effusion}  # fmt: skip
