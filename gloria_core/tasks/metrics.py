@@ -102,6 +102,7 @@ def bootstrap_rows(
     count for any of its targets. `notes`: (K,) or (K, M), written beside the row. `columns`: name -> (K,) or (K, M),
     further columns; the macro has the mean over the targets that counted. `classes`: masks (n, K) of samples that the
     metrics compare, for instance the positives and the negatives.
+    The note also says where all resamples agree, so that the interval has no width and says nothing.
     NaN bounds, and the reason in the note: with fewer than `MIN_PATIENTS` patients among the samples that count, or
     `MIN_PER_CLASS` among those of a class; for a macro of such a target. Without `groups` a sample is a patient.
     `groups`, `n_bootstrap`, `seed`: see `resamples`.
@@ -154,6 +155,8 @@ def bootstrap_rows(
                 values, text = values[:0], "; ".join(part for part in (text, few[0]) if part)
             samples = counted[:, members, m]
             low, high = interval(values)
+            if low == high:
+                text = "; ".join(part for part in (text, "every resample gives this number") if part)
             row = {"target": target, "metric": metric, "value": point, "ci_low": low, "ci_high": high}
             row["n"] = int(samples.any(axis=1).sum())
             if classes:

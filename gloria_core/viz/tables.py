@@ -1,7 +1,8 @@
 """Tables as they are shown: rounded, counts without decimals, and "-" where something does not apply.
 
-A number without an interval reads "0.912 (-)": its metric has none, or there are too few patients for one
-(`tasks.metrics.MIN_PATIENTS` and `MIN_PER_CLASS`). The note of its line says which.
+A number without an interval reads "0.912 (-)": its metric has none, there are too few patients for one
+(`tasks.metrics.MIN_PATIENTS` and `MIN_PER_CLASS`), or every resample gives the same number, as where nothing was found
+in any image: an interval of no width would claim certainty. The note of its line says which.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ def _texts(column: pd.Series, digits: int | None) -> pd.Series:
 def with_interval(row: Mapping[str, Any], digits: int = 3, scale: float = 1.0) -> str:
     """ "0.912 (0.880-0.940)" of value, ci_low and ci_high; "0.912 (-)" without an interval, "-" without a value."""
     value, low, high = (f"{row[name] * scale:.{digits}f}" for name in ("value", "ci_low", "ci_high"))
-    return "-" if value == "nan" else f"{value} (-)" if low == "nan" else f"{value} ({low}-{high})"
+    unknown = pd.isna(row["ci_low"]) or row["ci_low"] == row["ci_high"]
+    return "-" if value == "nan" else f"{value} (-)" if unknown else f"{value} ({low}-{high})"
 
 
 def metric_table(

@@ -169,6 +169,13 @@ def test_bootstrap_rows_of_a_mean_by_hand(monkeypatch):
     assert rows.loc["a", ["ci_low", "ci_high"]].tolist() == pytest.approx(expected.tolist())
 
 
+def test_resamples_that_all_agree_are_named():
+    y = np.repeat([0.0, 1.0], 20)
+    perfect, noisy = (estimate(y, score) for score in (y, y + np.random.default_rng(0).normal(size=40)))
+    assert (perfect.ci_low, perfect.ci_high, perfect.note) == (1.0, 1.0, "every resample gives this number")
+    assert noisy.ci_low < noisy.ci_high and noisy.note == ""
+
+
 @pytest.mark.parametrize(("patients", "known"), [(2, False), (3, True)])
 def test_a_mean_over_few_patients_has_no_interval(patients, known):
     counted = np.ones((8, 2), dtype=bool)
@@ -189,7 +196,7 @@ def test_fewer_than_five_patients_of_a_class_give_no_interval(positive):
     assert np.isnan([few.ci_low, few.ci_high]).all() and few.note == "no interval: 4 of 5 needed patients of a class"
     y[8] = positive
     enough = estimate(y, score, groups=groups, n_bootstrap=50)
-    assert np.isfinite([enough.ci_low, enough.ci_high]).all() and enough.note == ""
+    assert np.isfinite([enough.ci_low, enough.ci_high]).all() and "no interval" not in enough.note
 
 
 def test_a_resample_that_lacks_a_target_is_dropped_or_averaged_over_the_others(monkeypatch):

@@ -28,6 +28,7 @@ def test_an_interval_that_is_not_there_is_a_dash():
     assert with_interval(row, 2) == "0.50 (0.25-0.75)" and with_interval(row, 0, 100) == "50 (25-75)"
     assert with_interval(row | {"ci_low": NAN, "ci_high": NAN}) == "0.500 (-)"
     assert with_interval(dict.fromkeys(row, NAN)) == "-"
+    assert with_interval({"value": 1.0, "ci_low": 1.0, "ci_high": 1.0}) == "1.000 (-)"  # no width is not certainty
 
 
 def test_lines_of_metric_rows_carry_counts_and_notes():
