@@ -234,6 +234,9 @@ def test_counts_are_metrics_rows(split):
     rows = split_counts(split).set_index(["split", "target", "metric"])
     train = split[split["split"] == "train"]
     assert rows.loc[("train", "all", "patients")].tolist() == [train["patient_id"].nunique(), len(train)]
+    known = train["Atelectasis"].notna().sum()
+    assert rows.loc[("train", "Atelectasis", "positives")].tolist() == [(train["Atelectasis"] == 1).sum(), known]
+    assert known < len(train)
     n = (train["meta_source"] == "B").sum()
     assert rows.loc[("train", "source B", "studies")].tolist() == [n, n]
     assert rows.loc[("all", "leak patients in train and test", "studies")].tolist() == [7, len(split)]
