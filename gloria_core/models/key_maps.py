@@ -17,6 +17,8 @@ Rules = tuple[tuple[str, str], ...]  # regular expressions, and what they become
 Named = dict[str, tuple[str, Tensor]]
 # What may stand before all names of a file that holds one network.
 PREFIXES = ("", "model.", "encoder.", "backbone.", "trunk.", "resnet.", "vit.", "swin.")
+# What reads the image, whose second axis is its channels, in timm's names.
+FIRST_FILTERS = {"conv1.weight", "features.conv0.weight", "conv_stem.weight", "patch_embed.proj.weight"}
 # What an encoder has no place for: classifiers, poolers, and tables of counting numbers.
 NO_WEIGHTS = re.compile(
     r"(fc|head|heads|head_dist|classifier|pooler|last_linear)\..*|.*\.(relative_position_index|attn_mask|position_ids)"

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from parity_kit import Tolerance, call, golden_params, gradient, load, read_json, text_batch
+from small_files import published_names
 from transformers import BertConfig
 
 from gloria_core.checkpoints.layouts import mgca
@@ -16,17 +17,6 @@ from gloria_core.models.weights import WeightsError
 from gloria_core.objectives.mgca import sinkhorn
 
 CASES = ("batch", "batch_full")
-PUBLISHED_NAMES = {
-    "image_encoder.trunk.": "img_encoder_q.model.",
-    "objective.image_head.": "img_encoder_q.global_embed.head.",
-    "objective.region_head.": "img_encoder_q.local_embed.head.",
-    "text_encoder.bert.": "text_encoder_q.model.",
-    "objective.text_head.": "text_encoder_q.global_embed.head.",
-    "objective.word_head.": "text_encoder_q.local_embed.head.",
-    "objective.prototypes.": "prototype_layer.",
-    "objective.word_attention.": "word_local_atten_layer.",
-    "objective.patch_attention.": "patch_local_atten_layer.",
-}
 check = Tolerance(rtol=1e-4, atol=5e-6)  # as the folders' README says
 
 
@@ -213,11 +203,7 @@ def small_model(**options):
 
 def write(path, model, stored, *, changes=()):
     """The model's tensors under the published names, without token types, with 1x1 convolutions in the token heads."""
-    state = {}
-    for name, value in model.state_dict().items():
-        theirs = next(old + name.removeprefix(new) for new, old in PUBLISHED_NAMES.items() if name.startswith(new))
-        if "token_type" not in theirs:
-            state[theirs] = value[..., None] if "local_embed.head" in theirs and value.ndim == 2 else value
+    state = published_names(model, "mgca")
     for old, new in changes:
         state = {name.replace(old, new): value for name, value in state.items()}
     torch.save({"state_dict": state, "hyper_parameters": stored, "pytorch-lightning_version": "1.5.10"}, path)

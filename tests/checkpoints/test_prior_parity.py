@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from parity_kit import Tolerance, call, golden_params, load, read_json, text_batch
+from small_files import published_names
 from transformers import BertConfig
 
 from gloria_core.checkpoints import native
@@ -234,39 +235,13 @@ def small():
     )
     text = BertConfig(vocab_size=40, hidden_size=64, num_hidden_layers=1, num_attention_heads=1, intermediate_size=96)
     model = assemble(config, text, None).eval()
-    tensors = {theirs_of(name): value for name, value in model.state_dict().items()}
+    tensors = published_names(model, "prior")
     for name in ("text_encoder.encoder", "sentence_decoder"):
         tensors[f"{name}.embeddings.position_ids"] = torch.arange(512)[None]
     for name in ("global_text_projection", "text_encoder.encoder.pooler.dense"):
         tensors |= {f"{name}.weight": torch.zeros(64, 64), f"{name}.bias": torch.zeros(64)}
     tensors["sentence_decoder.embeddings.word_embeddings.weight"] = torch.zeros(40, 64)
     return model, tensors
-
-
-def theirs_of(name):
-    """The published name of one of our tensors."""
-    if found := re.match(r"objective\.image_decoder\.blocks\.(\d)\.(\d)\.", name):
-        block, layer = int(found[1]), int(found[2])
-        return f"image_decoder.blocks.{block}.conv{1 + layer // 3}.{layer % 3}." + name[found.end() :]
-    names = {
-        "image_encoder.trunk.": "image_encoder.encoder.",
-        "text_encoder.bert.": "text_encoder.encoder.",
-        "objective.image_heads.pool.": "image_encoder.atten_pool.",
-        "objective.cross_attention.": "local_cross_attention.",
-        "objective.predictor.": "predictor.",
-        "objective.text_pool.": "global_text_attention.",
-        "objective.bank.prototypes": "sentence_bank.embed.weight",
-        "objective.report_decoder.bert.": "sentence_decoder.",
-        "objective.image_decoder.head.": "image_decoder.output_head.0.",
-        "objective.image_heads.whole.": "global_image_projection.",
-        "objective.image_heads.local.": "local_image_projection.",
-        "objective.text_head.": "local_text_projection.",
-        "objective.report_decoder.queries": "prototype_queries",
-        "objective.logit_scale": "logit_scale",
-        "objective.local_logit_scale": "local_logit_scale",
-    }
-    ours = next(ours for ours in names if name.startswith(ours))
-    return names[ours] + name.removeprefix(ours)
 
 
 def same(model, other):

@@ -158,3 +158,15 @@ def test_published_tensors_fit(folder, prefix, name):
         published, _ = timm_names({key: (key, torch.empty(shape)) for key, (shape, _) in keys.items()})
         ours = ImageEncoder(name).trunk.state_dict()
     assert {key: value.shape for key, (_, value) in published.items()} == {k: v.shape for k, v in ours.items()}
+
+
+def test_filters_of_one_channel_are_spread_over_three(tmp_path):
+    """PRIOR's ResNet-50 reads one channel; three equal ones give the same."""
+    gray = ImageEncoder("resnet18", in_channels=1).eval()
+    torch.save(gray.trunk.state_dict(), tmp_path / "gray.pth")
+    pixels = torch.rand(2, 1, 64, 64)
+    with torch.no_grad():
+        wanted = gray(pixels).pooled
+        for channels in (1, 3):
+            loaded = ImageEncoder("resnet18", weights=str(tmp_path / "gray.pth"), in_channels=channels).eval()
+            torch.testing.assert_close(loaded(pixels.expand(-1, channels, -1, -1)).pooled, wanted)

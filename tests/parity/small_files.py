@@ -1,4 +1,4 @@
-"""Small whole models in the papers' file formats: the published names and containers, other widths and seeded values."""
+"""Small whole models in the papers' file formats: published names and containers, other widths, seeded values."""
 
 from __future__ import annotations
 
@@ -105,7 +105,10 @@ def write(kind: str, path: Path, *, vocabulary: int) -> Path:
     if kind == "gloria":
         return lightning_file.write(path, tensors, lightning_file.CONFIG)
     content = {
-        "gloria_extended": {"model_state_dict": {n.removeprefix("gloria."): v for n, v in tensors.items()}, "epochs": 4},
+        "gloria_extended": {
+            "model_state_dict": {n.removeprefix("gloria."): v for n, v in tensors.items()},
+            "epochs": 4,
+        },
         "mgca_convirt": {"state_dict": {name.replace("_q.", "."): value for name, value in tensors.items()}},
         "prior": tensors,
         "cxr_clip_resnet": {"model": tensors, "config": {"base": {"image_size": 64}}, "epoch": 1},

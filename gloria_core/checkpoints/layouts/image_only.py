@@ -31,7 +31,7 @@ from gloria_core.checkpoints.layouts import base
 from gloria_core.checkpoints.layouts.base import TRUNK, Layout, Stored, Translation
 from gloria_core.checkpoints.model import ConfigError
 from gloria_core.models.image_encoder import ImageEncoder
-from gloria_core.models.key_maps import Named, is_one_network, network_name, timm_names
+from gloria_core.models.key_maps import FIRST_FILTERS, Named, is_one_network, network_name, timm_names
 
 ENCODER = "image encoder alone (torchvision, timm, transformers)"
 CLASSIFIER = "fine-tuned classifier (GLoRIA, gloria-Extended, CXR-CLIP, MGCA)"
@@ -116,8 +116,8 @@ def _unet(tensors: Mapping[str, Tensor], stored: Stored) -> Translation:
 
 def _input_channels(named: Named, prefix: str) -> dict[str, int]:
     """Channels of the images that the network reads, as its argument."""
-    firsts = ("conv1.weight", "features.conv0.weight", "conv_stem.weight", "patch_embed.proj.weight")
-    return {"in_channels": next(named[prefix + name][1].shape[1] for name in firsts if prefix + name in named)}
+    firsts = (prefix + name for name in FIRST_FILTERS)
+    return {"in_channels": next(named[name][1].shape[1] for name in firsts if name in named)}
 
 
 LAYOUTS = (
