@@ -2,30 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import segmentation_models_pytorch as smp
 import torch
 from torch import Tensor, nn
 
-from gloria_core.data.images import Norm
 from gloria_core.models.image_encoder import ImageEncoder
-
-
-@dataclass(frozen=True)
-class Pixels:
-    """How images are prepared for a network, by default as GLoRIA does.
-
-    Attributes:
-        channels, norm: see `to_tensor`.
-        crop: side of the centre crop in pixels.
-        image_size: side of the padded square that is cropped; 0 where it is not known.
-    """
-
-    channels: int = 3
-    norm: Norm = "half"
-    crop: int = 224
-    image_size: int = 0
 
 
 class StandardisedLinear(nn.Module):
@@ -36,13 +17,10 @@ class StandardisedLinear(nn.Module):
 
     def __init__(self, width: int, classes: int) -> None:
         super().__init__()
-        for name, shape, dtype in (
-            ("mean", (width,), torch.float32),
-            ("scale", (width,), torch.float32),
-            ("weights", (classes, width), torch.float64),
-            ("bias", (classes,), torch.float64),
-        ):
-            self.register_buffer(name, torch.zeros(shape, dtype=dtype))
+        for name in ("mean", "scale"):
+            self.register_buffer(name, torch.zeros(width))
+        self.register_buffer("weights", torch.zeros(classes, width, dtype=torch.float64))
+        self.register_buffer("bias", torch.zeros(classes, dtype=torch.float64))
 
     def forward(self, pooled: Tensor) -> Tensor:
         return ((pooled.float() - self.mean) / self.scale).double() @ self.weights.T + self.bias

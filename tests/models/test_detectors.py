@@ -220,8 +220,6 @@ def test_anchors_grow_with_the_image(encoder):
 def test_errors(encoder, pixels):
     with pytest.raises(ValueError, match="multiple of 32"):
         RetinaDetector(encoder, classes=1, side=88)
-    with pytest.raises(ValueError, match="batch_norm"):
-        RetinaDetector(encoder, classes=1, side=64, batch_norm="off")
     with pytest.raises(ValueError, match="width"):
         RetinaDetector(encoder, classes=1, side=64, width=30)
     with pytest.raises(ValueError, match=r"strides 2, 4, 8, 16 and 32.*'swin_tiny'"):

@@ -12,14 +12,14 @@ from notebook_cells import CellError, run_notebook
 from torchvision.models import resnet18
 
 import gloria_core
-from gloria_core.checkpoints.image_models import ImageClassifier, Pixels
+from gloria_core.checkpoints.image_models import ImageClassifier
 from gloria_core.checkpoints.model import VisionLanguageModel
 from gloria_core.data.dataset import open_dataset, save_dataset
 from gloria_core.data.images import read_gray
 from gloria_core.models.detection import RetinaDetector
 from gloria_core.models.image_encoder import ImageEncoder
 from gloria_core.models.weights import WeightsError
-from gloria_core.tasks.finetuned import NETWORKS, FineTuned, as_finetuned, open_model
+from gloria_core.tasks.finetuned import NETWORKS, FineTuned, Use, as_finetuned, open_model
 
 FEW = {"n_bootstrap": 5}
 NOTEBOOKS = {
@@ -79,7 +79,7 @@ def test_a_kept_model_has_the_scores_that_its_run_reported(name, study, trained,
     assert all(metric.startswith("finetuned_") for metric in left)
     loaded = gloria_core.load(path, map_location="cpu")
     assert isinstance(loaded, FineTuned)
-    assert (loaded.run_id, loaded.label_fraction, loaded.training) == (trained[name].name, 1.0, False)
+    assert (loaded.config.run_id, loaded.config.label_fraction, loaded.training) == (trained[name].name, 1.0, False)
 
 
 def test_the_fine_tuned_classifier_too(study, trained, tmp_path):
@@ -131,7 +131,7 @@ def test_boxes_come_back_in_the_pixels_of_the_file(monkeypatch):
 
     monkeypatch.setitem(NETWORKS, "retinanet", Everything)
     network = Everything(ImageEncoder("resnet_tiny"), classes=1, side=64, width=16)
-    made = FineTuned(network, labels=["A"], config=Pixels(crop=64, image_size=64))
+    made = FineTuned(network, Use(labels=["A"], crop=64, image_size=64))
     (row,) = made.predict([np.zeros((200, 100), np.uint8)]).to_dict("records")
     assert [row[name] for name in ("x", "y", "width", "height")] == pytest.approx([0, 0, 100, 200])
 
@@ -198,7 +198,7 @@ def test_what_the_loaders_of_gloria_return_can_be_saved(tmp_path):
             torch.testing.assert_close(again(pixels), model(pixels), rtol=1e-3, atol=1e-4)
         assert list(tmp_path.iterdir()) == [path]
     again = gloria_core.load(gloria_core.save(tmp_path / "b.pt", classifier), map_location="cpu")
-    assert not again.labels and len(again.predict([np.zeros((70, 50), np.uint8)])) == 2
+    assert not again.config.labels and len(again.predict([np.zeros((70, 50), np.uint8)])) == 2
 
 
 # -------------------------------------------------------------------------------------------------------- errors

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gloria_core.checkpoints.image_models import ImageClassifier, Pixels, unet
+from gloria_core.checkpoints.image_models import ImageClassifier, unet
 from gloria_core.checkpoints.layouts import base
 from gloria_core.checkpoints.layouts.base import TRUNK, Layout, Stored, Translation
 from gloria_core.checkpoints.model import ConfigError
@@ -97,11 +97,10 @@ def _classifier(tensors: Mapping[str, Tensor], stored: Stored) -> Translation:
         ours[(places.get(layer, layer) + dot + leaf).replace(TRUNK, "img_encoder.trunk.", 1)] = pair
     # CXR-CLIP prepares images for a ResNet as ImageNet's are
     imagenet = any(theirs.startswith("image_encoder.resnet.") for theirs in tensors)
-    pixels = Pixels(_input_channels(named, TRUNK)["in_channels"], "imagenet" if imagenet else "half")
 
     def network() -> ImageClassifier:
         made = ImageClassifier(encoder(), classes, hidden_dim=hidden if norm else 0)
-        made.pixels = pixels
+        made.pixels = {"norm": "imagenet" if imagenet else "half"}
         return made
 
     return Translation(CLASSIFIER, network, ours, ignored)
