@@ -53,9 +53,7 @@ def decode_rle(text: str | float, height: int, width: int) -> NDArray[np.bool_]:
     if (counts < 0).any():
         raise RleError("runs overlap or are out of order; are they starts and lengths, as in other contests?")
     if total > size:
-        raise RleError(
-            f"a run ends at pixel {total}, the image has {height} x {width} = {size}; are the runs gaps and lengths?"
-        )
+        raise RleError(f"a run ends at pixel {total} of {height} x {width} = {size}; are these gaps and lengths?")
     flat = np.repeat(np.arange(len(counts) + 1) % 2 == 1, np.append(counts, size - total))
     return flat.reshape(width, height).T.copy()
 
@@ -86,10 +84,8 @@ def read_mask(root: Path, path: str, *, shape: tuple[int, int], where: str) -> N
     except ImageError as error:
         raise ManifestError(f"{where}, column 'masks': {error}") from None
     if mask.shape != tuple(shape):
-        raise ManifestError(
-            f"{where}, column 'masks': {path} has {mask.shape[0]} x {mask.shape[1]} pixels, its image "
-            f"{shape[0]} x {shape[1]}; a mask is drawn on the pixels of its image file"
-        )
+        sizes = f"has {mask.shape[0]} x {mask.shape[1]} pixels, its image {shape[0]} x {shape[1]}"
+        raise ManifestError(f"{where}, column 'masks': {path} {sizes}; draw it on the pixels of its image file")
     return mask
 
 
@@ -106,9 +102,8 @@ def write_mask(root: Path, path: str, make: Callable[[], NDArray[np.bool_]]) -> 
             atomic_write(target, content.getvalue())
             (target.parent / DRAWN).touch()
     except OSError as error:
-        raise ManifestError(
-            f"{target} cannot be written ({error.strerror}); let the root be writable, or use masks=False"
-        ) from error
+        remedy = "let the root be writable, or use masks=False"
+        raise ManifestError(f"{target} cannot be written ({error.strerror}); {remedy}") from error
     return path
 
 

@@ -143,10 +143,9 @@ class ImageCache:
         if len(bad) == len(paths):
             raise ImageError(f"none of the {len(paths)} images under {root} can be used: {next(iter(bad.values()))}")
         if bad and on_error == "raise":
-            raise ImageError(
-                f"{len(bad)} of {len(paths)} images under {root} cannot be used:\n{listed(_failures(frame, bad))}\n"
-                "Repair them and build again (what is done is kept), or use on_error='exclude'."
-            )
+            remedy = "Repair them and build again (what is done is kept), or use on_error='exclude'."
+            which = f"{listed(_failures(frame, bad))}\n{remedy}"
+            raise ImageError(f"{len(bad)} of {len(paths)} images under {root} cannot be used:\n{which}")
         content = json.dumps({"format": FORMAT, "size": size, "behavior": BEHAVIOR, "paths": paths, "bad": bad})
         if not index.exists() or index.read_text() != content:
             atomic_write(index, content)
@@ -244,10 +243,8 @@ def require_shards(frame: pd.DataFrame, folder: str | Path, size: int) -> None:
     if not file.is_file():
         others = len(list(Path(folder).glob("*.u8")))
         there = f"it holds {others} caches of other images, sizes or options" if others else "it is empty or missing"
-        raise CacheError(
-            f"{folder} has no shard of these images at {size} pixels ({there}); make shards with {COMMAND} "
-            f"--size {size} and the dataset's options, or give no shards"
-        )
+        remedy = f"make shards with {COMMAND} --size {size} and the dataset's options, or give no shards"
+        raise CacheError(f"{folder} has no shard of these images at {size} pixels ({there}); {remedy}")
 
 
 def _row_type(size: int) -> np.dtype:

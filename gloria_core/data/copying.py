@@ -31,10 +31,8 @@ def copy_studies(frame: pd.DataFrame, root: str | Path, target: str | Path, *, l
     files = sorted(masks.union(*(cell.split(";") for cell in rows["images"])))
     missing = [file for file in files if not (root / file).is_file()]
     if missing:
-        raise ManifestError(
-            f"{len(missing)} of {len(files)} files are not below {root}: {_shown(missing)}; "
-            "complete the download, or take these studies off the list"
-        )
+        remedy = "complete the download, or take these studies off the list"
+        raise ManifestError(f"{len(missing)} of {len(files)} files are not below {root}: {_shown(missing)}; {remedy}")
     manifest = target / "manifest.csv"
     if manifest.is_file():
         there = set(pd.read_csv(manifest, dtype=str, usecols=["study_id"])["study_id"])
@@ -52,23 +50,17 @@ def _named(frame: pd.DataFrame, listed: pd.DataFrame) -> set[str]:
     if column is None:
         names = ", ".join(map(str, listed))
         raise ManifestError(f"the list has the columns {names}; it needs one of {', '.join(LISTS)}")
-    names = list(dict.fromkeys(listed[column].dropna().astype(str)))
+    names = list(dict.fromkeys(name for cell in listed[column].dropna().astype(str) for name in cell.split(";")))
     if not names:
         raise ManifestError(f"column {column!r} of the list is empty")
-    if column == "study_id":
-        owners = {study: [study] for study in frame["study_id"]}
-    else:
-        names = list(dict.fromkeys(";".join(names).split(";")))
-        owners = _by_path(frame, names)
+    owners = {study: [study] for study in frame["study_id"]} if column == "study_id" else _by_path(frame, names)
     unknown = [name for name in names if not owners.get(name)]
     if unknown:
         raise ManifestError(f"{len(unknown)} of {len(names)} names of the list are no {column} here: {_shown(unknown)}")
     several = [name for name in names if len(owners[name]) > 1]
     if several:
-        raise ManifestError(
-            f"{len(several)} paths of the list name several studies: {_shown(several)}; give more of the path, "
-            "or a list of study_id"
-        )
+        remedy = "give more of the path, or a list of study_id"
+        raise ManifestError(f"{len(several)} paths of the list name several studies: {_shown(several)}; {remedy}")
     return {owners[name][0] for name in names}
 
 

@@ -80,10 +80,8 @@ class PreparedDataset:
         named = test & (self.frame[column].astype(str) == value)
         if not 0 < named.sum() < test.sum():
             values = ", ".join(sorted(set(map(str, self.frame[column][test])))[:8])
-            raise ManifestError(
-                f"rule {rule!r} names {named.sum()} of {test.sum()} test studies; it must name some and leave some. "
-                f"{column!r} of the test studies is one of: {values}"
-            )
+            remedy = f"it must name some and leave some; {column!r} of the test studies is one of: {values}"
+            raise ManifestError(f"rule {rule!r} names {named.sum()} of {test.sum()} test studies: {remedy}")
         return self.frame[~named]
 
     def test_sets(self, exclude: str = "") -> dict[str, pd.DataFrame]:

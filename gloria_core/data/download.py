@@ -59,8 +59,6 @@ def fetch(
         raise DownloadError(f"{url}: {done} of {total} bytes arrived in {part}; call again to resume")
     if sha256 is not None and (actual := file_hash(part, digits=64)) != sha256:
         part.unlink()
-        raise DownloadError(
-            f"{url}: the SHA-256 is {actual}, it should be {sha256}; removed, try again or another mirror"
-        )
+        raise DownloadError(f"{url}: the SHA-256 is {actual} and not {sha256}; removed, try again or another mirror")
     part.replace(path)
     return path

@@ -152,10 +152,8 @@ class Geometry:
 
     def _check_shape(self, image: NDArray) -> None:
         if image.shape != (self.height, self.width):
-            raise ValueError(
-                f"the array is {image.shape}, this geometry was made for {(self.height, self.width)} (height, width): "
-                "make one with Geometry.fit(*array.shape, size)"
-            )
+            fault = f"the array is {image.shape}, this geometry is of {(self.height, self.width)} (height, width)"
+            raise ValueError(f"{fault}: make one with Geometry.fit(*array.shape, size)")
 
 
 def _half_covered(mask: NDArray[np.bool_], height: int, width: int) -> NDArray[np.bool_]:

@@ -216,9 +216,8 @@ def _decode_dicom(data: bytes, name: str | Path) -> NDArray[np.uint8]:
     if not any(keyword in dataset for keyword in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
         if "Rows" in dataset or "Image" in kind or not len(dataset):  # pydicom drops an element without an end
             raise ImageError(f"{name}: truncated DICOM, or without pixels (it ends before or in them): {_COPY_AGAIN}")
-        raise ImageError(
-            f"{name}: a DICOM file without an image ({kind or 'no PixelData, or cut before it'}): leave its study out"
-        )
+        kind = kind or "no PixelData, or cut before it"
+        raise ImageError(f"{name}: a DICOM file without an image ({kind}): leave its study out")
     if not dataset.file_meta.get("TransferSyntaxUID"):
         implicit, little = dataset.original_encoding
         explicit = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
@@ -234,17 +233,13 @@ def _decode_dicom(data: bytes, name: str | Path) -> NDArray[np.uint8]:
     except Exception as error:
         cause, syntax = _one_line(error), dataset.file_meta.TransferSyntaxUID.name
         if re.search("missing dependencies|does not support|no available|not supported", cause):
-            raise ImageError(
-                f"{name}: pixels in DICOM transfer syntax {syntax!r}, without a decoder here ({cause}): "
-                "install 'pylibjpeg[all]', or convert the file to an uncompressed syntax"
-            ) from error
+            fault, remedy = f"{syntax!r}, without a decoder here", "install 'pylibjpeg[all]', or decompress the file"
+            raise ImageError(f"{name}: pixels in DICOM transfer syntax {fault} ({cause}): {remedy}") from error
+        state = "damaged DICOM, or a header that does not fit it"
         if isinstance(error, NotImplementedError | RuntimeError):
-            raise ImageError(
-                f"{name}: damaged pixels in DICOM transfer syntax {syntax!r} ({cause}): {_COPY_AGAIN}"
-            ) from error
-        state = (
-            "truncated DICOM" if "less than expected" in cause else "damaged DICOM, or a header that does not fit it"
-        )
+            state = f"damaged pixels in DICOM transfer syntax {syntax!r}"
+        elif "less than expected" in cause:
+            state = "truncated DICOM"
         raise ImageError(f"{name}: {state} ({cause}): {_COPY_AGAIN}") from error
     if frames != 1:
         raise ImageError(f"{name}: {frames} frames in one file: export the one that is the radiograph")
@@ -253,10 +248,8 @@ def _decode_dicom(data: bytes, name: str | Path) -> NDArray[np.uint8]:
     try:
         return _as_shown(stored, dataset)
     except Exception as error:
-        raise ImageError(
-            f"{name}: the pixels are whole, but an element that says how to show them cannot be used "
-            f"({_one_line(error)}): correct or remove it"
-        ) from error
+        fault = f"the pixels are whole, but an element of their display cannot be used ({_one_line(error)})"
+        raise ImageError(f"{name}: {fault}: correct or remove it") from error
 
 
 def _as_shown(stored: NDArray, dataset: Dataset) -> NDArray[np.uint8]:

@@ -377,10 +377,8 @@ def _canonical(frame: pd.DataFrame, source: str) -> pd.DataFrame:
     """
     missing = [name for name in FIXED if name not in frame.columns]
     if missing:
-        raise ManifestError(
-            f"{source}: row 1 (the header) lacks column {', '.join(map(repr, missing))}; "
-            f"add it (cells may be empty for findings, impression, boxes, masks). Required: {', '.join(FIXED)}"
-        )
+        remedy = f"add it (findings, impression, boxes and masks may be empty). Required: {', '.join(FIXED)}"
+        raise ManifestError(f"{source}: row 1 (the header) lacks column {', '.join(map(repr, missing))}; {remedy}")
     if frame.empty:
         raise ManifestError(f"{source}: the manifest has no rows; it needs at least one study below the header")
     labels = label_columns(frame)

@@ -135,10 +135,8 @@ def split_warnings(frame: pd.DataFrame, *, batch_size: int = 32) -> list[str]:
     if 0 < len(valid) < 4:
         warnings.append(f"{len(valid)} validation studies: do not choose settings by a loss over so few.")
     if moved := frame.attrs.get("moved_to_test"):
-        warnings.append(
-            f"{moved} patients were moved to test, because they have boxes and boxes are for testing; "
-            "split_rule='published' keeps the owner's split."
-        )
+        reason = "they have boxes and boxes are for testing; split_rule='published' keeps the owner's split"
+        warnings.append(f"{moved} patients were moved to test, because {reason}.")
     for kind in ("boxes", "masks"):
         marked = frame["split"][frame[kind] != ""] if kind in frame else train["split"].iloc[:0]
         if len(marked) and "train" not in set(marked):
@@ -154,10 +152,8 @@ def split_warnings(frame: pd.DataFrame, *, batch_size: int = 32) -> list[str]:
             some = ", ".join(one_class[:4]) + (", ..." if len(one_class) > 4 else "")
             use = "scored there" if name == "test" else "learned there"
             use += "; take a larger label fraction" if name in subsets else ""
-            warnings.append(
-                f"In {name} (n = {len(part)}) {len(one_class)} of {len(findings)} labels are positive in no study or "
-                f"in every one, and cannot be {use}: {some}."
-            )
+            which = f"{len(one_class)} of {len(findings)} labels are positive in no study or in every one"
+            warnings.append(f"In {name} (n = {len(part)}) {which}, and cannot be {use}: {some}.")
     return warnings
 
 

@@ -92,10 +92,10 @@ def load_tokenizer(name_or_path: str | Path, *, lowercase: bool = True) -> PreTr
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(path if path.is_dir() else name_or_path), **options)
         except (OSError, ValueError) as error:
+            cause = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else type(error).__name__
+            fault = f"no tokenizer '{name_or_path}': no local folder or file, and not given by the hub ({cause})"
             raise TokenizerError(
-                f"no tokenizer '{name_or_path}': it is no local folder or file, and the hub did not give it "
-                f"({'HF_HUB_OFFLINE is set' if os.environ.get('HF_HUB_OFFLINE') else type(error).__name__}). "
-                "Give a local folder with the model's tokenizer files, or its vocab.txt"
+                f"{fault}; give a folder with the model's tokenizer files, or its vocab.txt"
             ) from error
     missing = [key for key in ("cls_token", "sep_token", "pad_token", "unk_token") if getattr(tokenizer, key) is None]
     if missing or not tokenizer.is_fast:

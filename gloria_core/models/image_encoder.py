@@ -123,10 +123,8 @@ class ImageEncoder(nn.Module):
     def pyramid_widths(self) -> list[int]:
         """Channels of the five feature maps. Raises ValueError for a network without them."""
         if not self.has_pyramid:
-            raise ValueError(
-                f"feature maps at strides 2, 4, 8, 16 and 32 are needed, and the image encoder {self.name!r} has none: "
-                "use a checkpoint with a ResNet, densenet121 or efficientnet_lite0"
-            )
+            fault = f"the image encoder {self.name!r} has no feature maps at strides 2, 4, 8, 16 and 32"
+            raise ValueError(f"{fault}: use a checkpoint with a ResNet, densenet121 or efficientnet_lite0")
         return [stage["num_chs"] for stage in self.trunk.feature_info]
 
     def pyramid(self, pixels: Tensor) -> list[Tensor]:
@@ -159,10 +157,8 @@ class ImageEncoder(nn.Module):
     def _vit_features(self, pixels: Tensor) -> ImageFeatures:
         batch, _, height, width = pixels.shape
         if height % PATCH or width % PATCH:
-            raise ValueError(
-                f"{self.name} needs sides that are multiples of {PATCH} pixels, got {height} x {width}; "
-                "crop the images or set resize_to"
-            )
+            fault = f"{self.name} needs sides that are multiples of {PATCH} pixels, got {height} x {width}"
+            raise ValueError(f"{fault}; crop the images or set resize_to")
         grid = (height // PATCH, width // PATCH)
         last_input: list[Tensor] = []
         attention = self.trunk.blocks[-1].attn
@@ -225,19 +221,16 @@ def _pretrained(name: str, weights: str) -> nn.Module:
             # no network, a refused proxy, a broken file; the hub's HTTP library has classes of its own
             if not isinstance(error, OSError | RuntimeError) and "httpx" not in type(error).__module__:
                 raise
-            raise WeightsError(
-                f"ImageNet weights of {name} ({TIMM_NAMES[name]}) could not be fetched ({first_line(error)}); {REMEDY}"
-            ) from error
+            fault = f"ImageNet weights of {name} ({TIMM_NAMES[name]}) could not be fetched"
+            raise WeightsError(f"{fault} ({first_line(error)}); {REMEDY}") from error
     trunk = _network(name)
     if weights == "random":
         return trunk
     if weights.startswith(PACKAGE):
         package = weights.removeprefix(PACKAGE)
         if (name, package) != ("efficientnet_lite0", LITE_PACKAGE):
-            raise WeightsError(
-                f"package {package!r} has no known weights for {name!r}; "
-                f'known: image encoder "efficientnet_lite0" with weights "{PACKAGE}{LITE_PACKAGE}"'
-            )
+            known = f'image encoder "efficientnet_lite0" with weights "{PACKAGE}{LITE_PACKAGE}"'
+            raise WeightsError(f"package {package!r} has no known weights for {name!r}; known: {known}")
         tensors = read_tensors(package_folder(package, LITE_FILE) / LITE_FILE)
         # the package has the names of another implementation; order and shapes are timm's
         tensors = {name: value for name, value in tensors.items() if not name.startswith("_fc.")}

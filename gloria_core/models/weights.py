@@ -59,14 +59,11 @@ def checked_file(path: str | Path) -> Path:
     with path.open("rb") as file:
         start = file.read(512).lstrip().lower()
     if start.startswith(b"version https://git-lfs"):
-        raise WeightsError(
-            f"{path} is a Git LFS pointer and not the weights: run `git lfs pull` in its repository, "
-            "or download the file itself"
-        )
+        remedy = "run `git lfs pull` in its repository, or download the file itself"
+        raise WeightsError(f"{path} is a Git LFS pointer and not the weights: {remedy}")
     if start.startswith((b"<!doctype html", b"<html", b"<?xml")):
-        raise WeightsError(
-            f"{path} is a web page (HTML) and not the weights, perhaps a sign-in or quota page: download the file again"
-        )
+        remedy = "it may be a sign-in or quota page, download the file again"
+        raise WeightsError(f"{path} is a web page (HTML) and not the weights: {remedy}")
     return path
 
 

@@ -118,8 +118,6 @@ class GlobalObjective(Objective):
         another stage than the pooled vector.
         """
         if images.regions.shape[-1] != images.pooled.shape[-1]:
-            raise NotImplementedError(
-                f"{type(self).__name__} projects the vectors of the last stage only: build the model with "
-                'region_stage="layer4"'
-            )
+            fault = f"{type(self).__name__} projects the last stage only"
+            raise NotImplementedError(f'{fault}: build the model with region_stage="layer4"')
         return self.image_head(images.regions), self.text_head(texts.words), texts.word_mask & ~texts.special_mask

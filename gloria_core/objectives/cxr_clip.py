@@ -98,10 +98,8 @@ class CXRCLIP(GlobalObjective):
         views, per_study = (1, 1) if batch is None else (batch.views, batch.texts_per_study)
         n_images, n_texts = len(images.pooled), len(texts.tokens)
         if n_images % views or n_texts % per_study or n_images // views != n_texts // per_study:
-            raise ValueError(
-                f"{n_images} images with {views} a study and {n_texts} texts with {per_study} a study are not the "
-                "same studies"
-            )
+            both = f"{n_images} images with {views} a study and {n_texts} texts with {per_study} a study"
+            raise ValueError(f"{both} are not the same studies")
         image, text = self.global_embeddings(images, texts)
         # one matrix a pair of views instead of B x B blocks of a larger one: every block is its own softmax
         image_views = image.unflatten(0, (-1, views)).unbind(1)

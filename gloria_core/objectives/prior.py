@@ -313,10 +313,8 @@ def gather_sentences(tokens: Tensor, numbers: Tensor, *, most: int | None = None
         count = count.clamp(max=most)
     fewest, width = torch.stack([count.min(), count.max()]).tolist()
     if fewest == 0:
-        raise ValueError(
-            f"texts {(count == 0).nonzero().flatten().tolist()} have no token in any sentence: this objective needs "
-            "sentence ids (`tokenize` makes them; ids without their text need `sentence_ids` of their own)"
-        )
+        empty = (count == 0).nonzero().flatten().tolist()
+        raise ValueError(f"texts {empty} have no token in any sentence: give sentence_ids (`tokenize` makes them)")
     table = (present.cumsum(dim=1) - 1).masked_fill(present == 0, -1)
     table = table.masked_fill(table >= width, -1)
     row = table.gather(1, index).masked_fill(~kept, -1)

@@ -89,7 +89,7 @@ def test_apply_pads_with_zeros_only_outside_the_content(behavior):
     inside = np.zeros((16, 16), bool)
     inside[g.top : g.top + g.new_height, g.left : g.left + g.new_width] = True
     assert (square == np.where(inside, 255, 0)).all()
-    with pytest.raises(ValueError, match="this geometry was made for"):
+    with pytest.raises(ValueError, match="this geometry is of"):
         g.apply(np.zeros((17, 30), np.uint8))
     with pytest.raises(ValueError, match="gray uint8"):
         g.apply(np.zeros((30, 17), np.float32))

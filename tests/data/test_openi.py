@@ -205,7 +205,7 @@ def test_a_whole_part_a_wrong_checksum_and_no_file(tmp_path, site):
     assert fetch(f"{url}/f", tmp_path / "f").read_bytes() == b"whole"
     (tmp_path / "g.part").write_bytes(b"longer than it")
     assert fetch(f"{url}/f", tmp_path / "g").read_bytes() == b"whole"
-    with pytest.raises(DownloadError, match=r"SHA-256 is .* it should be 00"):
+    with pytest.raises(DownloadError, match=r"SHA-256 is .* and not 00"):
         fetch(f"{url}/f", tmp_path / "h", sha256="00")
     assert not (tmp_path / "h").exists() and not (tmp_path / "h.part").exists()
     with pytest.raises(DownloadError, match="404"):

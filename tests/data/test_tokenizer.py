@@ -122,7 +122,7 @@ def test_load_from_folder_and_files(tmp_path):
 def test_loading_names_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(TokenizerError, match=r"HF_HUB_OFFLINE.*local folder.*vocab\.txt"):
+    with pytest.raises(TokenizerError, match=r"HF_HUB_OFFLINE.*give a folder.*vocab\.txt"):
         load_tokenizer("nobody/absent-model-of-no-name")
     with pytest.raises(TokenizerError, match="neither"):
         load_tokenizer(tmp_path)
