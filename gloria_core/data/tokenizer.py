@@ -94,9 +94,7 @@ def load_tokenizer(name_or_path: str | Path, *, lowercase: bool = True) -> PreTr
         except (OSError, ValueError) as error:
             cause = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else type(error).__name__
             fault = f"no tokenizer '{name_or_path}': no local folder or file, and not given by the hub ({cause})"
-            raise TokenizerError(
-                f"{fault}; give a folder with the model's tokenizer files, or its vocab.txt"
-            ) from error
+            raise TokenizerError(f"{fault}; give a folder with tokenizer files, or a vocab.txt") from error
     missing = [key for key in ("cls_token", "sep_token", "pad_token", "unk_token") if getattr(tokenizer, key) is None]
     if missing or not tokenizer.is_fast:
         raise TokenizerError(f"{name_or_path} is no BERT-like fast tokenizer ({', '.join(missing) or 'no offsets'})")
