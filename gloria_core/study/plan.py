@@ -38,6 +38,8 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from gloria_core.data.files import atomic_write, content_hash
+from gloria_core.data.manifest import ManifestError
+from gloria_core.data.sources import check_folder
 from gloria_core.study import parameters as notebook_parameters
 from gloria_core.study.parameters import ParameterError, Parameters, unknown
 from gloria_core.study.paths import RUNS, STUDIES, repository_root
@@ -163,12 +165,18 @@ class Plan:
         atomic_write(self.folder / "plan.json", TypeAdapter(Plan).dump_json(self, indent=1))
 
     def check_data(self, runs: Sequence[PlannedRun]) -> None:
-        """Raise `StudyError` where one of `runs` reads a folder of radiographs that is not there."""
+        """Raise `StudyError` where one of `runs` reads a folder that is not there or lacks the tables of its dataset."""
         for run in runs:
             path, dataset = run.parameters.get("data_root"), run.parameters.get("dataset", "phantom")
-            if path is None or dataset == "phantom" or (path and (self.root / Path(path).expanduser()).is_dir()):
+            if path is None or dataset == "phantom":
                 continue
-            what = f"{path!r} is no folder (relative to {self.root})" if path else "no folder is given"
+            what = "no folder is given"
+            try:
+                if path:
+                    check_folder(dataset, self.root / Path(path).expanduser(), run.parameters.get("options", {}))
+                    continue
+            except ManifestError as error:
+                what = str(error)
             raise StudyError(
                 f"{run.notebook} reads the radiographs of {dataset}, but {what}: run it with "
                 f"`make study STUDY={self.study} DATA=/path`, with GLORIA_DATA=/path, or write data_root in {self.file}"

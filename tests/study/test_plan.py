@@ -212,13 +212,20 @@ def test_a_written_manifest_counts_whole_and_with_its_sources(make_study, tmp_pa
     assert len({first, second, load_study(file).runs[1].fingerprint}) == 3
 
 
-@pytest.mark.parametrize(("data_root", "message"), [("", "no folder is given"), ("/not/there", "'/not/there' is no f")])
+@pytest.mark.parametrize(
+    ("data_root", "message"), [("", "no folder is given"), ("/not/there", "nih: the root /not/there is not a f")]
+)
 def test_a_missing_data_folder_is_named_with_its_remedy(make_study, data_root, message):
     file = make_study(HEAD.replace("phantom", "nih"))
     plan = load_study(file, data_root=data_root)
     with pytest.raises(StudyError, match=f"radiographs of nih, but {message}.*make study STUDY=tiny DATA="):
         plan.check_data(plan.runs)
-    plan = load_study(file, data_root=str(file.parent))
+    folder = file.parent / "radiographs"
+    folder.mkdir()
+    plan = load_study(file, data_root=str(folder))
+    with pytest.raises(StudyError, match=r"(?s)radiographs of nih, but nih: .* lacks.*Data_Entry_2017.*DATA="):
+        plan.check_data(plan.runs)
+    (folder / "Data_Entry_2017.csv").touch()
     plan.check_data(plan.runs)
 
 

@@ -18,6 +18,7 @@ import pandas as pd
 from pydantic import validate_call
 
 from gloria_core.data.files import did_you_mean
+from gloria_core.data.raw_folder import RawFolder
 
 
 def vocabulary(dataset: str, name: str) -> Any:
@@ -37,6 +38,14 @@ def options_of(dataset: str) -> tuple[str, ...]:
         raise ValueError(f"Unknown dataset {dataset!r}.{hint} Available: {', '.join(available())}")
     function = importlib.import_module(f"{__name__}.{dataset}").prepare
     return tuple(inspect.signature(function).parameters)[1:]
+
+
+def check_folder(dataset: str, root: str | Path, options: Mapping[str, object]) -> None:
+    """Raise ManifestError where `root` is no folder, or lacks a table that the module of `dataset` names in NEEDS."""
+    folder = RawFolder(root, dataset)
+    # an option `table` names another
+    if dataset in available() and "table" not in options:
+        folder.require(getattr(importlib.import_module(f"{__name__}.{dataset}"), "NEEDS", {}))
 
 
 def prepare(dataset: str, root: str | Path, options: Mapping[str, object] | None = None) -> pd.DataFrame:

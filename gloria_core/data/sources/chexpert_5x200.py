@@ -13,8 +13,8 @@ import pandas as pd
 
 from gloria_core.data import raw_folder as raw
 from gloria_core.data.manifest import CHEXPERT_LABELS, COMPETITION_LABELS, ManifestError, OnError
+from gloria_core.data.sources.chexpert import NEEDS as CHEXPERT_NEEDS
 from gloria_core.data.sources.chexpert import (
-    NEEDS,
     TRAIN,
     locate,
     named_images,
@@ -52,7 +52,7 @@ def prepare(
     if given and folder.optional(TRAIN) is None:
         path, table = Path(given), _from_list(Path(given))
     else:
-        (path,) = folder.require({TRAIN: NEEDS[TRAIN]})
+        (path,) = folder.require({TRAIN: CHEXPERT_NEEDS[TRAIN]})
         home, table = path.parent, read_images(path)
         if given:
             table = _listed(table, Path(given), path)

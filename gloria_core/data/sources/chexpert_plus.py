@@ -18,6 +18,7 @@ from gloria_core.data.sources.mimic_cxr import unwrapped
 
 TABLE = "df_chexpert_plus_240401.csv"
 WHERE = "from https://stanfordaimi.azurewebsites.net (CheXpert Plus; log in, accept the agreement)"
+NEEDS = {TABLE: f"reports and metadata of 223,462 images, {WHERE}"}
 COLUMNS = {
     "path_to_image": raw.Column(
         "path",
@@ -60,7 +61,7 @@ def prepare(
     De-identification marks stay as the owner wrote them; wrapped lines are joined.
     """
     folder = raw.RawFolder(root, "CheXpert Plus")
-    (path,) = folder.require({TABLE: f"reports and metadata of 223,462 images, {WHERE}"})
+    (path,) = folder.require(NEEDS)
     table = named_images(path, "path_to_image", raw.read_table(path, COLUMNS, optional=OPTIONAL))
     for name in ("findings", "impression"):
         table[name] = [unwrapped(text) for text in table[name]]

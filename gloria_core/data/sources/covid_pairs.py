@@ -40,6 +40,7 @@ COLUMNS = {
     "lung_boxes": "lung_boxes",
     "lesion_masks": "lesions",
 }
+NEEDS = {"index.csv": "the table, beside images/"}
 OPTIONAL = {"width": "width", "height": "height"}
 
 
@@ -67,7 +68,7 @@ def prepare(
     images that are not there.
     """
     folder = raw.RawFolder(root, "covid_pairs")
-    (path,) = folder.require({"index.csv": "the table, beside images/"})
+    (path,) = folder.require(NEEDS)
     rows = raw.Rows(raw.read_table(path, COLUMNS, optional=OPTIONAL), source=path, cell=("id", "study_id"))
     rows.exclude_missing(folder.complete(rows.table["images"]), on_error, cell=("path", "images"))
     if not lateral:

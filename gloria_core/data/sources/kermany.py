@@ -14,7 +14,7 @@ from gloria_core.data import raw_folder as raw
 from gloria_core.data.manifest import ManifestError, OnError
 
 LABEL, MASK = "Pneumonia", "Lungs"
-NEEDS = {
+FOLDERS = {
     "train/": "of the owner's folder chest_xray/: train/NORMAL, train/PNEUMONIA (or index.csv of a re-packed folder)",
     "test/": "and test/NORMAL, test/PNEUMONIA",
 }
@@ -68,7 +68,7 @@ def _read_folders(folder: raw.RawFolder) -> pd.DataFrame:
     root = folder.root
     if (root / "chest_xray").is_dir() and not (root / "train").is_dir():
         raise ManifestError(f"kermany: {root} holds the folder chest_xray; give {root / 'chest_xray'} as the root")
-    folder.require(NEEDS)
+    folder.require(FOLDERS)
     rows = []
     for split in ("train", "val", "test"):
         for kind, label in KINDS.items():

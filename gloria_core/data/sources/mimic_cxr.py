@@ -146,6 +146,7 @@ def _report_texts(folder: raw.RawFolder, studies: pd.DataFrame) -> Iterator[tupl
 
 WHERE = "from https://physionet.org/content/mimic-cxr-jpg/ (credentialed access)"
 TABLE = "mimic-cxr-2*-{}.csv"
+NEEDS = {TABLE.format("metadata"): f"a row an image, {WHERE}", TABLE.format("split"): f"the official split, {WHERE}"}
 REPORTS = "mimic-cxr-reports.zip"
 TEXTS = ["findings", "impression", "last_paragraph"]
 SPLITS = {"train": "train", "validate": "valid", "test": "test"}
@@ -192,10 +193,8 @@ def prepare(
     on_error: "exclude" leaves out images and reports that are not there, and lists them in `attrs["excluded"]`.
     check_images: False skips the look at the image files.
     """
-    what = {"metadata": "a row an image", "split": "the official split", labels: "labels by study"}
-    needs = {TABLE.format(name): f"{text}, {WHERE}" for name, text in what.items()}
     folder = raw.RawFolder(root, "MIMIC-CXR-JPG")
-    metadata, official, labeler = folder.require(needs)
+    metadata, official, labeler = folder.require({**NEEDS, TABLE.format(labels): f"labels by study, {WHERE}"})
     rows = raw.Rows(_read_images(metadata, official), source=metadata, cell=("dicom_id", "dicom"))
     folder.named.update(rows.table["images"])
     rows.keep_views(views, known="known")

@@ -20,6 +20,7 @@ NIH_LABELS = tuple(vocabulary("nih", "labels"))
 NO_FINDING = "No Finding"
 LABELS = (*NIH_LABELS, NO_FINDING)
 TABLE = "Data_Entry_2017*.csv"
+NEEDS = {TABLE: "the labels, from https://nihcc.app.box.com/v/ChestXray-NIHCC"}
 BOXES = "BBox_List*.csv"
 LISTS = {"train_val_list.txt": "train", "test_list.txt": "test"}
 
@@ -94,7 +95,7 @@ def prepare(
         and height / 1024. Without a box table there are no boxes.
     """
     folder = raw.RawFolder(root, "nih")
-    (path,) = folder.require({TABLE: "the labels, from https://nihcc.app.box.com/v/ChestXray-NIHCC"})
+    (path,) = folder.require(NEEDS)
     rows = raw.Rows(read_entries(path), source=path, cell=("Image Index", "image"))
     homes = sorted(home.name for home in root.glob("images*") if home.is_dir())
     homes += [f"{name}/images" for name in homes]

@@ -21,6 +21,8 @@ MASKS = "masks_object_cxr"
 HOW = "github.com/hlk-1135/object-CXR (link to the archive there)"
 TABLES = {"train.csv": "train", "dev.csv": "test"}
 
+NEEDS = {name: f"the shapes of the {split} images; {HOW}" for name, split in TABLES.items()}
+
 Shape = tuple[int, list[float]]
 
 
@@ -43,7 +45,7 @@ def prepare(
     on_error="exclude" leaves out images that are not there and lists them in `attrs["excluded"]`.
     """
     folder = raw.RawFolder(root, "object_cxr")
-    paths = folder.require({name: f"the shapes of the {split} images; {HOW}" for name, split in TABLES.items()})
+    paths = folder.require(NEEDS)
     parts = zip(paths, TABLES.items(), strict=True)
     table = pd.concat([_read(path, folder, name[:-4]).assign(split=split) for path, (name, split) in parts])
     if split_rule == "published":

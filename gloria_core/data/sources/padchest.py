@@ -16,6 +16,7 @@ from gloria_core.data.sources import vocabulary
 
 NAME = "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv"
 WHERE = "from https://bimcv.cipf.es/bimcv-projects/padchest/ (request form)"
+NEEDS = {NAME: f"labels of 160,861 images, {WHERE}"}
 # Label columns, and the owner's findings (blanks around them are ignored) that count for each
 LABELS = vocabulary("padchest", "labels")
 VIEWS = {"PA": "PA", "AP": "AP", "AP_horizontal": "AP", "L": "LATERAL"}
@@ -51,7 +52,7 @@ def prepare(
     `meta_labels` has the owner's findings.
     """
     folder = raw.RawFolder(root, "PadChest")
-    (path,) = folder.require({NAME: f"labels of 160,861 images, {WHERE}"})
+    (path,) = folder.require(NEEDS)
     rows = raw.Rows(raw.read_table(path, COLUMNS, optional=OPTIONAL), source=path, cell=("ImageID", "name"))
     table = rows.table
     place = table["folder"] + "/" + table["name"]

@@ -24,6 +24,7 @@ HOW = "Kaggle, rsna-pneumonia-detection-challenge (log in and accept the rules)"
 LABELS = "stage_2_train_labels.csv"
 CLASSES_TABLE = "stage_2_detailed_class_info.csv"
 IMAGES = "stage_2_train_images/"
+NEEDS = {LABELS: f"the boxes; {HOW}", IMAGES: f"the DICOM images; {HOW}"}
 MAPPING = "pneumonia-challenge-dataset-mappings_2018.json"
 # GLoRIA (also CXR-CLIP and MGCA's classification), and MGCA's detection and segmentation, `preprocess/rsna.py`
 HELD_OUT = {"published": 0.3, "published_detection": 10_674}
@@ -68,7 +69,7 @@ def prepare(
     on_error="exclude" leaves out images that are not there and lists them in `attrs["excluded"]`.
     """
     folder = raw.RawFolder(root, "rsna_pneumonia")
-    path, _ = folder.require({LABELS: f"the boxes; {HOW}", IMAGES: f"the DICOM images; {HOW}"})
+    path, _ = folder.require(NEEDS)
     table, boxes = read_labels(path)
     table = table.sort_values("study_id")
     name = table["study_id"]

@@ -20,6 +20,7 @@ from gloria_core.data.sources.rsna_pneumonia import LABEL, LABELS, nih_patient, 
 from gloria_core.data.splits import assign_label_ranks, assign_splits
 
 MATCHES = "rsna_to_nih.csv"
+NEEDS = {LABELS: "RSNA's labels; Kaggle", MATCHES: "the match of RSNA's ids to NIH's images"}
 
 
 def prepare(root: Path, *, seed: int = 0, on_error: OnError = "raise") -> pd.DataFrame:
@@ -33,9 +34,7 @@ def prepare(root: Path, *, seed: int = 0, on_error: OnError = "raise") -> pd.Dat
     judge within a source.
     """
     folder = raw.RawFolder(root, "rsna_sample")
-    path, matches = folder.require(
-        {LABELS: "RSNA's labels; Kaggle", MATCHES: "the match of RSNA's ids to NIH's images"}
-    )
+    path, matches = folder.require(NEEDS)
     images, boxes = read_labels(path)
     columns = {
         "patientId": raw.Column("meta_rsna_patient", unique=True),

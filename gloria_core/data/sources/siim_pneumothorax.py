@@ -26,6 +26,7 @@ LABEL = "Pneumothorax"
 MASKS = "masks_siim_pneumothorax"
 HOW = "Kaggle, siim-acr-pneumothorax-segmentation"
 TABLES = "train-rle.csv|stage_2_train.csv|stage_1_train_images.csv"
+NEEDS = {TABLES: f"the runs or labels; {HOW}; option table=... names another"}
 # Folders of stage 1, which have a folder for each study and series
 TREES = ("dicom-images-train", "dicom-images-test")
 FOLDERS = (*TREES, "stage_2_images", "png_images", "images", "train")
@@ -71,7 +72,7 @@ def prepare(
 
     """
     folder = raw.RawFolder(root, "siim_pneumothorax")
-    (path,) = folder.require({table or TABLES: f"the runs or labels; {HOW}; option table=... names another"})
+    (path,) = folder.require({table: "option table names it"} if table else NEEDS)
     pictures = "new_filename" in raw.columns_of(path, list(PICTURE))
     rows = read_pictures(path, folder) if pictures else read_runs(path)
     leaks: dict[str, int] = {}
