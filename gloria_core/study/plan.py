@@ -165,7 +165,7 @@ class Plan:
         atomic_write(self.folder / "plan.json", TypeAdapter(Plan).dump_json(self, indent=1))
 
     def check_data(self, runs: Sequence[PlannedRun]) -> None:
-        """Raise `StudyError` where one of `runs` reads a folder that is not there or lacks the tables of its dataset."""
+        """Raise `StudyError` where one of `runs` reads a folder that is missing or lacks the tables of its dataset."""
         for run in runs:
             path, dataset = run.parameters.get("data_root"), run.parameters.get("dataset", "phantom")
             if path is None or dataset == "phantom":
