@@ -181,8 +181,6 @@ def _described(data: bytes) -> str:
     kind, channels, bits = "picture", 1, "?"
     if data.startswith(_PNG):
         kind, channels, bits = "PNG", {b"\2": 3, b"\4": 2, b"\6": 4}.get(data[25:26], 1), int.from_bytes(data[24:25])
-    elif data.startswith(_BMP):
-        kind, bits = "BMP", int.from_bytes(data[28:30], "little")
     elif data.startswith(_TIFF):
         with contextlib.suppress(Exception):  # a damaged directory has no depth to name
             tags, file = TiffImagePlugin.ImageFileDirectory_v2(data[:8]), BytesIO(data)
@@ -294,13 +292,13 @@ def _as_shown(stored: NDArray, dataset: Dataset) -> NDArray[np.uint8]:
 def _drop_blank_elements(dataset: Dataset) -> None:
     """Remove blank display elements, empty tables and a rescaling by 1 and 0; keep the first usable window."""
     for name in ("PixelPaddingValue", "PixelPaddingRangeLimit", "VOILUTFunction", "RescaleSlope", "RescaleIntercept"):
-        if name in dataset and dataset.get(name) in (None, ""):
-            delattr(dataset, name)
+        if dataset.get(name) in (None, ""):
+            dataset.pop(name, None)
     for keyword in ("ModalityLUTSequence", "VOILUTSequence"):
         tables = [item for item in dataset.get(keyword) or () if item.get("LUTDescriptor") and item.get("LUTData")]
-        setattr(dataset, keyword, Sequence(tables))
-        if not tables:
-            delattr(dataset, keyword)
+        dataset.pop(keyword, None)
+        if tables:
+            setattr(dataset, keyword, Sequence(tables))
     slope, intercept = dataset.get("RescaleSlope", 1), dataset.get("RescaleIntercept", 0)
     dataset.RescaleSlope, dataset.RescaleIntercept = slope, intercept
     if (slope, intercept) == (1, 0):

@@ -127,8 +127,7 @@ def tokenizer_from_json(text: str) -> PreTrainedTokenizerFast:
     try:
         content = json.loads(text)
         backend = Tokenizer.from_str(json.dumps(content["backend"]))
-        specials = {key: content["specials"][key] for key in SPECIALS if key in content["specials"]}
-        length = int(content["model_max_length"])
+        specials, length = dict(content["specials"]), int(content["model_max_length"])
     except Exception as error:  # the tokenizers library raises bare Exception
         raise TokenizerError(f"not a stored tokenizer: {error}") from error
     return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=length, **specials)

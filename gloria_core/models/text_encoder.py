@@ -142,7 +142,11 @@ class TextEncoder(nn.Module):
         tokens = states.sum(dim=0) if self.layers == "sum" else states.mean(dim=0)
         kept = word_ids >= 0
         words = words_from_pieces(tokens, word_ids, n_words, how=self.pieces)
-        sentence = self._sentence(tokens, kept) if self.bert.pooler is None else output.pooler_output
+        if self.bert.pooler is None:
+            count = PUBLISHED_TOKENS if self.behavior == "published" else kept.sum(dim=1, keepdim=True).clamp(min=1)
+            sentence = (tokens * kept[..., None]).sum(dim=1) / count
+        else:
+            sentence = output.pooler_output
         if self.normalize:
             words, sentence = F.normalize(words, dim=-1), F.normalize(sentence, dim=-1)
         return TextFeatures(
@@ -167,11 +171,6 @@ class TextEncoder(nn.Module):
         key = layer.key(entering).unflatten(-1, (heads, -1)).transpose(1, 2)
         scores = (query @ key.transpose(2, 3)).float() / query.shape[-1] ** 0.5
         return scores.masked_fill(mask[:, None, None] == 0, float("-inf")).softmax(dim=-1).mean(dim=1)[:, 0]
-
-    def _sentence(self, tokens: Tensor, kept: Tensor) -> Tensor:
-        published = self.behavior == "published"
-        count = PUBLISHED_TOKENS if published else kept.sum(dim=1, keepdim=True).clamp(min=1)
-        return (tokens * kept[..., None]).sum(dim=1) / count
 
 
 def _folder(source: str) -> str:

@@ -98,11 +98,8 @@ def compare(module: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[list[str]
     wanted = module.state_dict()
     missing = [name for name in wanted if name not in tensors]
     unexpected = [name for name in tensors if name not in wanted]
-    mismatched = [
-        f"{name} (file {tuple(tensors[name].shape)}, model {tuple(wanted[name].shape)})"
-        for name in wanted
-        if name in tensors and tensors[name].shape != wanted[name].shape
-    ]
+    pairs = {name: (tuple(tensors[name].shape), tuple(wanted[name].shape)) for name in wanted if name in tensors}
+    mismatched = [f"{name} (file {file}, model {model})" for name, (file, model) in pairs.items() if file != model]
     return missing, unexpected, mismatched
 
 

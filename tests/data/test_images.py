@@ -252,7 +252,7 @@ def test_a_picture_that_is_not_read_is_named_with_its_depth():
         (tiff(np.zeros((2, 2, 3), np.uint16), 16, 2), "TIFF of 3 x 16 bits, which is not read"),
         (tiff(np.zeros((2, 2), np.float64), 64, 1, sample_format=3), "floating-point TIFF of 1 x 64 bits"),
         (tiff(np.zeros((2, 2, 3), np.int16), 16, 2, sample_format=2), "signed TIFF of 3 x 16 bits"),
-        (b"BM" + struct.pack("<IIIIiiHH", 70, 0, 54, 40, 2, 2, 1, 48) + bytes(54), "BMP of 1 x 48 bits"),
+        (b"BM" + struct.pack("<IIIIiiHH", 70, 0, 54, 40, 2, 2, 1, 48) + bytes(54), r"BMP pixel depth \(48\).*export"),
         (png(np.zeros((2, 2), int), 8, 0)[:24] + b"\x05" + png(np.zeros((2, 2), int), 8, 0)[25:], "damaged"),
     ):
         with pytest.raises(ImageError, match=described):
