@@ -178,13 +178,10 @@ def wide(
     return grid(table.assign(cell=[cell(row) for row in table.to_dict("records")]), index, columns)
 
 
-def published(path: str | Path | None = None) -> pd.DataFrame:
-    """The published numbers, by default those of data_manifests/published_numbers.csv. Raises `TableError`."""
-    path = Path(path) if path else repository_root() / "data_manifests" / "published_numbers.csv"
-    try:
-        table = pd.read_csv(path, keep_default_na=False, dtype=str)
-    except OSError as error:
-        raise TableError(f"no published numbers: {error}") from None
+def published() -> pd.DataFrame:
+    """The published numbers of data_manifests/published_numbers.csv."""
+    path = repository_root() / "data_manifests" / "published_numbers.csv"
+    table = pd.read_csv(path, keep_default_na=False, dtype=str)
     return table.assign(**table[["label_fraction", "value"]].replace("", None).apply(pd.to_numeric))
 
 

@@ -20,6 +20,7 @@ Metric = Literal["auroc", "auprc"]
 # Patients of each class below which a metric that compares classes has no interval: of m patients, about exp(-m) of
 # the resamples hold none. At 5 these are 0.7 %, well below the 2.5 % of a tail; at 3 they are 5 %.
 MIN_PER_CLASS = 5
+ENDS = 50 * (1 - 0.95), 50 * (1 + 0.95)  # percentiles between which an interval of 95 % lies
 # Patients below which nothing has an interval: of two, every second resample is one of them alone.
 MIN_PATIENTS = 3
 # Weights of n samples (b, n) -> values (b, ...), one for each row of weights.
@@ -46,15 +47,6 @@ def resamples(
         drawn = rng.integers(units, size=(rows, units)) + np.arange(rows)[:, None] * units
         counts = np.bincount(drawn.ravel(), minlength=rows * units).reshape(rows, units)
         yield counts.astype(np.float32)[:, codes]
-
-
-def interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
-    """Percentile interval of bootstrap values; resamples where the metric is not defined (NaN) are left out."""
-    values = values[~np.isnan(values)]
-    if not len(values):
-        return float("nan"), float("nan")
-    low, high = np.percentile(values, [50 * (1 - confidence), 50 * (1 + confidence)])
-    return float(low), float(high)
 
 
 def ratio_of_sums(above: np.ndarray, below: np.ndarray) -> Statistic:
@@ -154,7 +146,8 @@ def bootstrap_rows(
             if few:
                 values, text = values[:0], "; ".join(part for part in (text, few[0]) if part)
             samples = counted[:, members, m]
-            low, high = interval(values)
+            values = values[~np.isnan(values)]  # resamples where the metric is not defined are left out
+            low, high = np.percentile(values, ENDS).tolist() if len(values) else (np.nan, np.nan)
             if low == high:
                 text = "; ".join(part for part in (text, "every resample gives this number") if part)
             row = {"target": target, "metric": metric, "value": point, "ci_low": low, "ci_high": high}

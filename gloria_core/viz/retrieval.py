@@ -18,8 +18,6 @@ from gloria_core.viz.plots import metric_bars, new_figure, show_image, wrapped
 
 def recall_curves(rankings: Mapping[str, Ranking], *, title: str = "Recall") -> Figure:
     """Recall@K over K (log axis) of named rankings, each beside that of a random order, dashed in the same colour."""
-    if not rankings:
-        raise ValueError("recall_curves takes at least one ranking")
     figure, (axis,) = new_figure(width=6.5, height=4)
     ks = [k for k in (1, 2, 5, 10, 20, 50, 100, 200) if k < max(found.candidates for found in rankings.values())]
     for (name, ranking), colour in zip(rankings.items(), sns.color_palette("colorblind"), strict=False):

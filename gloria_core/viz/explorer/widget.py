@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from gloria_core.data.dataset import PreparedDataset
+from gloria_core.data.files import atomic_write
 from gloria_core.viz.attention import attention_row
 from gloria_core.viz.explorer.page import PROGRAM, STYLE, export_page
 from gloria_core.viz.explorer.scene import SceneMaker, base64, unit_map
@@ -90,10 +91,8 @@ class Explorer(anywidget.AnyWidget):
 
     def save_html(self, path: str | Path) -> Path:
         """Write `page` to a file."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self.page(), encoding="utf-8")
-        return path
+        atomic_write(path, self.page())
+        return Path(path)
 
     def figure(self) -> Figure:
         """What is chosen at first as a static figure: the attention and the cosine of each model."""
