@@ -40,6 +40,8 @@ def faults(notebook: dict) -> list[str]:
             found.append(f"cell {number}: {lines} lines")
         if MAGIC.search(source):
             found.append(f"cell {number}: magic or shell command")
+        if re.search(r"\.(round|pivot|pivot_table)\(.*\)(\.T)?$", source):
+            found.append(f"cell {number}: a table that is not shown by viz.tables, so that NaN stands in it")
     return found
 
 
@@ -62,6 +64,8 @@ def test_the_check_can_fail(write_notebook, tmp_path):
         ({"source": 'open("/home/me/x.png")'}, "absolute path"),
         ({"source": "%matplotlib inline"}, "magic"),
         ({"source": "!pip install x"}, "magic"),
+        ({"source": "rows.round(3)"}, "viz.tables"),
+        ({"source": "rows.pivot(index='a', columns='b').T"}, "viz.tables"),
     ):
         bad = json.loads(json.dumps(good))
         bad["cells"][-1] = code | change

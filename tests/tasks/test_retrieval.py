@@ -285,6 +285,7 @@ def test_precision_by_hand():
 def test_a_class_without_queries_is_undefined_and_left_out_of_the_macro():
     rows = precision(given(np.eye(3)), ["A", "A", ""], ks=(1,)).loc["precision_at_1"]
     assert np.isnan(rows.loc["B", "value"]) and rows.loc["B", "n"] == 0
+    assert rows.loc["B", "note"] == "no query with this finding"
     assert rows.loc["macro", "value"] == 1 and rows.loc["macro", "chance"] == pytest.approx(2 / 3)
 
 
