@@ -266,6 +266,7 @@ def test_attention_maps_are_those_of_training(model, images):
 
 def test_images(model, home, tmp_path):
     assert model.process_img(str(home / "0.png")).shape == (1, 3, 56, 56)
+    assert model.process_img(home / f"{number}.png" for number in range(2)).shape == (2, 3, 56, 56)
     pixels = model.process_img([home / "0.png", home / "1.png"], "cpu")
     assert pixels.dtype == torch.float32
     assert pixels.min() >= -1
@@ -303,7 +304,13 @@ def test_prompts(monkeypatch):
 def test_constants(monkeypatch, tmp_path):
     monkeypatch.setenv("CHEXPERT_DATA_DIR", str(tmp_path))
     assert tmp_path / "chexpert_8x200.csv" == gloria.constants.CHEXPERT_5x200
-    (tmp_path / "chexpert_5x200.csv").touch()
+    with pytest.raises(
+        FileNotFoundError, match=r'no such list; .*prepare\("chexpert_5x200".* builds it.*chexpert_8x200'
+    ):
+        pd.read_csv(gloria.constants.CHEXPERT_5x200)
+    assert not gloria.constants.CHEXPERT_5x200.exists()
+    (tmp_path / "chexpert_5x200.csv").write_text("Path\na.png\n")
+    assert len(pd.read_csv(gloria.constants.CHEXPERT_5x200)) == 1
     assert tmp_path / "chexpert_5x200.csv" == gloria.constants.CHEXPERT_5x200
     assert tmp_path / "valid.csv" == gloria.constants.CHEXPERT_TEST_CSV
     assert len(gloria.constants.CHEXPERT_TASKS) == len(set(gloria.constants.CHEXPERT_TASKS)) == 14
@@ -339,6 +346,23 @@ def test_wrong_files_and_inputs(model, images, home, tmp_path):
         gloria.get_similarities(model, images[0], texts)
     with pytest.raises(RuntimeError, match=r"'Edema' are not processed: use gloria_model\.process_class_prompts"):
         gloria.zero_shot_classification(model, images, {"Edema": ["edema"]})
+    for wrong in (model.model, "gloria_resnet50"):
+        with pytest.raises(RuntimeError, match=r"must be what load_gloria returns, got a (VisionLanguageModel|str)"):
+            gloria.get_similarities(wrong, images, texts)
+    for wrong in (torch.zeros(1, 1, 56, 56), torch.zeros(1, 3, 56, 56, dtype=torch.uint8), images.numpy()):
+        with pytest.raises(RuntimeError, match=r"got a (tensor \(1, .*|ndarray): use gloria_model\.process_img"):
+            gloria.get_similarities(model, wrong, texts)
+    for wrong in (["edema"], "edema", images):
+        with pytest.raises(RuntimeError, match=r"must be a dict, .*: use gloria_model\.process_class_prompts"):
+            gloria.zero_shot_classification(model, images, wrong)
+    for wrong in (None, 3, images, Image.open(home / "0.png"), [Image.open(home / "0.png")], np.zeros((4, 4))):
+        with pytest.raises(TypeError, match=r"process_img takes the path .*, got a (NoneType|int|tensor|Png|ndarray)"):
+            model.process_img(wrong)
+    for wrong in (None, [1, 2], ["a", float("nan")], []):
+        with pytest.raises(TypeError, match=r"process_text takes a text or a list of texts, got a (NoneType|list)"):
+            model.process_text(wrong)
+    with pytest.raises(TypeError, match="class_prompts must be a dict, class -> texts, got a list of str"):
+        model.process_class_prompts(["edema"])
     with pytest.raises(RuntimeError, match="similarity type should be"):
         gloria.get_similarities(model, images, texts, "mean")
     with pytest.raises(ValueError, match="no class"):

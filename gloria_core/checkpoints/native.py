@@ -15,7 +15,7 @@ import gloria_core
 from gloria_core.checkpoints.model import ConfigError, ModelConfig, VisionLanguageModel, assemble
 from gloria_core.data.files import atomic_file
 from gloria_core.data.tokenizer import tokenizer_from_json, tokenizer_to_json
-from gloria_core.models.weights import WeightsError, checked_file, fill, first_line
+from gloria_core.models.weights import WeightsError, checked_file, fill
 
 FORMAT = "gloria_core checkpoint"
 NOT_ARCHITECTURE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures")
@@ -88,8 +88,8 @@ def read(path: str | Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
         raise WeightsError(
-            f"checkpoint {path} cannot be read, it is truncated or no checkpoint of gloria_core: "
-            f"{first_line(error)}. Published weights are read by load_pretrained"
+            f"checkpoint {path} cannot be read, it is truncated or no checkpoint of gloria_core; "
+            "published weights are read by load_pretrained"
         ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise WeightsError(f"{path} was not written by gloria_core: read published weights with load_pretrained")

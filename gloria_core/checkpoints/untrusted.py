@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gloria_core.models.weights import WeightsError, checked_file, plain_names, read_safetensors
+from gloria_core.models.weights import WeightsError, checked_file, first_line, plain_names, read_safetensors
 
 # Containers and numbers of Python, as themselves or as what PyTorch's unpickler can fill: building runs no code.
 KNOWN: dict[str, Callable] = {
@@ -148,11 +148,9 @@ def _refused(path: Path, name: str) -> WeightsError:
 
 def _unreadable(path: Path, error: Exception) -> WeightsError:
     """What PyTorch says of a file, without its advice to load the file unsafely."""
-    text = str(error)
-    if name := re.search(r"GLOBAL (\S+)", text):
+    if name := re.search(r"GLOBAL (\S+)", str(error)):
         return _refused(path, name[1])
-    text = text.rpartition("WeightsUnpickler error: ")[2].strip() or type(error).__name__
-    return WeightsError(f"checkpoint {path} cannot be read, it is truncated or no checkpoint: {text.splitlines()[0]}")
+    return WeightsError(f"checkpoint {path} cannot be read, it is truncated or no checkpoint: {first_line(error)}")
 
 
 def _pickled_names(path: Path) -> Iterator[str]:

@@ -6,6 +6,7 @@ PNEUMOTHORAX_DATA_DIR and PNEUMONIA_DATA_DIR when a constant is read, by default
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -51,6 +52,17 @@ _FILES = {  # below the folder of the same prefix; the file of the 5x200 set is 
 }
 
 
+class _List(type(Path())):
+    """The path of the 5x200 list, which is not public; to open it where it is not there says how it is made."""
+
+    def __fspath__(self) -> str:
+        if not os.path.lexists(str(self)):
+            source = 'gloria_core.data.sources.prepare("chexpert_5x200", CHEXPERT_DATA_DIR)'
+            told = f"no such list; {source} builds it from train.csv (its column images is Path below that folder)"
+            raise FileNotFoundError(errno.ENOENT, told, str(self))
+        return str(self)
+
+
 def __getattr__(name: str) -> object:
     if name == "CHEXPERT_CLASS_PROMPTS":
         return load_prompts("chexpert_gloria").combinations
@@ -58,8 +70,10 @@ def __getattr__(name: str) -> object:
         return Path(os.environ.get(name, _FOLDERS[name]))
     if name in _FILES:
         folder = __getattr__(f"{name.partition('_')[0]}_DATA_DIR")
+        if name != "CHEXPERT_5x200":
+            return folder / _FILES[name]
         correct = folder / "chexpert_5x200.csv"
-        return correct if name == "CHEXPERT_5x200" and correct.is_file() else folder / _FILES[name]
+        return _List(correct if correct.is_file() else folder / _FILES[name])
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -4,7 +4,7 @@ zero-shot classification, prompts."""
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -90,7 +90,9 @@ class GLoRIAModel(nn.Module):
         Words are lower-case runs of letters and digits, ASCII only. `device`: by default the model's.
         Raises ReportError for a text without a word ("published" encodes it as empty).
         """
-        texts = [text] if isinstance(text, str) else list(text)
+        texts = [text] if isinstance(text, str) else text
+        if not isinstance(texts, Iterable) or not (texts := list(texts)) or not all(isinstance(t, str) for t in texts):
+            raise TypeError(f"process_text takes a text or a list of texts, got {_described(text)}")
         published, width = self.behavior == "published", self.model.config.max_tokens
         cleaned = [clean_report(one) if published else _ascii_words(one) for one in texts]
         if not published and not all(cleaned):
@@ -107,6 +109,8 @@ class GLoRIAModel(nn.Module):
         self, class_prompts: Mapping[str, str | Sequence[str]], device: torch.device | str | None = None
     ) -> dict[str, dict[str, Any]]:
         """`process_text` of each class's prompts, in the same order."""
+        if not isinstance(class_prompts, Mapping):
+            raise TypeError(f"class_prompts must be a dict, class -> texts, got {_described(class_prompts)}")
         return {name: self.process_text(prompts, device) for name, prompts in class_prompts.items()}
 
     def process_img(
@@ -122,9 +126,13 @@ class GLoRIAModel(nn.Module):
         `progress`: a bar over the files; None shows it in a terminal or notebook when there are more than 64.
         Raises ImageError that names the file, ValueError for no path.
         """
-        paths = [paths] if isinstance(paths, str | Path) else list(paths)
+        wanted = "process_img takes the path of an image file, or a list of paths"
+        given = paths if isinstance(paths, Iterable) and not isinstance(paths, str) else [paths]
+        paths = list(given)
+        if not all(isinstance(path, str | Path) for path in paths):
+            raise TypeError(f"{wanted}, got {_described(given if len(paths) > 1 else paths[0])}")
         if not paths:
-            raise ValueError("no image to process: process_img takes the path of an image file, or a list of paths")
+            raise ValueError(f"no image to process: {wanted}")
         config, crops = self.model.config, []
         for path in tqdm(paths, desc="read images", disable=hidden(progress, len(paths))):
             image = read_gray(path)
@@ -223,7 +231,9 @@ def get_similarities(
     """
     if similarity_type not in ("global", "local", "both"):
         raise RuntimeError(f'similarity type should be "global", "local" or "both", not {similarity_type!r}')
-    if not isinstance(imgs, Tensor) or imgs.ndim != 4:
+    if not isinstance(gloria_model, GLoRIAModel):
+        raise RuntimeError(f"gloria_model must be what load_gloria returns, got {_described(gloria_model)}")
+    if not isinstance(imgs, Tensor) or imgs.ndim != 4 or imgs.shape[1] != 3 or not imgs.is_floating_point():
         raise RuntimeError(f"imgs must be a tensor (B, 3, H, W), got {_described(imgs)}: use gloria_model.process_img")
     if not isinstance(txts, Mapping) or not {*IDS, "cap_lens"} <= set(txts):
         wanted = ", ".join((*IDS, "cap_lens"))
@@ -269,6 +279,9 @@ def zero_shot_classification(
     "none" leaves the similarities as they are, so that calls can be compared. For other arguments and what is raised
     see `get_similarities`; images are encoded once, not once for every class.
     """
+    if not isinstance(cls_txt_mapping, Mapping):
+        wanted = "cls_txt_mapping must be a dict, class -> processed texts"
+        raise RuntimeError(f"{wanted}, got {_described(cls_txt_mapping)}: use gloria_model.process_class_prompts")
     if not cls_txt_mapping:
         raise ValueError("no class to score")
     raw = [name for name, texts in cls_txt_mapping.items() if not isinstance(texts, Mapping)]
@@ -295,4 +308,7 @@ def generate_chexpert_class_prompts(n: int = 5, *, seed: int | None = 6) -> dict
 
 
 def _described(value: object) -> str:
-    return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    if isinstance(value, Tensor):
+        return f"a tensor {tuple(value.shape)} of {value.dtype}"
+    inside = {type(item).__name__ for item in value} if isinstance(value, list | tuple) else ()
+    return f"a {type(value).__name__}" + (f" of {', '.join(sorted(inside))}" if inside else "")

@@ -44,26 +44,29 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its class where it has none."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """The first line of an error's message, without PyTorch's advice to load unsafely; its class where it has none."""
+    text = str(error).rpartition("WeightsUnpickler error: ")[2].strip()
+    return (text.splitlines() or [type(error).__name__])[0]
 
 
 def checked_file(path: str | Path) -> Path:
-    """The path of a file that exists and is not what failed downloads leave: a Git LFS pointer, or a web page.
+    """The path of a file that exists and is not what failed downloads leave: a Git LFS pointer, a web page, a message.
 
     Raises WeightsError for all others.
     """
     path = Path(path)
     if not path.is_file():
-        raise WeightsError(f"file {path} does not exist")
+        raise WeightsError(f"file {path.absolute()} does not exist" + (": it is a folder" if path.is_dir() else ""))
     with path.open("rb") as file:
-        start = file.read(512).lstrip().lower()
+        start = file.read(512).removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if start.startswith(b"version https://git-lfs"):
         remedy = "run `git lfs pull` in its repository, or download the file itself"
         raise WeightsError(f"{path} is a Git LFS pointer and not the weights: {remedy}")
-    if start.startswith((b"<!doctype html", b"<html", b"<?xml")):
+    if start.startswith((b"<!doctype html", b"<?xml")) or b"<html" in start:
         remedy = "it may be a sign-in or quota page, download the file again"
         raise WeightsError(f"{path} is a web page (HTML) and not the weights: {remedy}")
+    if start.startswith((b'{"', b"[")) and start.isascii():
+        raise WeightsError(f"{path} is a text and not the weights ({start[:60].decode()}): download the file again")
     return path
 
 

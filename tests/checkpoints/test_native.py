@@ -1,6 +1,9 @@
 """Our checkpoint files: atomic, complete, readable without running code."""
 
+from pathlib import Path
+
 import pytest
+import safetensors.torch
 import torch
 
 from gloria_core.checkpoints import native
@@ -83,9 +86,18 @@ def test_truncated_file(model, tmp_path, kept):
         native.load(path)
 
 
-def test_missing_foreign_and_newer_files(model, tmp_path):
-    with pytest.raises(WeightsError, match=r"nothing\.pt does not exist"):
-        native.load(tmp_path / "nothing.pt")
+def test_missing_foreign_and_newer_files(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("nothing.pt", "."):
+        with pytest.raises(WeightsError, match=rf"file {tmp_path.resolve()}.* does not exist"):
+            native.load(name)
+    published = {"state_dict": {"gloria.a": torch.zeros(2)}, "hyper_parameters": Path("x")}
+    torch.save(published, tmp_path / "chexpert_resnet50.ckpt")
+    (tmp_path / "pytorch_model.bin").write_bytes(safetensors.torch.save({"a": torch.zeros(2)}))
+    for name in ("chexpert_resnet50.ckpt", "pytorch_model.bin"):
+        with pytest.raises(WeightsError, match="published weights are read by load_pretrained") as error:
+            native.load(name)
+        assert "weights_only" not in str(error.value)  # PyTorch advises to load the file unsafely
     torch.save({"state_dict": {}}, tmp_path / "other.pt")
     with pytest.raises(WeightsError, match="not written by gloria_core"):
         native.load(tmp_path / "other.pt")

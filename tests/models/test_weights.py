@@ -15,6 +15,9 @@ NOT_WEIGHTS = {
     "Git LFS pointer": POINTER,
     "web page": b"\n  <!DOCTYPE html><html><body>Download quota exceeded</body></html>",
     "web page without a type": b"<HTML><head><title>Sign in</title></head></HTML>",
+    "web page with a byte order mark": b"\xef\xbb\xbf<!doctype html>",
+    "web page after a comment": b"<!-- saved from -->\n<html><body>quota</body></html>",
+    "text of a hub": b'{"error": "Repository not found"}',
     "web page of an object store": b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>',
 }
 
@@ -23,7 +26,7 @@ NOT_WEIGHTS = {
 @pytest.mark.parametrize("name", ["resnet18.pth", "model.safetensors", "best.ckpt"])
 def test_what_a_failed_download_leaves_is_said_in_words(kind, name, tmp_path):
     (tmp_path / name).write_bytes(NOT_WEIGHTS[kind])
-    words = " ".join(kind.split()[:3]) if "LFS" in kind else "web page"
+    words = next(words for words in ("Git LFS pointer", "web page", "text") if kind.startswith(words))
     for read, error in (
         (read_tensors, WeightsError),
         (load_pretrained, WeightsError),
