@@ -249,14 +249,8 @@ def require_shards(frame: pd.DataFrame, folder: str | Path, size: int) -> None:
 
 def _row_type(size: int) -> np.dtype:
     """A row: its record, its pixels (size, size), and padding to whole memory pages."""
-    return np.dtype(
-        {
-            "names": ["record", "pixels"],
-            "formats": [_RECORD, (np.uint8, (size, size))],
-            "offsets": [0, _PIXELS_AT],
-            "itemsize": -(-(_PIXELS_AT + size**2) // _PAGE) * _PAGE,
-        }
-    )
+    gap, rest = _PIXELS_AT - _RECORD.itemsize, -(_PIXELS_AT + size**2) % _PAGE
+    return np.dtype([("record", _RECORD), ("gap", f"V{gap}"), ("pixels", "u1", (size, size)), ("rest", f"V{rest}")])
 
 
 def _checksum(row: np.void | NDArray) -> int:
@@ -264,14 +258,10 @@ def _checksum(row: np.void | NDArray) -> int:
     return zlib.crc32(row["pixels"], zlib.crc32(row["record"].tobytes()[8:]))
 
 
-def _intact(row: np.void) -> bool:
-    return bool(row["record"]["done"] == 1) and _checksum(row) == row["record"]["crc"]
-
-
 def _is_current(row: np.void, source: Path, *, check: bool) -> bool:
     """Whether a row is done, undamaged (with `check`), and its image file has the length and time of the decoding."""
     record = row["record"]
-    if not (_intact(row) if check else record["done"]):
+    if record["done"] != 1 or (check and _checksum(row) != record["crc"]):
         return False
     try:
         status = source.stat()
@@ -332,16 +322,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", required=True, type=int, help="pixels of the squares: notebook 01's image_size")
     parser.add_argument("--folder", required=True, help="the folder of the cache; the same for all machines")
     parser.add_argument("--shard", required=True, type=parse_shard, metavar="K/N", help="which shard, such as 2/8")
-    parser.add_argument(
-        "--option", action="append", default=[], type=_parse_option, metavar="NAME=VALUE", help="of the dataset; YAML"
-    )
+    parser.add_argument("--option", action="append", default=[], type=_parse_option, help="of the dataset: NAME=YAML")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 2, help="threads")
-    given = parser.parse_args(arguments)
-    number, count = given.shard
+    args = parser.parse_args(arguments)
+    number, count = args.shard
     try:
-        paths = image_paths(sources.prepare(given.dataset, given.data_root, dict(given.option)))
-        options = {name: getattr(given, name) for name in ("size", "folder", "shard", "workers")}
-        bad = fill(paths, given.data_root, **options)
+        paths = image_paths(sources.prepare(args.dataset, args.data_root, dict(args.option)))
+        bad = fill(paths, args.data_root, size=args.size, folder=args.folder, shard=args.shard, workers=args.workers)
         total = len(paths[number - 1 :: count])
         if bad and len(bad) == total:
             raise ImageError(f"none of the {total} images can be used: {next(iter(bad.values()))}")
@@ -349,7 +336,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     unusable = f", {len(bad)} cannot be used" if bad else ""
-    print(f"shard {number}/{count}: {total - len(bad):,} images{unusable}, in {given.folder}")
+    print(f"shard {number}/{count}: {total - len(bad):,} images{unusable}, in {args.folder}")
     return 0
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gloria_core.data.files import file_hash
 
-BLOCK = 1 << 20
+BLOCK, TIMEOUT = 1 << 20, 60  # bytes, seconds
 
 
 class DownloadError(OSError):
@@ -16,12 +16,7 @@ class DownloadError(OSError):
 
 
 def fetch(
-    url: str,
-    path: Path | str,
-    *,
-    sha256: str | None = None,
-    timeout: float = 60,
-    progress: Callable[[int, int], None] | None = None,
+    url: str, path: Path | str, *, sha256: str | None = None, progress: Callable[[int, int], None] | None = None
 ) -> Path:
     """Download `url` to `path`; nothing is done where `path` exists with the right checksum (or none is given).
 
@@ -38,7 +33,7 @@ def fetch(
     total = 0
     try:
         request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
-        with urllib.request.urlopen(request, timeout=timeout) as answer:
+        with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
             done = done if answer.status == 206 else 0
             length = int(answer.headers.get("Content-Length") or 0)
             total = done + length if length else 0
@@ -54,7 +49,7 @@ def fetch(
         # nothing lies beyond what was read: it is the whole file, or another one
         if (error.headers.get("Content-Range") or "").rpartition("/")[2] != str(done):
             part.unlink()
-            return fetch(url, path, sha256=sha256, timeout=timeout, progress=progress)
+            return fetch(url, path, sha256=sha256, progress=progress)
     if total and done != total:
         raise DownloadError(f"{url}: {done} of {total} bytes arrived in {part}; call again to resume")
     if sha256 is not None and (actual := file_hash(part, digits=64)) != sha256:

@@ -270,13 +270,9 @@ def _images_in_two_splits(frame: pd.DataFrame, splits: pd.Series) -> dict[int, i
     """
     marks = [SPLIT_MARK.format(split=split) for split in splits]
     pairs = zip(frame["patient_id"].astype(str), marks, strict=True)
-    table = pd.DataFrame(
-        {
-            "path": frame["images"].map(lambda cell: split_cell(cell) if isinstance(cell, str) else []),
-            "split": splits,
-            "person": [name.removesuffix(mark) if name.endswith(mark) else None for name, mark in pairs],
-        }
-    )
+    persons = [name.removesuffix(mark) if name.endswith(mark) else None for name, mark in pairs]
+    paths = frame["images"].map(lambda cell: split_cell(cell) if isinstance(cell, str) else [])
+    table = pd.DataFrame({"path": paths, "split": splits, "person": persons})
     table = table.explode("path").dropna(subset=["path", "split"])
     table = table[table.groupby("path")["split"].transform("nunique") > 1]
     persons = table.groupby("path")["person"]
@@ -408,5 +404,4 @@ def _as_text(value: object) -> str:
 
 def _typed(frame: pd.DataFrame) -> pd.DataFrame:
     """A checked frame with float64 labels and ranks, everything else text."""
-    numbers = dict.fromkeys([*label_columns(frame), "label_rank"], float)
-    return frame.astype({**dict.fromkeys(FIXED, str), **numbers})
+    return frame.astype(dict.fromkeys(FIXED, str) | dict.fromkeys([*label_columns(frame), "label_rank"], float))

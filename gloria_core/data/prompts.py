@@ -102,11 +102,8 @@ def _sentences(label: str) -> dict[Kind, list[str]]:
     """Positive, negative and uncertain sentences made from the name of a label, e.g. "Pleural_Thickening"."""
     name = label.replace("_", " ")
     if name.lower() in ("no finding", "normal"):
-        return {
-            "pos": ["Normal.", "No finding."],
-            "neg": ["Not normal.", "There is a finding."],
-            "unc": ["Probably normal."],
-        }
+        negative = ["Not normal.", "There is a finding."]
+        return {"pos": ["Normal.", "No finding."], "neg": negative, "unc": ["Probably normal."]}
     # abbreviations keep their capitals: COVID-19, NG tube
     name = " ".join(word if sum(map(str.isupper, word)) > 1 else word.lower() for word in name.split())
     first = name[:1].upper() + name[1:]
@@ -118,11 +115,7 @@ def _sentences(label: str) -> dict[Kind, list[str]]:
 
 
 def report_from_labels(
-    labels: Mapping[str, float],
-    prompts: PromptSet,
-    *,
-    rng: np.random.Generator | None = None,
-    n_negative: int = 0,
+    labels: Mapping[str, float], prompts: PromptSet, *, rng: np.random.Generator | None = None, n_negative: int = 0
 ) -> str:
     """A report that says what the labels say: a sentence for each finding that is 1, one for each that is -1, and
     for `n_negative` of those that are 0.
@@ -150,11 +143,9 @@ def report_from_labels(
 
 def zero_shot_prompts(prompts: PromptSet, label: str, *, kind: str = "pos") -> list[str]:
     """The sentences of one label to compare images with; PromptError where there are none."""
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
     if label not in prompts.classes:
         raise PromptError(f"prompt set {prompts.name!r} does not know {label!r}; it has: {', '.join(prompts.classes)}")
-    if not prompts.classes[label][kind]:
+    if not prompts.classes[label].get(kind):
         raise PromptError(f"prompt set {prompts.name!r} has no {kind!r} sentence for {label!r}; add one to its file")
     return list(prompts.classes[label][kind])
 

@@ -57,9 +57,7 @@ def assign_splits(
         taken = _pick(table[left], fractions[name] * table.sum(0))
         split_of |= dict.fromkeys(patients[left[taken]], name)
         left = left[~taken]
-    result = frame.copy()
-    result["split"] = frame["patient_id"].map(split_of).astype(str)
-    return result
+    return frame.assign(split=frame["patient_id"].map(split_of).astype(str))
 
 
 def assign_label_ranks(frame: pd.DataFrame, *, seed: int) -> pd.DataFrame:
@@ -78,9 +76,7 @@ def assign_label_ranks(frame: pd.DataFrame, *, seed: int) -> pd.DataFrame:
         sizes = table[order, -1]
         before = (np.cumsum(sizes) - sizes) / sizes.sum()
         ranks |= dict(zip(patients[order], np.floor(before * 1e6) / 1e6, strict=True))
-    result = frame.copy()
-    result["label_rank"] = frame["patient_id"].map(ranks).astype(float)
-    return result
+    return frame.assign(label_rank=frame["patient_id"].map(ranks).astype(float))
 
 
 def label_subset(frame: pd.DataFrame, fraction: float, seed: int = 0) -> pd.DataFrame:

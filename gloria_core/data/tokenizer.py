@@ -127,10 +127,10 @@ def tokenizer_from_json(text: str) -> PreTrainedTokenizerFast:
     try:
         content = json.loads(text)
         backend = Tokenizer.from_str(json.dumps(content["backend"]))
-        specials, length = dict(content["specials"]), int(content["model_max_length"])
+        length = int(content["model_max_length"])
+        return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=length, **content["specials"])
     except Exception as error:  # the tokenizers library raises bare Exception
         raise TokenizerError(f"not a stored tokenizer: {error}") from error
-    return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=length, **specials)
 
 
 def tokenize(
@@ -173,20 +173,13 @@ def tokenize(
             next((number for number, (begin, end) in enumerate(limits) if begin <= start < end), -1)
             for start, _ in word_spans
         ]
-        rows.append(
-            (
-                [tokenizer.cls_token_id, *encoded.ids, tokenizer.sep_token_id],
-                [0, *(word + 1 for word in encoded.word_ids), n_words + 1],
-                [-1, *(sentence_of[word] for word in encoded.word_ids), -1],
-            )
-        )
+        ids = [tokenizer.cls_token_id, *encoded.ids, tokenizer.sep_token_id]
+        word_ids = [0, *(word + 1 for word in encoded.word_ids), n_words + 1]
+        rows.append(torch.tensor([ids, word_ids, [-1, *(sentence_of[word] for word in encoded.word_ids), -1]]).T)
         words.append((tokenizer.cls_token, *(text[a:b] for a, b in word_spans), tokenizer.sep_token))
         spans.append(((0, 0), *word_spans, (0, 0)))
-    fills = (tokenizer.pad_token_id, -1, -1)
-    ids, word_ids, sentence_ids = (
-        pad_sequence([torch.tensor(row[part]) for row in rows], batch_first=True, padding_value=fill)
-        for part, fill in enumerate(fills)
-    )
+    ids, word_ids, sentence_ids = pad_sequence(rows, batch_first=True, padding_value=-1).permute(2, 0, 1).contiguous()
+    ids = ids.masked_fill(word_ids < 0, tokenizer.pad_token_id)
     return TextBatch(
         input_ids=ids,
         attention_mask=(word_ids >= 0).long(),

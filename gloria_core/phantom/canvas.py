@@ -6,7 +6,6 @@ function of these coordinates, so the same patient can be drawn at any size.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from scipy.ndimage import correlate1d, gaussian_filter1d
@@ -160,35 +159,21 @@ SIGN = {"right": -1.0, "left": 1.0}
 ZONES = {"upper": -0.46, "mid": -0.09, "lower": 0.24}
 
 
-@dataclass(frozen=True)
-class RibFracture:
-    """A broken rib: beyond `x` (distance from the midline) the rib near `y` is displaced by `shift` units."""
-
-    side: float
-    x: float
-    y: float
-    shift: float
-
-
 class AnatomyChange:
     """What findings do to the anatomy before it is drawn: a big heart, a raised diaphragm, wet vessels."""
 
     def __init__(self, present: Sequence[Finding]) -> None:
-        self.heart = 1.0  # factor on heart size
-        self.mediastinum = 0.0  # extra half-width of the upper mediastinum
+        drawn = {finding.kind: finding for finding in present if finding.drawn}
+        strength = {kind: finding.strength for kind, finding in drawn.items()}
+        # factor on heart size
+        self.heart = 1.17 + 0.30 * strength["cardiomegaly"] if "cardiomegaly" in drawn else 1.0
+        # extra half-width of the upper mediastinum
+        self.mediastinum = 0.040 + 0.080 * strength["wide"] if "wide" in drawn else 0.0
+        # vessel blurring and upper-lobe diversion
+        self.congestion = 0.35 + 0.55 * strength["edema"] if "edema" in drawn else 0.0
         self.raised = {"right": 0.0, "left": 0.0}
-        self.congestion = 0.0  # vessel blurring and upper-lobe diversion
-        for finding in present:
-            if not finding.drawn:
-                continue
-            if finding.kind == "cardiomegaly":
-                self.heart = 1.17 + 0.30 * finding.strength
-            elif finding.kind == "wide":
-                self.mediastinum = 0.040 + 0.080 * finding.strength
-            elif finding.kind == "edema":
-                self.congestion = 0.35 + 0.55 * finding.strength
-            elif finding.kind == "basal":
-                self.raised |= dict.fromkeys(finding.sides, 0.03 + 0.06 * finding.strength)
+        if "basal" in drawn:
+            self.raised |= dict.fromkeys(drawn["basal"].sides, 0.03 + 0.06 * strength["basal"])
 
 
 class Scene(Canvas):
@@ -198,7 +183,8 @@ class Scene(Canvas):
     for each side; `wall` the distance to the inner chest wall; `base` the distance above the diaphragm (units);
     `heart` the density of heart and mediastinum; `cardiac` and `mediastinum` are positive inside these organs. `extra`
     is density that findings and devices add; `vessels` a gain on the vessel layer; `solid` how much of the lung is
-    filled, which makes the heart's border vanish there.
+    filled, which makes the heart's border vanish there. `broken_ribs` are (sign of the side, x, y, shift): beyond `x`
+    (distance from the midline) the rib near `y` is displaced by `shift` units.
     """
 
     def __init__(self, size: int, pose: Pose, patient: Patient, exposure: Exposure, change: AnatomyChange) -> None:
@@ -206,7 +192,7 @@ class Scene(Canvas):
         self.patient, self.exposure, self.change = patient, exposure, change
         self.extra, self.solid = np.zeros((2, size, size), np.float32)
         self.vessels = np.ones((size, size), np.float32)
-        self.broken_ribs: list[RibFracture] = []
+        self.broken_ribs: list[tuple[float, float, float, float]] = []
 
     def fill(self, amount: Array) -> None:
         """Replace air by fluid or cells where `amount` (0..1) says, and hide the vessels there."""

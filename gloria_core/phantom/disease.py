@@ -64,14 +64,11 @@ def _side(rng: np.random.Generator, both: float = 0.0) -> str:
 def _place(label: str, rng: np.random.Generator) -> tuple[str, str, str]:
     """Kind, side and zone of a new finding."""
     place = _DATA["places"][label]
-    kind = place["kinds"][0]
-    if len(place["kinds"]) > 1:
-        kind = str(rng.choice(place["kinds"], p=place.get("chances")))
+    several = len(place["kinds"]) > 1
+    kind = str(rng.choice(place["kinds"], p=place.get("chances"))) if several else place["kinds"][0]
     side = place["side"] if "side" in place else _side(rng, place["both_sides"])
-    if kind in ("basal", "cap"):
-        return kind, side, {"basal": "lower", "cap": "upper"}[kind]
-    if "upper" not in place:
-        return kind, side, ""
+    if kind in ("basal", "cap") or "upper" not in place:
+        return kind, side, {"basal": "lower", "cap": "upper"}.get(kind, "")
     upper, mid = place["upper"], place["mid"]
     zone = str(rng.choice(["upper", "mid", "lower"], p=[upper, mid, 1 - upper - mid]))
     return kind, side, "" if kind == "clavicle" else zone
@@ -90,8 +87,7 @@ def _device(kind: str, rng: np.random.Generator) -> Finding:
     side = "midline" if kind in ("tracheal", "gastric", "wires") else _side(rng)
     if kind == "pacemaker":
         side = "left" if rng.random() < 0.8 else "right"
-    elif kind == "leads":
-        side = ""
+    side = "" if kind == "leads" else side
     return Finding("Support Devices", kind, side, "", 1.0, -0.5, int(rng.integers(2**31)))
 
 

@@ -84,22 +84,14 @@ def _write_study(job: Job, patient: int, number: int) -> tuple[dict, list[str]]:
         Image.fromarray(pixels).save(buffer, format="PNG", compress_level=1)
         _write(Path(job.root, path), buffer.getvalue())
     row = {
-        "study_id": name,
-        "patient_id": f"p{patient:05d}",
-        "split": "train",
-        "images": images,
-        "views": ";".join([drawn.projection, "LATERAL"][: len(views)]),
-        "findings": drawn.findings,
-        "impression": drawn.impression,
-        "label_rank": 0.0,
+        "study_id": name, "patient_id": f"p{patient:05d}", "split": "train",
+        "images": images, "views": ";".join([drawn.projection, "LATERAL"][: len(views)]),
+        "findings": drawn.findings, "impression": drawn.impression, "label_rank": 0.0,
         **{label: None if np.isnan(value) else float(value) for label, value in drawn.labels.items()},
-        "boxes": json.dumps(boxes) if boxes else "",
-        "masks": json.dumps(masks) if masks else "",
-        "meta_view": drawn.projection,
-        "meta_sex": drawn.patient.sex,
-        "meta_age": str(drawn.patient.age),
+        "boxes": json.dumps(boxes) if boxes else "", "masks": json.dumps(masks) if masks else "",
+        "meta_view": drawn.projection, "meta_sex": drawn.patient.sex, "meta_age": str(drawn.patient.age),
         "meta_study_number": str(number),
-    }
+    }  # fmt: skip
     return row, list(pictures)
 
 

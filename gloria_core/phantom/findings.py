@@ -6,7 +6,7 @@ Every function takes the scene and the finding and returns a bool mask (size, si
 
 import numpy as np
 
-from gloria_core.phantom.canvas import SIGN, TABLE_ROWS, Array, RibFracture, Scene, clip01, polyline
+from gloria_core.phantom.canvas import SIGN, TABLE_ROWS, Array, Scene, clip01, polyline
 from gloria_core.phantom.disease import Finding
 from gloria_core.phantom.frontal import clavicle_line, rib_offset, wall_curve
 
@@ -51,16 +51,14 @@ def consolidation(scene: Scene, finding: Finding) -> Array:
     plane = scene.edge(-cut if finding.zone == "upper" else cut, 0.022)
     shape = clip01(edge * 1.5 + 0.12) * plane * scene.lung[side]
     amount = shape * np.float32((0.55 + 0.38 * finding.severity) * doubt(finding))
-    amount *= 1 - np.minimum(_bronchogram(scene, rng, (x, y), sign, reach), 0.45) * shape
+    amount *= 1 - np.minimum(_bronchogram(scene, rng, np.array([x, y]), sign, reach), 0.45) * shape
     scene.fill(amount)
     return shape > 0.40
 
 
-def _bronchogram(
-    scene: Scene, rng: np.random.Generator, centre: tuple[float, float], sign: float, reach: float
-) -> Array:
-    """Air-filled bronchi that branch from the hilum into a consolidation."""
-    goal, hilum = np.array(centre), np.array([sign * 0.15, -0.05])
+def _bronchogram(scene: Scene, rng: np.random.Generator, goal: Array, sign: float, reach: float) -> Array:
+    """Air-filled bronchi that branch from the hilum into a consolidation around `goal`."""
+    hilum = np.array([sign * 0.15, -0.05])
     away = goal - hilum
     away = away / max(np.hypot(*away), 1e-6)
     fork = goal - 0.45 * reach * away
@@ -252,7 +250,7 @@ def rib_fracture(scene: Scene, finding: Finding) -> Array:
     y = float(start + rib * patient.rib_spacing + rib_offset(t))
     shift, sign = 0.036 + 0.034 * finding.strength, SIGN[finding.side]
     distance = float(t * half_width(scene, y))
-    scene.broken_ribs.append(RibFracture(sign, distance, y, shift))
+    scene.broken_ribs.append((sign, distance, y, shift))
     x = sign * distance
     gap = [[x - 0.008 * sign, y - 0.035], [x + 0.008 * sign, y + 0.045]]
     scene.extra -= scene.line(gap, 0.008, 0.08 + 0.06 * finding.strength)

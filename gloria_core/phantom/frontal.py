@@ -127,9 +127,7 @@ def _branches(seed: int) -> tuple[tuple[Array, Array, Array], ...]:
     return tuple(out)
 
 
-def vessel_tree(
-    scene: Scene, peaks: Sequence[float], gain: Callable[[Array], Array | float], turn: Callable[[Array], Array]
-) -> Array:
+def vessel_tree(scene: Scene, peaks: Sequence[float], gain: Callable, turn: Callable) -> Array:
     """Pulmonary vessels tapering outwards; congestion widens them, and what fills the lung hides them.
 
     `turn` takes points of the frontal view to those of the view, `gain` is a factor on the density at these points.
@@ -179,9 +177,9 @@ def ribs(scene: Scene) -> Array:
     t = np.clip(ax / lateral, 0, 1.05)
     spacing, sit = patient.rib_spacing, patient.apex + 0.02 + patient.rib_phase * 0.04
     level = y - rib_offset(t)
-    for step in scene.broken_ribs:
-        near = np.exp(-(((y - step.y) / (0.55 * spacing)) ** 2)) * (scene.x * step.side > 0)
-        level = level - near * step.shift * scene.edge(ax - step.x, 0.004) * np.exp(-np.maximum(ax - step.x, 0) / 0.16)
+    for side, x, at, shift in scene.broken_ribs:
+        near = np.exp(-(((y - at) / (0.55 * spacing)) ** 2)) * (scene.x * side > 0)
+        level = level - near * shift * scene.edge(ax - x, 0.004) * np.exp(-np.maximum(ax - x, 0) / 0.16)
     phase = (level - sit) / spacing
     half = 0.0265 + 0.004 * clip01(-y)
     distance = np.abs(phase - np.round(phase)) * spacing

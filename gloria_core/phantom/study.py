@@ -63,9 +63,7 @@ def patients(seed: int, n: int) -> list[Patient]:
     return [draw_patient(seed, number) for number in range(n)]
 
 
-def study(
-    seed: int, patient: int, number: int, *, size: int = 128, views: Sequence[str] = ("frontal",)
-) -> PhantomStudy:
+def study(seed: int, patient: int, number: int, *, size: int = 128, views: Sequence[str] = VIEWS[:1]) -> PhantomStudy:
     """Study `number` (from 1) of `patient` (from 0): the same for ever for the same arguments.
 
     Raises ValueError for a size outside 64..512, an unknown view, or a study that this patient does not have.

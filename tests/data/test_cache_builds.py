@@ -57,7 +57,8 @@ def frame_of(root):
 
 
 def intact(cache):
-    return all(cache_module._intact(cache._rows[row]) for row in cache._row_of.values())
+    rows = [cache._rows[row] for row in cache._row_of.values()]
+    return all(row["record"]["done"] == 1 and cache_module._checksum(row) == row["record"]["crc"] for row in rows)
 
 
 def build(root, folder):

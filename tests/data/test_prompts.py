@@ -178,7 +178,7 @@ def test_a_file_of_ones_own(tmp_path):
     assert zero_shot_prompts(mine, "Goitre") == ["Goitre."] and mine.name == "mine"
     with pytest.raises(PromptError, match="'neg'"):
         zero_shot_prompts(mine, "Goitre", kind="neg")
-    with pytest.raises(ValueError, match="pos, neg, unc"):
+    with pytest.raises(PromptError, match="no 'maybe' sentence for 'Goitre'"):
         zero_shot_prompts(mine, "Goitre", kind="maybe")
 
 

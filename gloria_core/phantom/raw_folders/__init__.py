@@ -9,19 +9,14 @@ is a line of a text file.
 """
 
 from collections import defaultdict
+from inspect import isgeneratorfunction
 from pathlib import Path
 
 from gloria_core.phantom.raw_folders import boxes, files, labels, masks, reports
 
-_FUNCTIONS = (
-    reports.mimic_cxr, reports.chexpert_plus, reports.openi, reports.padchest,
-    reports.covid_pairs, reports.cgmh, labels.chexpert, labels.chexpert_5x200, labels.nih,
-    labels.covidx, labels.kermany, labels.own_csv, boxes.rsna_pneumonia, boxes.rsna_sample,
-    boxes.vindr_cxr, boxes.object_cxr, boxes.ms_cxr, masks.siim_pneumothorax,
-    masks.montgomery_shenzhen, masks.oxford_pet,
-)  # fmt: skip
-# Name of a dataset, as in `gloria_core.data.sources` -> the function that writes its folder
-WRITERS = {function.__name__: function for function in _FUNCTIONS}
+# Name of a dataset, as in `gloria_core.data.sources` -> the function of that name which writes its folder
+_PUBLIC = {name: value for module in (boxes, labels, masks, reports) for name, value in vars(module).items()}
+WRITERS = {name: value for name, value in _PUBLIC.items() if isgeneratorfunction(value) and not name.startswith("_")}
 
 
 def write(dataset: str, root: Path | str, *, n_studies: int = 60, size: int = 96, seed: int = 0) -> Path:

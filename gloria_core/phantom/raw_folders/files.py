@@ -53,6 +53,13 @@ def split_of(one: PhantomStudy, parts: Mapping[str, int]) -> str:
     return names[(one.patient.patient * 7 + 3) % len(names)]
 
 
+def chexpert_images(one: PhantomStudy) -> Iterator[tuple[str, str, str, np.ndarray]]:
+    """The images of a study as CheXpert names them: split, path without its ending, view and pixels."""
+    split = split_of(one, {"train": 8, "valid": 2})
+    for k, (view, pixels) in enumerate(one.images.items(), start=1):
+        yield split, f"{split}/patient{one.patient.patient + 1:05d}/study{one.number}/view{k}_{view}", view, pixels
+
+
 def write_picture(path: Path, pixels: np.ndarray) -> None:
     """An 8-bit or 16-bit gray image, or a bool mask as 0 and 255, in the format of the suffix."""
     path.parent.mkdir(parents=True, exist_ok=True)

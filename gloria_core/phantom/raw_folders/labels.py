@@ -1,9 +1,7 @@
 """Raw folders of datasets with labels and no reports: CheXpert, its 5x200, ChestX-ray14, COVIDx, Kermany, own CSV."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-
-import numpy as np
 
 from gloria_core.phantom.disease import COMPETITION, LABELS
 from gloria_core.phantom.raw_folders import files
@@ -26,16 +24,9 @@ def chexpert_5x200(root: Path, *, n_studies: int, size: int, seed: int) -> files
     yield from _chexpert(root, alone[:n_studies])
 
 
-def chexpert_images(one: PhantomStudy) -> Iterator[tuple[str, str, str, np.ndarray]]:
-    """The images of a study as CheXpert names them: split, path without its ending, view and pixels."""
-    split = files.split_of(one, {"train": 8, "valid": 2})
-    for k, (view, pixels) in enumerate(one.images.items(), start=1):
-        yield split, f"{split}/patient{one.patient.patient + 1:05d}/study{one.number}/view{k}_{view}", view, pixels
-
-
 def _chexpert(root: Path, studies: Sequence[PhantomStudy]) -> files.Rows:
     for one in studies:
-        for split, key, view, pixels in chexpert_images(one):
+        for split, key, view, pixels in files.chexpert_images(one):
             files.write_picture(root / f"{key}.jpg", pixels)
             yield f"{split}.csv", {
                 "Path": f"CheXpert-v1.0-small/{key}.jpg", "Sex": {"M": "Male", "F": "Female"}[one.patient.sex],

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 
 from gloria_core.phantom.raw_folders import files
-from gloria_core.phantom.raw_folders.labels import chexpert_images
 from gloria_core.phantom.study import PhantomStudy
 
 
@@ -55,7 +54,7 @@ def mimic_cxr(root: Path, *, n_studies: int, size: int, seed: int) -> files.Rows
 def chexpert_plus(root: Path, *, n_studies: int, size: int, seed: int) -> files.Rows:
     """The table of 2024, CheXbert's labels as JSON lines, PNG in PNG/. Oddity: a report with neither section."""
     for i, one in enumerate(files.simulate(n_studies, size=size, seed=seed, lateral=True)):
-        for split, key, view, pixels in chexpert_images(one):
+        for split, key, view, pixels in files.chexpert_images(one):
             files.write_picture(root / f"PNG/{key}.png", pixels)
             text = {"section_findings": one.findings, "section_impression": one.impression}
             yield "df_chexpert_plus_240401.csv", {
