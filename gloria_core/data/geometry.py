@@ -73,8 +73,7 @@ class Geometry:
             raise ValueError(f"behavior={behavior!r} is unknown: use 'corrected' or 'published'")
         if short < 1:
             raise ValueError(f"{height} x {width} is too thin for size {size} as published: use behavior='corrected'")
-        tall = height >= width
-        new_height, new_width = (size, short) if tall else (short, size)
+        new_height, new_width = (size, short) if height >= width else (short, size)
         return cls(height, width, size, new_height, new_width, (size - new_height) // 2, (size - new_width) // 2)
 
     def apply(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:

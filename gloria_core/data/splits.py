@@ -174,7 +174,7 @@ def exclusive_test_set(
         rows = np.flatnonzero(alone & (values[:, findings.index(name)] == 1))
         if len(rows) < (per_class or 0):
             few = f"{len(rows)} studies have this finding alone, {per_class} are needed"
-            raise ValueError(f"{name}: {few}; lower per_class, or take all with per_class=None")
+            raise ValueError(f"{name}: {few}; lower per_class")
         keys = _keys(frame["study_id"].iloc[rows], seed=seed, purpose=f"exclusive {name}")
         chosen[rows[np.argsort(keys, kind="stable")][:per_class]] = True
     return frame[chosen]

@@ -60,8 +60,7 @@ def train_wordpiece(
     trained = Tokenizer(WordPiece(unk_token="[UNK]"))
     trained.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     sizes = {"vocab_size": vocab_size, "min_frequency": min_frequency}
-    trainer = WordPieceTrainer(**sizes, special_tokens=fixed, show_progress=False)
-    trained.train_from_iterator(words, trainer)
+    trained.train_from_iterator(words, WordPieceTrainer(**sizes, special_tokens=fixed, show_progress=False))
     vocabulary = dict(sorted(trained.get_vocab(with_added_tokens=False).items(), key=lambda item: item[1]))
     tokenizer = BertTokenizer(vocab=vocabulary, do_lower_case=True, model_max_length=512)
     if folder is not None:

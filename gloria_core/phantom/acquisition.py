@@ -33,8 +33,7 @@ def acquire(density: Array, exposure: Exposure, rng: np.random.Generator) -> Arr
     # fewer photons behind dense parts, hence more noise there; finer pixels catch fewer still
     grain = rng.standard_normal((size, size), dtype=np.float32) * np.float32(exposure.noise * (size / 128) ** 0.5)
     image += blur(grain, 0.45) * (0.7 + 0.9 * image)
-    image = _collimate(image, exposure)
-    return (clip01(image) * 255 + 0.5).astype(np.uint8)
+    return (clip01(_collimate(image, exposure)) * 255 + 0.5).astype(np.uint8)
 
 
 def _collimate(image: Array, exposure: Exposure) -> Array:

@@ -164,16 +164,15 @@ class AnatomyChange:
 
     def __init__(self, present: Sequence[Finding]) -> None:
         drawn = {finding.kind: finding for finding in present if finding.drawn}
-        strength = {kind: finding.strength for kind, finding in drawn.items()}
         # factor on heart size
-        self.heart = 1.17 + 0.30 * strength["cardiomegaly"] if "cardiomegaly" in drawn else 1.0
+        self.heart = 1.17 + 0.30 * drawn["cardiomegaly"].strength if "cardiomegaly" in drawn else 1.0
         # extra half-width of the upper mediastinum
-        self.mediastinum = 0.040 + 0.080 * strength["wide"] if "wide" in drawn else 0.0
+        self.mediastinum = 0.040 + 0.080 * drawn["wide"].strength if "wide" in drawn else 0.0
         # vessel blurring and upper-lobe diversion
-        self.congestion = 0.35 + 0.55 * strength["edema"] if "edema" in drawn else 0.0
+        self.congestion = 0.35 + 0.55 * drawn["edema"].strength if "edema" in drawn else 0.0
         self.raised = {"right": 0.0, "left": 0.0}
         if "basal" in drawn:
-            self.raised |= dict.fromkeys(drawn["basal"].sides, 0.03 + 0.06 * strength["basal"])
+            self.raised |= dict.fromkeys(drawn["basal"].sides, 0.03 + 0.06 * drawn["basal"].strength)
 
 
 class Scene(Canvas):

@@ -34,8 +34,7 @@ def mottle(scene: Scene, finding: Finding, spacing: float, sigma: float) -> Arra
     """A smooth random field around 0 that stays the same for the same finding."""
     rng = np.random.default_rng([finding.form, 7])
     n = int((1.8 / spacing) ** 2)
-    points = rng.uniform(-0.9, 0.9, (n, 2))
-    return scene.blobs(points, sigma, rng.normal(0, 0.55, n))
+    return scene.blobs(rng.uniform(-0.9, 0.9, (n, 2)), sigma, rng.normal(0, 0.55, n))
 
 
 def consolidation(scene: Scene, finding: Finding) -> Array:
@@ -81,8 +80,7 @@ def pneumonia(scene: Scene, finding: Finding) -> Array:
         points = np.array([x, y]) + rng.normal(0, 1, (n, 2)) * (0.085, 0.10)
         cloud = scene.blobs(points, rng.uniform(0.018, 0.042, n), rng.uniform(0.35, 0.8, n))
         total += cloud * scene.lung[side]
-    amount = (1 - np.exp(-1.15 * total)) * np.float32((0.42 + 0.5 * finding.severity) * doubt(finding))
-    scene.fill(amount)
+    scene.fill((1 - np.exp(-1.15 * total)) * np.float32((0.42 + 0.5 * finding.severity) * doubt(finding)))
     return total > 0.24
 
 
@@ -208,8 +206,7 @@ def pneumothorax(scene: Scene, finding: Finding) -> Array:
     """Pneumothorax: a thin pleural line with nothing but black, vessel-free air beyond it."""
     side, sign = finding.side, SIGN[finding.side]
     gap = 0.070 + 0.22 * finding.severity**1.3
-    y = TABLE_ROWS
-    apex = scene.patient.apex
+    y, apex = TABLE_ROWS, scene.patient.apex
     fall = clip01((y - apex) / (0.35 + 0.5 * finding.severity))
     inset = gap * (1 - fall) ** 0.8 + (0.02 * finding.severity) * (fall >= 1)
     roof = apex + gap * 1.15

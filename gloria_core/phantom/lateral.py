@@ -117,12 +117,9 @@ def density(scene: Scene) -> Array:
 def _spot(scene: Scene, finding: Finding) -> tuple[float, float]:
     rng = np.random.default_rng([finding.form, 31])
     y = scene.zone_height(finding.zone or "mid") + rng.uniform(-0.05, 0.05)
-    depth = finding.depth * 0.30
-    if finding.zone == "lower":  # the lower lobes lie behind
-        depth = 0.10 + 0.18 * abs(finding.depth)
-    elif finding.zone == "mid":
-        depth = -0.22 + 0.15 * finding.depth
-    return 0.06 + depth, y
+    # the lower lobes lie behind
+    depths = {"lower": 0.10 + 0.18 * abs(finding.depth), "mid": -0.22 + 0.15 * finding.depth}
+    return 0.06 + depths.get(finding.zone, 0.30 * finding.depth), y
 
 
 def _fill(scene: Scene, finding: Finding, amount: Array) -> None:

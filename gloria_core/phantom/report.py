@@ -4,7 +4,8 @@ The vocabulary is in `phrases.json`. In noun phrases `{size}`, `{side}` and `{zo
 leading `a:` marks a phrase that takes an article. Sentences hold the phrase as `{p}` (with article: `{ap}`,
 capitalised: `{P}`). In clauses, which are whole sentences, the words that name the region stand in square brackets.
 Sizes are listed by severity: below 0.42, below 0.72, above. Clauses of a kind in `also` make that label positive, too.
-Each of the `fillers` comes with the labels that it would contradict.
+Each of the `fillers` comes with the labels that it would contradict; findings with a label in `outside_the_lungs` leave
+the lungs `clear`.
 """
 
 import json
@@ -19,9 +20,6 @@ from gloria_core.phantom.disease import LABELS, Finding
 
 _PHRASES = json.loads(Path(__file__).with_name("phrases.json").read_text(encoding="utf-8"))
 
-_NOT_IN_THE_LUNGS = {
-    "No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Pleural Other", "Fracture", "Support Devices",
-}  # fmt: skip
 # Certain beats uncertain beats denied, whichever was said last
 _RANK = {1.0: 3, -1.0: 2, 0.0: 1}
 
@@ -161,7 +159,7 @@ def compose(findings: Sequence[Finding], rng: np.random.Generator) -> Report:
             summary.append(_mention(index, finding, rng))
     healthy = not taken - {"Support Devices"}
     body += _negatives(taken, rng, int(rng.integers(2, 6))) + _fillers(taken, rng)
-    if taken <= _NOT_IN_THE_LUNGS and rng.random() < 0.6:
+    if taken <= set(_PHRASES["outside_the_lungs"]) and rng.random() < 0.6:
         body.append(_Sentence(_pick(rng, _PHRASES["clear"])))
     if healthy:
         summary.append(_Sentence(_pick(rng, _PHRASES["normal"])))

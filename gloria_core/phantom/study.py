@@ -94,9 +94,8 @@ def study(seed: int, patient: int, number: int, *, size: int = 128, views: Seque
 def exposure_of(seed: int, patient: int, number: int) -> Exposure:
     """How a study was taken: the sicker the patient, the more likely at the bedside."""
     kinds = {finding.kind for finding in course(seed, patient)[number - 1]}
-    bedside = 0.45 if kinds & {"edema", "venous"} else 0.2
-    if kinds & {"tracheal", "gastric", "chest_tube", "leads"}:
-        bedside = 0.85
+    tubes = {"tracheal", "gastric", "chest_tube", "leads"}
+    bedside = 0.85 if kinds & tubes else 0.45 if kinds & {"edema", "venous"} else 0.2
     return Exposure(seed, patient, number, bedside=bedside)
 
 

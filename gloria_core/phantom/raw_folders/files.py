@@ -13,7 +13,7 @@ from pydicom.encaps import encapsulate
 from pydicom.uid import ComputedRadiographyImageStorage, JPEGBaseline8Bit, generate_uid
 
 from gloria_core.phantom.disease import course
-from gloria_core.phantom.study import PhantomStudy, Region, study
+from gloria_core.phantom.study import VIEWS, PhantomStudy, Region, study
 
 # By dataset, the owner's name of each label
 NAMES = json.loads(Path(__file__).with_name("names.json").read_text(encoding="utf-8"))
@@ -30,14 +30,13 @@ def simulate(
 
     half_with: labels; every other study then has a marked region of one of them, so that a small set has positives.
     """
-    views = ("frontal", "lateral") if lateral else ("frontal",)
     drawn: dict[bool, list[PhantomStudy]] = {True: [], False: []}
     patient = 0
     while sum(map(len, drawn.values())) < n_studies:
         for number, findings in enumerate(course(seed, patient), start=1):
             marked = not half_with or any(finding.label in half_with and finding.drawn for finding in findings)
             if len(drawn[marked]) < ((n_studies + marked) // 2 if half_with else n_studies):
-                drawn[marked].append(study(seed, patient, number, size=size, views=views))
+                drawn[marked].append(study(seed, patient, number, size=size, views=VIEWS[: 1 + lateral]))
         patient += 1
     return sorted([*drawn[True], *drawn[False]], key=lambda one: (one.patient.patient, one.number))
 
