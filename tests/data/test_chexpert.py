@@ -169,12 +169,6 @@ def test_5x200_with_reports(tmp_path):
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 
-def test_wrong_folder(tmp_path):
-    text = refusal(prepare, tmp_path)
-    assert "lacks" in text and "train.csv" in text and "valid.csv" in text and "stanfordaimi" in text
-    assert "not a folder" in refusal(prepare, tmp_path / "nowhere")
-
-
 def test_missing_images(tmp_path):
     make_tree(tmp_path)
     shutil.rmtree(tmp_path / "train/patient00001/study2")

@@ -102,19 +102,9 @@ def test_bad_cells_are_named(root, column, value, message):
         prepare(root)
 
 
-def test_missing_files_can_be_excluded(root):
-    (root / "images/a.jpg").unlink()
-    frame = prepare(root, on_error="exclude")
-    assert "a" not in set(frame["study_id"]) and "no such image file" in reasons(frame)["a"]
-
-
 def test_bad_options(root, tmp_path):
     with pytest.raises(ValueError, match="split_rule"):
         prepare(root, split_rule="published")
-    with pytest.raises(ManifestError, match=r"index\.csv"):
-        prepare(root / "images")
-    with pytest.raises(TypeError, match="no option"):
-        prepare(root, seeds=1)
 
 
 def test_prompts_know_every_label():

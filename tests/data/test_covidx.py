@@ -73,17 +73,12 @@ def test_published_split_and_a_patient_on_both_sides(tmp_path):
 
 
 def test_refusals(tmp_path):
-    assert "train_COVIDx*.txt" in refusal(prepare, tmp_path) and "not a folder" in refusal(prepare, tmp_path / "no")
-    lines = make(tmp_path)
-    (tmp_path / "train/train-5.png").unlink()
-    assert "train-5.png" in refusal(prepare, tmp_path) and "row 6" in refusal(prepare, tmp_path)
-    assert len(prepare(tmp_path, on_error="exclude")) == 29
+    make(tmp_path)
     make(tmp_path, "_COVIDx8B", kinds=("negative", "positive"))
     assert "train_COVIDx8B.txt, train_COVIDx9A.txt; keep or name one" in refusal(prepare, tmp_path)
     assert "train_COVIDx7A.txt" in refusal(prepare, tmp_path, version="7A")
     (tmp_path / "test_COVIDx8B.txt").unlink()
     assert "test_COVIDx8B.txt: the test list" in refusal(prepare, tmp_path, version="8B")
-    assert len(lines) == 24
 
 
 @pytest.mark.parametrize(

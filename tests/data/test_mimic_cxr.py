@@ -165,7 +165,9 @@ def test_hold_out(tmp_path):
     assert any("held out by ms.csv" in item["reason"] for item in frame.attrs["excluded"])
 
 
-@pytest.mark.parametrize("place", ["mimic-cxr-reports", "reports", "other name", "", "zip"])
+@pytest.mark.parametrize(
+    "place", ["mimic-cxr-reports", "reports", "other name", "", "zip", "physionet.org/files/mimic-cxr/2.0.0", "flat"]
+)
 def test_reports_are_found_wherever_they_were_unpacked(tmp_path, place):
     make_tree(tmp_path)
     before = prepare(tmp_path)
@@ -175,6 +177,10 @@ def test_reports_are_found_wherever_they_were_unpacked(tmp_path, place):
     else:
         shutil.unpack_archive(tmp_path / "mimic-cxr-reports.zip", tmp_path / place)
         (tmp_path / "mimic-cxr-reports.zip").unlink()
+    if place == "flat":
+        for report in (tmp_path / place / "files").rglob("*.txt"):
+            report.rename(tmp_path / place / report.name)
+        shutil.rmtree(tmp_path / place / "files")
     pd.testing.assert_frame_equal(prepare(tmp_path), before)
 
 

@@ -171,21 +171,6 @@ def test_training_texts_depend_on_seed_and_study_alone(tmp_path):
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 
-def test_missing_images_are_counted_named_or_excluded(tmp_path):
-    make_tree(tmp_path)
-    for name in ("images_001/images/00000001_000.png", "images_002/images/00000001_001.png"):
-        (tmp_path / name).unlink()
-    text = refusal(prepare, tmp_path)
-    assert "2 problems" in text and "row 2" in text and "00000001_001" in text and "on_error='exclude'" in text
-    frame = prepare(tmp_path, on_error="exclude")
-    assert len(frame) == 38
-    assert [item["study_id"] for item in frame.attrs["excluded"]] == ["00000001_000", "00000001_001"]
-    shutil.rmtree(tmp_path / "images_001")
-    shutil.rmtree(tmp_path / "images_002")
-    shutil.rmtree(tmp_path / "images_003")
-    assert "nothing is left" in refusal(prepare, tmp_path, on_error="exclude")
-
-
 @pytest.mark.parametrize("old", ["Image Index", "Finding Labels", "Patient ID", "View Position", "Patient Gender"])
 def test_changed_column_name(tmp_path, old):
     rows = make_tree(tmp_path)
@@ -245,13 +230,6 @@ def test_image_twice_table_twice_or_absent(tmp_path):
     assert "not a folder" in refusal(prepare, tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     assert "lacks\n  Data_Entry_2017*.csv: the labels" in refusal(prepare, tmp_path / "empty")
-
-
-def test_unknown_options(tmp_path):
-    with pytest.raises(ValueError, match="'patient' or 'published'"):
-        prepare(tmp_path, split_rule="random")
-    with pytest.raises(ValueError, match="'raise' or 'exclude'"):
-        prepare(tmp_path, on_error="skip")
 
 
 # --- the owners' full tables -----------------------------------------------------------------------------------------

@@ -134,11 +134,3 @@ def test_other_refusals(tmp_path):
     assert "patient in two splits" in refusal(prepare, tmp_path)
     write(tmp_path, ["p0/s0.png,x,later"], "image,patient,split")
     assert "column 'split'" in refusal(prepare, tmp_path)
-
-
-def test_excluded_rows_are_listed(tmp_path):
-    rows = make(tmp_path)
-    write(tmp_path, ["p0/none.png;0;;1;1;", *rows], HEADER)
-    frame = prepare(tmp_path, **OPTIONS, on_error="exclude")
-    assert len(frame) == 20 and frame.attrs["excluded"][0]["row"] == 2
-    assert frame["study_id"].is_unique

@@ -85,14 +85,6 @@ def test_patients_of_nih_stay_together_where_they_are_known(tmp_path):
     assert "subset_img_id" in refusal(prepare, tmp_path)
 
 
-def test_missing_images(tmp_path):
-    make_tree(tmp_path)
-    (tmp_path / "stage_2_train_images/id-07.dcm").unlink()
-    assert "id-07" in refusal(prepare, tmp_path) and "on_error='exclude'" in refusal(prepare, tmp_path)
-    whole = prepare(tmp_path, on_error="exclude", split_rule="published")
-    assert len(whole) == 19 and [row["study_id"] for row in whole.attrs["excluded"]] == ["id-07"]
-
-
 BAD = {
     "column": ([], HEADER.replace("width", "w"), "lacks column 'width'"),
     "target": (["id-00,1,2,3,4,2"], HEADER, "column 'Target'"),

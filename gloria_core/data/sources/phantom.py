@@ -1,9 +1,11 @@
 """The phantom as a dataset: `prepare` writes images and masks and returns the manifest."""
 
 from pathlib import Path
+from typing import Annotated
 
 import pandas as pd
 from joblib import Parallel, delayed
+from pydantic import Field, PositiveInt
 from tqdm import tqdm
 
 from gloria_core.data.manifest import CHEXPERT_LABELS, validate
@@ -17,13 +19,13 @@ _BAR = {"desc": "phantom patients", "unit": " patients", "mininterval": 10.0}
 
 
 def prepare(
-    root: Path | str,
+    root: Path,
     *,
-    n_patients: int,
-    size: int = 128,
+    n_patients: PositiveInt,
+    size: Annotated[int, Field(ge=SMALLEST, le=LARGEST)] = 128,
     seed: int = 0,
     lateral: bool = False,
-    workers: int = 2,
+    workers: PositiveInt = 2,
     progress: bool = True,
 ) -> pd.DataFrame:
     """Draw `n_patients` (about twice as many studies) under `root` and return their validated manifest.
@@ -31,14 +33,7 @@ def prepare(
     Writes `images/*.png` (8-bit), `masks/*.png` (1-bit) and `records/*.json`, one per finished patient. Every file is
     written under another name and renamed: after a killed run, calling again with the same arguments completes it.
     The result does not depend on `workers`, the number of processes. Splits and label ranks follow `seed`.
-
-    Raises ValueError for n_patients < 1, workers < 1 or a size outside 64..512.
     """
-    if n_patients < 1 or workers < 1:
-        raise ValueError(f"n_patients and workers must be at least 1, not {n_patients} and {workers}")
-    if not SMALLEST <= size <= LARGEST:
-        raise ValueError(f"size must be {SMALLEST} to {LARGEST} pixels, not {size}")
-    root = Path(root)
     for folder in ("images", "masks", "records"):
         (root / folder).mkdir(parents=True, exist_ok=True)
         for left_over in (root / folder).glob(".*.tmp"):
