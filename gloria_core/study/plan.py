@@ -21,7 +21,7 @@ Nobody writes paths. A parameter that is left blank gets the file of the run tha
 "The same" holds for parameters that both notebooks have; a `dataset` left blank agrees with any. When several runs are
 left, every further parameter in which they differ must agree, too. A stage reads from stages above it;
 09_paper_tables reads them all. `out`, `study` and `run_id` are filled in by the runner. Paths that *are* written are
-relative to the repository root.
+relative to the repository root. With `model`, a fine-tuned model that is scored as it is, no checkpoint is filled in.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ SOURCES = {
     "manifest": ("01_data_preparation", "manifest.csv", ("dataset",)),
     "checkpoint": ("02_pretraining", "checkpoints/best.pt", ("objective", "seed")),
 }
-PATHS = (*SOURCES, "data_root")
+PATHS = (*SOURCES, "data_root", "model")
 
 
 class StudyError(ValueError):
@@ -276,17 +276,20 @@ def _planned(
 ) -> PlannedRun:
     """The run with these parameters, its name, and the files of the runs `above` that it reads."""
     wanted = [key for key, (maker, _, _) in SOURCES.items() if values.get(key) == "" and notebook != maker]
+    wanted = [key for key in wanted if key != "checkpoint" or not values.get("model")]
     makers = {key: _maker(key, notebook, values, above) for key in wanted}
     needs = list(above) if notebook == COLLECTOR else list(makers.values())
     upstream = sorted({run.run_id for run in needs})
     identity = {key: value for key, value in values.items() if key not in (*FILLED, *PATHS)}
     # a path means another place on another machine: its name counts here, its content in the fingerprint
-    identity |= {key: Path(values[key]).name for key in SOURCES if values.get(key)}
+    given = [key for key in (*SOURCES, "model") if values.get(key)]
+    # the files of runs have one name: that of the run counts too
+    identity |= {key: "/".join(Path(values[key]).parts[-3 if key == "model" else -1 :]) for key in given}
     objective, seed = identity.get("objective"), identity.get("seed")
     short = content_hash([notebook, identity, upstream], digits=8)
     parts = [notebook, objective, None if seed is None else f"s{seed}", short]
     run_id = "-".join(re.sub(r"[^\w.]", "_", str(part)) for part in parts if part not in (None, ""))
-    data = {key: path_fingerprint(root, values[key]) for key in SOURCES if values.get(key)}
+    data = {key: path_fingerprint(root, values[key]) for key in given}
     fingerprint = content_hash([run_id, code, data, sorted(run.fingerprint for run in needs)])
     files = {key: (RUNS / study / maker.run_id / SOURCES[key][1]).as_posix() for key, maker in makers.items()}
     filled = {"out": (RUNS / study / run_id).as_posix(), "study": study, "run_id": run_id}

@@ -212,6 +212,25 @@ def test_a_written_manifest_counts_whole_and_with_its_sources(make_study, tmp_pa
     assert len({first, second, load_study(file).runs[1].fingerprint}) == 3
 
 
+def test_a_model_needs_no_checkpoint_and_its_content_counts(make_study, write_notebook, tmp_path):
+    parameters = 'manifest: str = ""\ncheckpoint: str = ""\nmodel: str = ""\nout: str = ""\n'
+    (tmp_path / "notebooks").mkdir()
+    write_notebook(tmp_path / "notebooks", "05_segmentation", parameters)
+    for run in ("a", "b"):
+        (tmp_path / run / "checkpoints").mkdir(parents=True)
+        (tmp_path / run / "checkpoints" / "best.pt").write_text(run)
+    stage = "  - {notebook: 05_segmentation, grid: {model: [a/checkpoints/best.pt, b/checkpoints/best.pt]}}\n"
+    file = make_study(HEAD + stage)
+    first = load_study(file).runs[1:]
+    assert len({run.run_id for run in first}) == 2 and all(run.parameters["checkpoint"] == "" for run in first)
+    (tmp_path / "a/checkpoints/best.pt").write_text("c")
+    second = load_study(file).runs[1:]
+    changed = [old.fingerprint != new.fingerprint for old, new in zip(first, second, strict=True)]
+    assert changed == [True, False] and [run.run_id for run in first] == [run.run_id for run in second]
+    with pytest.raises(StudyError, match="reads a checkpoint, but no stage above it runs 02_pretraining"):
+        load_study(make_study(HEAD + "  - {notebook: 05_segmentation}\n"))
+
+
 @pytest.mark.parametrize(
     ("data_root", "message"), [("", "no folder is given"), ("/not/there", "nih: the root /not/there is not a f")]
 )

@@ -249,5 +249,6 @@ def test_ok_needs_more_than_an_end(tmp_path):
 def test_paths_for_the_kernel():
     """The kernel works in notebooks/; absolute paths and blanks stay."""
     given = {"out": "results/x", "manifest": "", "checkpoint": "/a/b.pt", "data_root": "../images", "objective": "x"}
-    changed = {"out": "../results/x", "data_root": "../../images"}
+    given |= {"model": "results/y/best.pt"}
+    changed = {"out": "../results/x", "data_root": "../../images", "model": "../results/y/best.pt"}
     assert for_kernel(given) == given | changed
