@@ -211,20 +211,16 @@ def assemble(
             pooling=config.image_pooling,
             channels_last=config.behavior != "published",  # published numbers before speed
         )
+        options = ("layers", "pieces", "norm", "dropout", "depth", "positions")
         text_encoder = TextEncoder(
             text_source,
             weights=text_weights,
             last_layers=config.last_layers,
-            layers=config.text_layers,
-            pieces=config.text_pieces,
-            normalize=config.text_norm,
             frozen=True if config.frozen_text_layers < 0 else config.frozen_text_layers,
-            dropout=config.text_dropout,
-            depth=config.text_depth,
-            positions=config.text_positions,
             attentions=needs.token_attention,
             pooler=needs.sentence,
             behavior=config.behavior,
+            **{name: getattr(config, f"text_{name}") for name in options},
         )
         objective = objectives.build(
             config.objective,

@@ -9,6 +9,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.ops import Conv2dNormActivation
 from transformers import BertConfig, BertModel
 
 from gloria_core.models.heads import widened
@@ -30,7 +31,10 @@ class ImageDecoder(nn.Module):
         super().__init__()
         self.dropout = nn.Dropout2d(dropout)
         widths = [max(1, 2 * dim // 2**step) for step in range(STAGES + 1)]
-        self.blocks = nn.ModuleList(_double_convolution(before, after) for before, after in pairwise(widths))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(*Conv2dNormActivation(before, after), *Conv2dNormActivation(after, after))
+            for before, after in pairwise(widths)
+        )
         self.head = nn.Conv2d(widths[-1], 1, 3, padding=1)
 
     def forward(self, regions: Tensor, told: Tensor, *, size: tuple[int, int]) -> Tensor:
@@ -39,13 +43,6 @@ class ImageDecoder(nn.Module):
             part = 2 ** (STAGES - step)
             x = block(F.interpolate(x, (max(1, size[0] // part), max(1, size[1] // part)), mode="nearest"))
         return widened(self.head(x))
-
-
-def _double_convolution(before: int, after: int) -> nn.Sequential:
-    layers = []
-    for width in (before, after):
-        layers += [nn.Conv2d(width, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
-    return nn.Sequential(*layers)
 
 
 class SentenceDecoder(nn.Module):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 
 import torch
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -89,7 +90,8 @@ class AttentionPool(nn.Module):
         if self.side:
             if grid is None or grid[0] * grid[1] != vectors.shape[1]:
                 raise ValueError(f"{vectors.shape[1]} regions do not fill the grid {grid}")
-            x = x + self._positions(grid)
+            positions = self.positional_embedding[None]
+            x = x + resample_abs_pos_embed(positions, list(grid), num_prefix_tokens=1, antialias=False)
         query, key, value = (
             layer(part).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for layer, part in ((self.q_proj, x[:, :1]), (self.k_proj, x), (self.v_proj, x))
@@ -101,15 +103,6 @@ class AttentionPool(nn.Module):
     def of_set(self, vectors: Tensor, mask: Tensor) -> Tensor:
         """Asked for by the mean of the vectors that count: (N, T, D), zero outside mask (N, T) -> (N, D)."""
         return self(vectors.sum(dim=1) / mask.sum(dim=1, keepdim=True), vectors, mask=mask)
-
-    def _positions(self, grid: tuple[int, int]) -> Tensor:
-        """(1 + h * w, D): the learned ones, or their bicubic interpolation."""
-        if grid == (self.side, self.side):
-            return self.positional_embedding
-        first, rest = self.positional_embedding[:1], self.positional_embedding[1:]
-        square = rest.T.reshape(1, -1, self.side, self.side)
-        resized = F.interpolate(square, grid, mode="bicubic", align_corners=False)
-        return torch.cat([first, resized[0].flatten(1).T])
 
 
 class ImageHeads(nn.Module):

@@ -16,6 +16,7 @@ from segmentation_models_pytorch.base import SegmentationHead, initialization
 from segmentation_models_pytorch.decoders.unet.decoder import UnetDecoder
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.ops import Conv2dNormActivation
 
 BatchNormMode = Literal["eval", "train"]
 # Decoder widths from coarse to fine: the default of segmentation-models-pytorch, and of both papers.
@@ -53,12 +54,8 @@ class SetrDecoder(nn.Module):
         self.linear = nn.Linear(region_dim, region_dim)
         layers: list[nn.Module] = []
         for before, width in zip((region_dim, *channels[:-1]), channels, strict=True):
-            layers += [
-                nn.Conv2d(before, width, 3, padding=1),
-                nn.BatchNorm2d(width),
-                nn.ReLU(inplace=True),
-                nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True),
-            ]
+            layers += Conv2dNormActivation(before, width, bias=True)
+            layers.append(nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True))
         self.steps = nn.Sequential(*layers)
         self.head = nn.Conv2d(channels[-1], classes, 3, padding=1)
 

@@ -7,8 +7,9 @@ last layers are added, the pieces of a word are added, and the text is the mean 
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ class TextEncoder(nn.Module):
     `last_layers`, `layers`: how many hidden states are aggregated, counted from the top; the embedding output counts
     as one, so a model of n layers has n + 1.
     `pieces`: how the pieces of a word become the word.
-    `normalize`: divide words and sentence by their length (`model.text.norm` of the released configuration).
+    `norm`: divide words and sentence by their length (`model.text.norm` of the released configuration).
     `frozen`: True freezes all; a number n > 0 freezes the embeddings and the first n layers, as ConVIRT does with 6.
     `dropout`: for hidden states and attention; None keeps that of the configuration.
     `depth`: keep only the first so many layers (0: all); MGCA keeps 6 of 12.
@@ -67,7 +68,7 @@ class TextEncoder(nn.Module):
         last_layers: int = 4,
         layers: Aggregate = "sum",
         pieces: Aggregate = "sum",
-        normalize: bool = False,
+        norm: bool = False,
         frozen: bool | int = False,
         dropout: float | None = None,
         depth: int = 0,
@@ -81,9 +82,9 @@ class TextEncoder(nn.Module):
         most = config.num_hidden_layers
         config.num_hidden_layers = depth or most
         for option, value, valid in (
-            ("layers", layers, ("sum", "mean")),
-            ("pieces", pieces, ("sum", "mean")),
-            ("positions", positions, ("real", "zero")),
+            ("layers", layers, get_args(Aggregate)),
+            ("pieces", pieces, get_args(Aggregate)),
+            ("positions", positions, get_args(Positions)),
             ("depth", depth, range(most + 1)),
             ("last_layers", last_layers, range(1, config.num_hidden_layers + 2)),
         ):
@@ -92,7 +93,7 @@ class TextEncoder(nn.Module):
         if dropout is not None:
             config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
         self.last_layers, self.layers, self.pieces = last_layers, layers, pieces
-        self.normalize, self.behavior, self.frozen = normalize, behavior, frozen
+        self.norm, self.behavior, self.frozen = norm, behavior, frozen
         self.positions, self.attentions = positions, attentions
         pooler = pooler and behavior == "published" and last_layers == 1
         self.bert = _bert(source, config, weights, pooler=pooler)
@@ -122,42 +123,40 @@ class TextEncoder(nn.Module):
         return [self.bert.embeddings, *self.bert.encoder.layer[:count]] if count else []
 
     def forward(self, texts: TextBatch) -> TextFeatures:
-        n_tokens, n_words = extent(texts)
-        ids, mask, types, word_ids, unknown = (
-            value[:, :n_tokens]
-            for value in (texts.input_ids, texts.attention_mask, texts.token_type_ids, texts.word_ids, texts.unknown)
-        )
+        texts, n_words = without_padding(texts)
+        ids, n_tokens = texts.input_ids, texts.input_ids.shape[1]
         if n_tokens > (most := self.config.max_position_embeddings):
             raise ValueError(f"{n_tokens} tokens, but the text encoder has {most} positions")
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.frozen is not True):
             output = self.bert(
                 input_ids=ids,
-                attention_mask=mask,
-                token_type_ids=types,
+                attention_mask=texts.attention_mask,
+                token_type_ids=texts.token_type_ids,
                 position_ids=torch.zeros_like(ids) if self.positions == "zero" else None,
                 output_hidden_states=True,
             )
-            attention = self._cls_attention(output.hidden_states[-2], mask) if self.attentions else None
+            entering, mask = output.hidden_states[-2], texts.attention_mask
+            attention = self._cls_attention(entering, mask) if self.attentions else None
         states = torch.stack(output.hidden_states[-self.last_layers :])
         tokens = states.sum(dim=0) if self.layers == "sum" else states.mean(dim=0)
-        kept = word_ids >= 0
-        words = words_from_pieces(tokens, word_ids, n_words, how=self.pieces)
+        kept = texts.word_ids >= 0
+        words = words_from_pieces(tokens, texts.word_ids, n_words, how=self.pieces)
         if self.bert.pooler is None:
             count = PUBLISHED_TOKENS if self.behavior == "published" else kept.sum(dim=1, keepdim=True).clamp(min=1)
             sentence = (tokens * kept[..., None]).sum(dim=1) / count
         else:
             sentence = output.pooler_output
-        if self.normalize:
+        if self.norm:
             words, sentence = F.normalize(words, dim=-1), F.normalize(sentence, dim=-1)
         return TextFeatures(
             tokens=tokens,
             token_mask=kept,
-            token_words=word_ids,
-            token_sentences=texts.sentence_ids[:, :n_tokens],
+            token_words=texts.word_ids,
+            token_sentences=texts.sentence_ids,
             words=words,
             sentence=sentence,
             cls_attention=attention,
-            **word_masks(texts, word_ids, unknown, n_tokens, n_words),
+            **word_masks(texts, n_words),
         )
 
     def _cls_attention(self, entering: Tensor, mask: Tensor) -> Tensor:
@@ -226,24 +225,26 @@ def words_from_pieces(tokens: Tensor, word_ids: Tensor, n_words: int, *, how: Ag
     return words[:, :n_words]
 
 
-def extent(texts: TextBatch) -> tuple[int, int]:
-    """Longest number of tokens and of words in the batch, in one transfer from the device."""
+def without_padding(texts: TextBatch) -> tuple[TextBatch, int]:
+    """The texts without columns of pure padding, and the longest number of words; one transfer from the device."""
     length = texts.input_ids.shape[1]
     position = torch.arange(1, length + 1, device=texts.input_ids.device)
     n_tokens = ((texts.attention_mask > 0) * position).max()
     n_tokens, last_word = torch.stack([n_tokens, texts.word_ids.max()]).tolist()
     if last_word < 0:
         raise ValueError("a batch of texts without a single token")
-    return n_tokens, last_word + 1
+    tensors = {name: value[:, :n_tokens] for name, value in vars(texts).items() if isinstance(value, Tensor)}
+    return replace(texts, **tensors), last_word + 1
 
 
-def word_masks(texts: TextBatch, word_ids: Tensor, unknown: Tensor, n_tokens: int, n_words: int) -> dict[str, Tensor]:
+def word_masks(texts: TextBatch, n_words: int) -> dict[str, Tensor]:
     """Masks (N, W) of words, specials and unknown words, and the sentence of every word."""
+    word_ids = texts.word_ids
     last, column = word_ids.amax(dim=1, keepdim=True), torch.arange(n_words, device=word_ids.device)[None]
     word_mask, zeros = column <= last, word_ids.new_zeros(len(word_ids), n_words)
     # the pieces of a word are in one sentence; padding is in none, and not unknown
     first = F.pad(word_ids, (1, 0), value=-1)[:, :-1] != word_ids
-    numbers = (texts.sentence_ids[:, :n_tokens] + 1, (unknown & first).long())
+    numbers = (texts.sentence_ids + 1, (texts.unknown & first).long())
     sentence, unknown = (zeros.scatter_reduce(1, word_ids.clamp(min=0), value, "amax") for value in numbers)
     return {
         "word_mask": word_mask,

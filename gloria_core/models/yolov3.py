@@ -8,11 +8,12 @@ BatchNorm in training mode, means over the whole grid in the loss, objectness as
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.ops import batched_nms
+from torchvision.ops import Conv2dNormActivation, batched_nms
 
 from gloria_core.models.detection import Detector, Target
 
@@ -25,10 +26,8 @@ IGNORE_IOU = 0.5
 WEIGHT_XY, WEIGHT_WH, WEIGHT_EMPTY = 2.5, 2.5, 0.5
 
 
-def _cbl(inside: int, outside: int, kernel: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(inside, outside, kernel, padding=kernel // 2, bias=False), nn.BatchNorm2d(outside), nn.LeakyReLU(0.1)
-    )
+# Convolution, batch normalisation, leaky ReLU: (channels in, channels out, kernel).
+_cbl = partial(Conv2dNormActivation, activation_layer=partial(nn.LeakyReLU, 0.1))
 
 
 class YoloNeck(nn.Module):

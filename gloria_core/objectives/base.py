@@ -111,6 +111,9 @@ class GlobalObjective(Objective):
     image_head: nn.Module
     text_head: nn.Module
 
+    def embed_images(self, images: ImageFeatures) -> Tensor:
+        return self.image_head(images.pooled)
+
     def local_embeddings(self, images: ImageFeatures, texts: TextFeatures) -> tuple[Tensor, Tensor, Tensor]:
         """Regions (B, h, w, D) and words (N, W, D) through the heads of the whole, and the mask (N, W) of words.
 

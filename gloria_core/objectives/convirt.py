@@ -59,9 +59,6 @@ class ConVIRT(GlobalObjective):
         total = self.image_weight * to_text + (1 - self.image_weight) * to_image
         return ObjectiveOutput(total=total, terms={"image_to_text": to_text, "text_to_image": to_image})
 
-    def embed_images(self, images: ImageFeatures) -> Tensor:
-        return self.image_head(images.pooled)
-
     def embed_texts(self, texts: TextFeatures) -> Tensor:
         tokens = texts.tokens.masked_fill(~texts.token_mask[..., None], torch.finfo(texts.tokens.dtype).min)
         return self.text_head(tokens.amax(dim=1))

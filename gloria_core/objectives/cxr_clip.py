@@ -117,9 +117,6 @@ class CXRCLIP(GlobalObjective):
                 total = total + weight * terms[name]
         return ObjectiveOutput(total=total, terms=terms)
 
-    def embed_images(self, images: ImageFeatures) -> Tensor:
-        return self.image_head(images.pooled)
-
     def embed_texts(self, texts: TextFeatures) -> Tensor:
         return self.text_head(self._pooled_text(texts))
 

@@ -34,6 +34,7 @@ from torch.nn import functional as F
 
 from gloria_core.models.decoders import ImageDecoder, SentenceDecoder
 from gloria_core.models.heads import AttentionPool, ImageHeads, contrastive_terms, cosine_matrix, widened
+from gloria_core.models.text_encoder import words_from_pieces
 from gloria_core.objectives.base import Objective
 from gloria_core.types import AttentionRows, Batch, Behavior, ImageFeatures, Needs, ObjectiveOutput, TextFeatures
 
@@ -41,12 +42,8 @@ Decay = Literal["fixed", "linear", "exp"]
 LOG_SCALE = math.log(100.0)  # the largest scale when corrected
 PAIRS_AT_ONCE = 1 << 25  # region-sentence pairs that `pair_scores` holds at a time
 ALIGNMENT = {"global": 1.0, "local_image": 1.0, "local_text": 1.0}
-WEIGHTS = {
-    1: ALIGNMENT,
-    2: {**ALIGNMENT, "prototype": 10.0},
-    3: {**ALIGNMENT, "global": 10.0, "prototype": 10.0}
-    | {"image": 1.0, "report": 10.0, "consistency": 1.0, "report_global": 1.0},
-}
+RECONSTRUCTION = {"global": 10.0, "image": 1.0, "report": 10.0, "consistency": 1.0, "report_global": 1.0}
+WEIGHTS = {1: ALIGNMENT, 2: ALIGNMENT | {"prototype": 10.0}, 3: ALIGNMENT | {"prototype": 10.0} | RECONSTRUCTION}
 
 
 class PRIOR(Objective):
@@ -179,7 +176,7 @@ class PRIOR(Objective):
         """Terms of the report that the decoder writes; queries without a sentence are to give zero vectors."""
         inverse = self.behavior == "corrected"
         written, targets = self.report_decoder.in_order_of(sentences.padded(packed), regions, inverse=inverse)
-        kept = written[:, : sentences.mask.shape[1]].flatten(0, 1)[sentences.place]
+        kept = written[:, : sentences.mask.shape[1]][sentences.mask]
         true, (mixture, retrieved) = logits.log_softmax(dim=1), self.bank(kept)
         again = self.text_pool.of_set(sentences.padded(mixture), sentences.mask)
         return {
@@ -270,19 +267,16 @@ class Sentences(NamedTuple):
 
     Shape:
         mask (N, S) bool; table (N, numbers) int64: the row of each sentence number, -1 where it has none
-        place (M,): where the M sentences of all texts lie in the flattened (N * S)
-        packed (M, D): their vectors, text by text
+        packed (M, D): the vectors of the M sentences of all texts, text by text
     """
 
     mask: Tensor
     table: Tensor
-    place: Tensor
     packed: Tensor
 
     def padded(self, packed: Tensor) -> Tensor:
         """(M, D) -> (N, S, D), zero where there is no sentence."""
-        flat = packed.new_zeros(self.mask.numel(), packed.shape[-1])
-        return flat.index_copy(0, self.place, packed).view(*self.mask.shape, -1)
+        return packed.new_zeros(*self.mask.shape, packed.shape[-1]).index_put((self.mask,), packed)
 
     def at(self, values: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """What belongs to the sentences of these numbers: (N, S, E), (N, W) -> (N, W, E) and where there is one (N, W).
@@ -297,33 +291,24 @@ class Sentences(NamedTuple):
 
 
 def gather_sentences(tokens: Tensor, numbers: Tensor, *, most: int | None = None) -> Sentences:
-    """Mean over the tokens of every sentence, in float32 or wider; one `index_add`, no loop.
+    """Mean over the tokens of every sentence, in float32 or wider.
 
     `most`: keep only the first so many sentences of a text.
 
     Shape: tokens (N, L, D), numbers (N, L) with -1 for tokens outside every sentence
     Raises ValueError for a text without any sentence.
     """
-    n, _, dim = tokens.shape
-    kept, index = numbers >= 0, numbers.clamp(min=0)
-    present = torch.zeros(n, int(numbers.max().clamp(min=0)) + 1, dtype=torch.int64, device=tokens.device)
-    present = present.scatter_reduce(1, index, kept.long(), reduce="amax")
+    each = torch.arange(int(numbers.max().clamp(min=0)) + 1, device=numbers.device)
+    present = (numbers[..., None] == each).any(dim=1)
+    row = present.cumsum(dim=1) - 1
+    present &= row < (len(each) if most is None else most)
     count = present.sum(dim=1)
-    if most is not None:
-        count = count.clamp(max=most)
-    fewest, width = torch.stack([count.min(), count.max()]).tolist()
-    if fewest == 0:
+    if not count.all():
         empty = (count == 0).nonzero().flatten().tolist()
         raise ValueError(f"texts {empty} have no token in any sentence: give sentence_ids (`tokenize` makes them)")
-    table = (present.cumsum(dim=1) - 1).masked_fill(present == 0, -1)
-    table = table.masked_fill(table >= width, -1)
-    row = table.gather(1, index).masked_fill(~kept, -1)
-    cell = (row + torch.arange(n, device=row.device)[:, None] * width).masked_fill(row < 0, n * width).flatten()
-    sums = widened(tokens).new_zeros(n * width + 1, dim).index_add(0, cell, widened(tokens).flatten(0, 1))
-    sizes = sums.new_zeros(n * width + 1).index_add(0, cell, torch.ones_like(cell, dtype=sums.dtype))
-    mask = torch.arange(width, device=tokens.device) < count[:, None]
-    place = mask.flatten().nonzero().flatten()
-    return Sentences(mask, table, place, sums[place] / sizes[place, None])
+    means = words_from_pieces(widened(tokens), numbers, len(each), how="mean")
+    mask = torch.arange(int(count.max()), device=count.device) < count[:, None]
+    return Sentences(mask, row.masked_fill(~present, -1), means[present])
 
 
 def local_nce(sentences: Tensor, seen: Tensor, mask: Tensor, scale: Tensor) -> Tensor:
@@ -345,9 +330,8 @@ def mutual_prediction(one: Tensor, other: Tensor, predictor: nn.Module) -> Tenso
 
     Shape: one, other (N, R, D)
     """
-    there = F.cosine_similarity(widened(predictor(one)), widened(other).detach(), dim=-1)
-    back = F.cosine_similarity(widened(predictor(other)), widened(one).detach(), dim=-1)
-    return -(there.mean() + back.mean()) / 2
+    both = ((predictor(one), other), (predictor(other), one))
+    return -sum(F.cosine_similarity(widened(x), widened(y).detach(), dim=-1).mean() for x, y in both) / 2
 
 
 class CrossAttention(NamedTuple):

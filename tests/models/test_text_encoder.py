@@ -109,7 +109,7 @@ def test_published_single_layer_takes_the_pooled_output(make_texts):
 
 def test_normalised_padding_is_zero_not_nan(make_texts):
     with torch.no_grad():
-        features = encoder(normalize=True)(make_texts(WORDS))
+        features = encoder(norm=True)(make_texts(WORDS))
     lengths = features.words.norm(dim=-1)
     torch.testing.assert_close(lengths[features.word_mask], torch.ones(14))
     assert (lengths[~features.word_mask] == 0).all()

@@ -29,7 +29,7 @@ class Pictures:
     def __init__(self, size: int) -> None:
         self.size = size
 
-    def image(self, path: str) -> np.ndarray:
+    def __getitem__(self, path: str) -> np.ndarray:
         number = int(path.split("_")[1])
         picture = np.random.default_rng(number).integers(0, 80, (self.size, self.size), dtype=np.uint8)
         top, left = divmod(number % 4, 2)
