@@ -58,7 +58,7 @@ class Detector(nn.Module):
     side: height and width of the images in pixels, a multiple of 32. width: channels of the feature pyramid.
     frozen: no gradient reaches the trunk. batch_norm: "eval" keeps the stored statistics of the trunk; "train" uses
         the batch's and moves the stored ones, which the released code of MGCA does even with a frozen trunk.
-    Raises ValueError for another encoder, a side that does not fit or an unknown option.
+    Raises ValueError for another encoder and for a side or width that does not fit.
     """
 
     score_threshold: float = 0.01

@@ -99,6 +99,19 @@ KEY_MAPS: tuple[tuple[set[str], Rules], ...] = (
     ({_PROJECTION, "embeddings.norm.weight"}, _TRANSFORMERS_SWIN),
     ({"features.0.0.weight", "features.1.0.attn.qkv.weight"}, _TORCHVISION_SWIN),
 )
+_STAGES = tuple(f"layer{number}." for number in (1, 2, 3, 4))
+_DENSE_BLOCKS = tuple(f"features.denseblock{number}.denselayer" for number in (1, 2, 3, 4))
+_SWIN_STAGES = tuple(f"layers.{number}.blocks." for number in (0, 1, 2, 3))
+# A tensor that tells the family; its name; a tensor whose sizes count, and on which axes; prefixes of numbered modules.
+FAMILIES = (
+    ("layer1.0.conv3.weight", "ResNet of bottlenecks", "", (), _STAGES),
+    ("layer1.0.conv1.weight", "ResNet of basic blocks", "", (), _STAGES),
+    ("features.conv0.weight", "DenseNet", "", (), _DENSE_BLOCKS),
+    ("blocks.0.0.se.conv_reduce.weight", "EfficientNet with squeeze-and-excitation", "conv_head.weight", (0, 1), ()),
+    ("conv_stem.weight", "EfficientNet without squeeze-and-excitation", "conv_head.weight", (0, 1), ()),
+    ("cls_token", "ViT", "patch_embed.proj.weight", (0, 2), ("blocks.",)),
+    ("patch_embed.norm.weight", "Swin", "patch_embed.proj.weight", (0, 2), _SWIN_STAGES),
+)
 # Family and sizes: blocks of each stage; channels of EfficientNet's last convolution; width, patch (and depth).
 NETWORKS = {
     ("ResNet of basic blocks", 1, 1, 1, 1): "resnet_tiny",
@@ -160,23 +173,11 @@ def timm_names(named: Mapping[str, tuple[str, Tensor]]) -> tuple[Named, list[str
 
 def network_name(shapes: Shapes) -> str:
     """Our name of the network with tensors of these timm names and shapes. Raises WeightsError for another one."""
-    stages = (1, 2, 3, 4)
-    if "layer1.0.conv1.weight" in shapes:
-        kind = "bottlenecks" if "layer1.0.conv3.weight" in shapes else "basic blocks"
-        sizes = (f"ResNet of {kind}", *(count(shapes, f"layer{n}.") for n in stages))
-    elif "features.conv0.weight" in shapes:
-        sizes = ("DenseNet", *(count(shapes, f"features.denseblock{n}.denselayer") for n in stages))
-    elif "conv_stem.weight" in shapes:
-        squeeze = "with" if any(".se." in name for name in shapes) else "without"
-        sizes = (f"EfficientNet {squeeze} squeeze-and-excitation", *shapes["conv_head.weight"][:2])
-    elif "cls_token" in shapes:
-        width, _, patch, _ = shapes["patch_embed.proj.weight"]
-        sizes = ("ViT", width, patch, count(shapes, "blocks."))
-    elif "patch_embed.norm.weight" in shapes:
-        width, _, patch, _ = shapes["patch_embed.proj.weight"]
-        sizes = ("Swin", width, patch, *(count(shapes, f"layers.{n - 1}.blocks.") for n in stages))
-    else:
+    row = next((row for row in FAMILIES if row[0] in shapes), None)
+    if row is None:
         raise WeightsError(f"its image encoder is none that is known; its first tensors: {', '.join(list(shapes)[:3])}")
+    _, family, measured, axes, prefixes = row
+    sizes = (family, *(shapes[measured][axis] for axis in axes), *(count(shapes, prefix) for prefix in prefixes))
     if sizes not in NETWORKS:
         known = ", ".join(f"{name} {known[1:]}" for known, name in NETWORKS.items() if known[0] == sizes[0])
         raise WeightsError(f"its image encoder is a {sizes[0]} of the sizes {sizes[1:]}; known: {known or 'none'}")

@@ -119,19 +119,15 @@ def assign(targets: Sequence[Target], anchors: Tensor, grid: int, side: int, cla
     anchors: (3, 2) pixels. Two boxes with one cell and anchor: the later one gives place and size, the classes of both
     stay. `empty` is cleared, in the box's cell, for every anchor that overlaps it by more than 0.5 and, as published,
     for no other: a best anchor with less overlap is taught the box and, at half the weight, that there is none.
-    Shape: mask, empty, x, y, w, h (B, 3, grid, grid); classes (B, 3, grid, grid, K)
+    Shape: mask, empty (B, 3, grid, grid); box (B, 3, grid, grid, 4) x, y, w, h; classes (B, 3, grid, grid, K)
     """
-    count, device, stride = len(targets), anchors.device, side / grid
-    taught = {name: torch.zeros(count, 3, grid, grid, device=device) for name in ("mask", "x", "y", "w", "h")}
-    taught |= {"empty": torch.ones(count, 3, grid, grid, device=device)}
-    taught |= {"classes": torch.zeros(count, 3, grid, grid, classes, device=device)}
+    cells, device, stride = (len(targets), 3, grid, grid), anchors.device, side / grid
+    last_axis = {"mask": (), "empty": (), "box": (4,), "classes": (classes,)}
+    taught = {name: torch.zeros(*cells, *axis, device=device) for name, axis in last_axis.items()}
+    taught["empty"] += 1
     boxes = torch.cat([t["boxes"] for t in targets]).to(device) / stride
-    if not len(boxes):
-        return taught
-    labels = torch.cat([t["labels"] for t in targets]).to(device)
-    image = torch.repeat_interleave(
-        torch.arange(count, device=device), torch.tensor([len(t["boxes"]) for t in targets], device=device)
-    )
+    labels = torch.cat([t["labels"] for t in targets]).to(device, torch.int64)
+    image = torch.cat([torch.full((len(t["boxes"]),), n, device=device) for n, t in enumerate(targets)])
     centre, sizes = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
     column, row = centre.long().clamp(0, grid - 1).unbind(dim=1)
     overlap = shape_iou(sizes, anchors / stride)
@@ -142,14 +138,12 @@ def assign(targets: Sequence[Target], anchors: Tensor, grid: int, side: int, cla
     # which of several boxes is written last is not defined for tensors: keep the last by hand
     place = ((image * 3 + best) * grid + row) * grid + column
     order = torch.arange(len(place), device=device)
-    last = torch.full((count * 3 * grid * grid,), -1, device=device).scatter_reduce(0, place, order, "amax")
+    last = torch.full((taught["mask"].numel(),), -1, device=device).scatter_reduce(0, place, order, "amax")
     keep = last[place] == order
     where = tuple(index[keep] for index in (image, best, row, column))
     taught["mask"][where] = 1.0
-    ratio = (sizes / (anchors / stride)[best])[keep].log()
-    for name, values in zip("xy", (centre[:, 0] - column, centre[:, 1] - row), strict=True):
-        taught[name][where] = values[keep]
-    taught["w"][where], taught["h"][where] = ratio[:, 0], ratio[:, 1]
+    ratio = (sizes / (anchors / stride)[best]).log()
+    taught["box"][where] = torch.cat([centre - torch.stack([column, row], dim=1), ratio], dim=1)[keep]
     return taught
 
 
@@ -160,10 +154,10 @@ def yolo_losses(outputs: Tensor, anchors: Tensor, targets: Sequence[Target], sid
     """
     cells = _split(outputs)
     taught = assign(targets, anchors, cells.shape[2], side, cells.shape[4] - 5)
-    mask, empty = taught["mask"], taught["empty"]
+    mask, empty, box = taught["mask"], taught["empty"], taught["box"]
     entropy = F.binary_cross_entropy_with_logits
-    xy = sum((mask * entropy(cells[..., i], taught[n], reduction="none")).mean() for i, n in enumerate("xy"))
-    wh = sum((mask * (cells[..., i] - taught[n]) ** 2).mean() for i, n in enumerate("wh", start=2))
+    xy = sum((mask * entropy(cells[..., i], box[..., i], reduction="none")).mean() for i in (0, 1))
+    wh = sum((mask * (cells[..., i] - box[..., i]) ** 2).mean() for i in (2, 3))
     said = cells[..., 4]
     there = (mask * F.softplus(-said)).mean()
     nothing = (empty * F.softplus(said)).mean()

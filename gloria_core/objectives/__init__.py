@@ -27,11 +27,8 @@ def objective_class(name: str) -> type[Objective]:
     if name not in available():
         raise ValueError(f"unknown objective {name!r}; available: {', '.join(available())}")
     module = importlib.import_module(f"{__name__}.{name}")
-    classes = [
-        value
-        for value in vars(module).values()
-        if inspect.isclass(value) and issubclass(value, Objective) and value.__module__ == module.__name__
-    ]
+    found = [value for value in vars(module).values() if getattr(value, "__module__", "") == module.__name__]
+    classes = [value for value in found if inspect.isclass(value) and issubclass(value, Objective)]
     if len(classes) != 1:
         raise TypeError(f"{module.__name__} must define exactly one Objective, it defines {len(classes)}")
     return classes[0]

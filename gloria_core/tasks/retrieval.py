@@ -27,7 +27,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -144,12 +144,7 @@ def probability_of_none(marked: np.ndarray, total: np.ndarray, drawn: np.ndarray
 
 
 def label_shares(
-    scores: Scores,
-    labels: np.ndarray,
-    ks: Sequence[int],
-    *,
-    patients: Sequence[object] | None = None,
-    batch_size: int = BATCH,
+    scores: Scores, labels: np.ndarray, ks: Sequence[int], *, patients: Sequence[object] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Share of each query's first k candidates that has each label, and that of all its candidates.
 
@@ -160,7 +155,7 @@ def label_shares(
     numbers = None if patients is None else torch.from_numpy(pd.factorize(np.asarray(patients))[0])
     weights = torch.tensor(np.column_stack([labels, np.ones(len(labels))]), dtype=torch.float32)
     shares, overall = [], []
-    for rows, block in scores.batches(batch_size):
+    for rows, block in scores.batches(BATCH):
         if numbers is not None:
             block[numbers[rows, None] == numbers] = -torch.inf
         first, of_k = block.topk(max(ks), dim=1).values, []
@@ -248,12 +243,12 @@ def recall_rows(
     ks: Sequence[int] = (1, 5, 10),
     patients: Sequence[object] | None = None,
     suffix: str = "",
-    n_bootstrap: int = 1000,
-    seed: int = 0,
+    **resampling: int,
 ) -> pd.DataFrame:
     """Recall@K, median rank and mean rank over the queries, with intervals and chance. Columns: `COLUMNS`.
 
     `patients`: of all studies; whole patients are resampled. `suffix` is added to the names of the metrics.
+    `resampling`: `n_bootstrap` and `seed`, see `bootstrap_rows`.
     The chance of the median rank is the median of the queries' expected ranks in a random order.
     A K that is not below the number of candidates is left out: everything would be found.
     """
@@ -277,7 +272,7 @@ def recall_rows(
     chance = statistic([ranking.chance_recall(k) for k in ks], ranking.chance_rank)(np.ones((1, n)))[0]
     names = [name + suffix for name in (*(f"recall_at_{k}" for k in ks), "median_rank", "mean_rank")]
     groups = None if patients is None else np.asarray(patients)[ranking.queries]
-    options = {"columns": {"chance": chance}, "groups": groups, "n_bootstrap": n_bootstrap, "seed": seed}
+    options = {"columns": {"chance": chance}, "groups": groups, **resampling}
     return bootstrap_rows(measured, np.ones((n, 1), dtype=bool), [target], names, **options)[COLUMNS]
 
 
@@ -289,17 +284,10 @@ def left_out(ks: Sequence[int], candidates: int) -> str:
     return f"K = {', '.join(beyond)} left out: with {candidates} candidates, such a list contains them all"
 
 
-def recall_table(
-    scores: Scores,
-    texts: Sequence[str],
-    *,
-    ks: Sequence[int] = (1, 5, 10),
-    patients: Sequence[object] | None = None,
-    n_bootstrap: int = 1000,
-    seed: int = 0,
-) -> pd.DataFrame:
+def recall_table(scores: Scores, texts: Sequence[str], **options: Any) -> pd.DataFrame:
     """`recall_rows` of both directions (target) and all three rules for identical reports, of images by texts.
 
+    `options`: `ks`, `patients`, `n_bootstrap` and `seed` of `recall_rows`.
     Metrics of `merged` have plain names, of `right` and `wrong` the suffixes `_copies_right` and `_copies_wrong`.
     """
     tables = []
@@ -307,8 +295,7 @@ def recall_table(
         for duplicates in get_args(Duplicates):
             suffix = "" if duplicates == "merged" else f"_copies_{duplicates}"
             ranking = rank_partners(scores, texts, direction=direction, duplicates=duplicates, k=1)
-            options = {"patients": patients, "suffix": suffix, "n_bootstrap": n_bootstrap, "seed": seed}
-            tables.append(recall_rows(ranking, target=direction, ks=ks, **options))
+            tables.append(recall_rows(ranking, target=direction, suffix=suffix, **options))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -318,8 +305,7 @@ def precision_table(
     patients: Sequence[object],
     *,
     ks: Sequence[int] = (5, 10, 100),
-    n_bootstrap: int = 1000,
-    seed: int = 0,
+    **resampling: int,
 ) -> pd.DataFrame:
     """Precision@K by class: of the first K candidates of a query that has the class, the share that has it, too.
 
@@ -329,7 +315,7 @@ def precision_table(
     papers' number; where studies have several, a query counts once for each. `macro` is the mean over classes.
     Chance is the share of candidates with the class. A class without a query is NaN.
     Metrics of image to text have plain names, others the direction as a suffix. Columns: `COLUMNS` and direction.
-    A K that is not below the number of candidates is left out.
+    A K that is not below the number of candidates is left out. `resampling`: as in `recall_rows`.
     """
     labels, has = list(targets.columns), targets.to_numpy() == 1
     tables = [pd.DataFrame(columns=[*COLUMNS, "direction"])]
@@ -345,7 +331,7 @@ def precision_table(
         names = [f"precision_at_{k}{suffix}" for k in below]
         of_queries = ratio_of_sums(shares * has[..., None], np.repeat(has[..., None], len(below), axis=2))
         by_chance = {"chance": ratio_of_sums(chance * has, has)(np.ones((1, len(has))))[0]}
-        options = {"columns": by_chance, "groups": patients, "n_bootstrap": n_bootstrap, "seed": seed}
+        options = {"columns": by_chance, "groups": patients, **resampling}
         rows = bootstrap_rows(of_queries, has, labels, names, macro=labels, notes=notes, **options)
         tables.append(rows[COLUMNS].assign(direction=direction))
     return pd.concat(tables[1:] or tables, ignore_index=True)
@@ -454,21 +440,17 @@ class SearchIndex:
 
         Columns: query (0..Q-1), rank (from 1), cosine, id, content. Raises SearchIndexError for another model.
         """
-        self.check(model)
+        if (own := fingerprint(model)) != self.model:
+            raise SearchIndexError(
+                f"the index was made with model {self.model}, this is model {own}: their embeddings cannot be "
+                "compared. Load the checkpoint that the index was made with, or make the index again"
+            )
         rows, k = [], min(k, len(self))
         for batch, block in cosine(np.atleast_2d(embedding), self.embedding).batches(BATCH):
             for query, entries, values in zip(range(batch.start, batch.stop), *_first(block, k), strict=True):
                 ranked = enumerate(zip(entries, values, strict=True), start=1)
                 rows += [(query, rank, value, self.ids[i], self.contents[i]) for rank, (i, value) in ranked]
         return pd.DataFrame(rows, columns=["query", "rank", "cosine", "id", "content"])
-
-    def check(self, model: nn.Module) -> None:
-        """Raises SearchIndexError unless this model made the index."""
-        if (own := fingerprint(model)) != self.model:
-            raise SearchIndexError(
-                f"the index was made with model {self.model}, this is model {own}: their embeddings cannot be "
-                "compared. Load the checkpoint that the index was made with, or make the index again"
-            )
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file, whole or not at all."""
@@ -479,19 +461,13 @@ class SearchIndex:
         return Path(path)
 
 
-def load_index(path: str | Path, model: nn.Module | None = None) -> SearchIndex:
-    """The index of a file written by `save`; with `model`, only if that model made it.
-
-    Raises SearchIndexError for a missing or damaged file, one of another kind, or another model.
-    """
+def load_index(path: str | Path) -> SearchIndex:
+    """The index of a file written by `save`. Raises SearchIndexError for a missing or damaged file, or another kind."""
     try:
         content = parse(Path(path).read_bytes())
         entries = json.loads(content["entries"].tobytes())
-        index = SearchIndex(entries["model"], tuple(entries["ids"]), tuple(entries["contents"]), content["embedding"])
+        return SearchIndex(entries["model"], tuple(entries["ids"]), tuple(entries["contents"]), content["embedding"])
     except OSError as error:
         raise SearchIndexError(f"search index {path} cannot be opened ({error.strerror})") from None
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise SearchIndexError(f"{path} is damaged or no search index ({error}); make it again") from error
-    if model is not None:
-        index.check(model)
-    return index

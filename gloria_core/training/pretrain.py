@@ -71,11 +71,10 @@ def pretrain(
     a loss that is not finite (with epoch, step and studies), for too few studies, and for a `last.pt` of another run,
     naming what differs.
     """
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     precision = choose_precision(device, config.precision)
     accelerator = Accelerator(
-        cpu=torch.device(device).type == "cpu",
+        cpu=device.type == "cpu",
         mixed_precision={"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[precision],
         log_with="tensorboard",
         project_dir=folder,
@@ -266,15 +265,15 @@ class Pretraining:
     ) -> None:
         """Add a row to the history and write the files of the epoch."""
         state = self.state
-        training_seconds = state.seconds
-        train = state.end_epoch()
+        training_seconds, train = state.seconds, state.end_epoch()
         norm = train.pop("gradient_norm", math.nan)
+        validation = {f"valid_{name}": value for name, value in valid.items()}
         row = {
             "epoch": state.epoch,
             "step": state.step,
             "learning_rate": self._learning_rate(state.step - 1),
             **{f"train_{name}": value for name, value in train.items()},
-            **{f"valid_{name}": value for name, value in valid.items()},
+            **validation,
             "gradient_norm": norm,
             "images_per_second": self.steps_per_epoch * self.config.batch_size / max(training_seconds, 1e-9),
             "seconds": training_seconds + time.monotonic() - self.clock,
@@ -284,8 +283,7 @@ class Pretraining:
         if not valid or valid["total"] < state.best:
             state.best, state.best_epoch = valid.get("total", math.inf), state.epoch
             if self.main:
-                extra = {"epoch": state.epoch, **{f"valid_{name}": value for name, value in valid.items()}}
-                native.save(self.folder / "best.pt", self.model, extra=extra)
+                native.save(self.folder / "best.pt", self.model, extra={"epoch": state.epoch, **validation})
         if after_epoch is not None:
             after_epoch(state.epoch, self.model)
         self._save_last()

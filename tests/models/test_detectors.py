@@ -248,8 +248,8 @@ def test_published_defaults(encoder):
 def _naive_assign(targets, anchors, grid, side, classes):
     """One loop over images and boxes, as the description reads."""
     shape, stride = (len(targets), 3, grid, grid), side / grid
-    taught = {name: np.zeros(shape) for name in ("mask", "x", "y", "w", "h")} | {"empty": np.ones(shape)}
-    taught["classes"] = np.zeros((*shape, classes))
+    taught = {"mask": np.zeros(shape), "empty": np.ones(shape)}
+    taught |= {"box": np.zeros((*shape, 4)), "classes": np.zeros((*shape, classes))}
     for b, target in enumerate(targets):
         for (x1, y1, x2, y2), label in zip(target["boxes"].tolist(), target["labels"].tolist(), strict=True):
             gx, gy, gw, gh = (x1 + x2) / 2 / stride, (y1 + y2) / 2 / stride, (x2 - x1) / stride, (y2 - y1) / stride
@@ -262,9 +262,8 @@ def _naive_assign(targets, anchors, grid, side, classes):
                     taught["empty"][b, n, j, i] = 0
             n = int(np.argmax(ious))
             taught["mask"][b, n, j, i] = 1
-            taught["x"][b, n, j, i], taught["y"][b, n, j, i] = gx - i, gy - j
             aw, ah = (anchors[n] / stride).tolist()
-            taught["w"][b, n, j, i], taught["h"][b, n, j, i] = math.log(gw / aw), math.log(gh / ah)
+            taught["box"][b, n, j, i] = gx - i, gy - j, math.log(gw / aw), math.log(gh / ah)
             taught["classes"][b, n, j, i, label] = 1
     return taught
 
@@ -294,7 +293,7 @@ def test_targets_and_losses_are_the_naive_ones(scale):
     cells = outputs.view(4, 3, 8, grid, grid).permute(0, 1, 3, 4, 2)
     said, m, n = cells.sigmoid(), torch.tensor(naive["mask"]), torch.tensor(naive["empty"])
     bce, mse = F.binary_cross_entropy, F.mse_loss
-    x, y, w, h = (torch.tensor(naive[name]) for name in "xywh")
+    x, y, w, h = torch.tensor(naive["box"]).unbind(-1)
     xy = 2.5 * (bce(said[..., 0] * m, x * m) + bce(said[..., 1] * m, y * m))
     wh = 2.5 * (mse(cells[..., 2] * m, w * m) + mse(cells[..., 3] * m, h * m))
     conf = bce(said[..., 4] * m, m) + 0.5 * bce(said[..., 4] * n, n * 0)
@@ -311,8 +310,7 @@ def test_decoding_inverts_the_targets():
     taught = assign(targets, anchors, grid, SIDE, 3)
     outputs = torch.full((1, 3, grid, grid, 8), -20.0)
     place = taught["mask"] > 0
-    xy = torch.stack([taught["x"], taught["y"]], -1)[place]
-    wh = torch.stack([taught["w"], taught["h"]], -1)[place]
+    xy, wh = taught["box"][place].split(2, dim=1)
     outputs[place] = torch.cat([torch.logit(xy.clamp(1e-6)), wh, torch.tensor([[20.0, -20, -20, 20]])], dim=1)
     boxes, said, classes = decode(outputs.permute(0, 1, 4, 2, 3).reshape(1, 24, grid, grid), anchors, SIDE)
     best = said[0].argmax()
