@@ -112,10 +112,8 @@ def paper_config(objective: str, settings: Mapping[str, Any]) -> ModelConfig:
     runs of it underfit. Raises ConfigError.
     """
     method = "gloria" if objective in BASELINES else objective
-    values = {
-        **objectives.objective_class(method).encoders,
-        **{name: value for name, value in settings.items() if value},
-    }
+    values = dict(objectives.objective_class(method).encoders)
+    values |= {name: value for name, value in settings.items() if value}
     if objective in BASELINES:
         values["objective_options"] = {}
     if objective == "random":
@@ -175,16 +173,13 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None) 
     Initial values depend on `config.seed` alone; the global random state is left as it was.
     Raises ConfigError, WeightsError, or TypeError for an unknown option of the objective.
     """
-    source: BertConfig | str = config.text_encoder
-    weights = config.text_weights
+    source, weights = config.text_encoder, config.text_weights
     if source in PRESETS:
         if tokenizer is None:
             raise ConfigError(f"text encoder {source!r} takes its vocabulary from a tokenizer, and got none")
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-        source = preset_config(source, vocab_size=len(tokenizer), pad_token_id=pad)
-        weights = "random" if weights == "auto" else weights
-    elif weights == "auto":
-        weights = "pretrained"
+        source = preset_config(source, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id or 0)
+    if weights == "auto":
+        weights = "pretrained" if isinstance(source, str) else "random"
     return assemble(config, source, tokenizer, image_weights=config.image_weights, text_weights=weights)
 
 

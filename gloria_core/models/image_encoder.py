@@ -139,8 +139,7 @@ class ImageEncoder(nn.Module):
         if pixels.ndim != 4 or pixels.shape[1] != self.in_channels:
             raise ValueError(f"expected pixels (B, {self.in_channels}, H, W), got {tuple(pixels.shape)}")
         if self.resize_to is not None:
-            side = (self.resize_to, self.resize_to)
-            pixels = F.interpolate(pixels, size=side, mode="bilinear", align_corners=True)
+            pixels = F.interpolate(pixels, self.resize_to, mode="bilinear", align_corners=True)
         if self.channels_last or pixels.device.type != "cpu":
             pixels = pixels.contiguous(memory_format=torch.channels_last)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
@@ -160,15 +159,14 @@ class ImageEncoder(nn.Module):
             fault = f"{self.name} needs sides that are multiples of {PATCH} pixels, got {height} x {width}"
             raise ValueError(f"{fault}; crop the images or set resize_to")
         grid = (height // PATCH, width // PATCH)
-        last_input: list[Tensor] = []
-        attention = self.trunk.blocks[-1].attn
-        hook = attention.register_forward_pre_hook(lambda _, inputs: last_input.append(inputs[0].detach()))
-        try:
-            tokens = self.trunk.forward_features(pixels)
-        finally:
-            hook.remove()
+        before, last = [len(self.trunk.blocks) - 2], self.trunk.blocks[-1]
+        options = {"indices": before, "output_fmt": "NLC", "return_prefix_tokens": True}
+        tokens, [(patches, prefix)] = self.trunk.forward_intermediates(pixels, **options)
+        weights = None
+        if self.cls_attention:
+            entering = last.norm1(torch.cat([prefix, patches], dim=1).detach())
+            weights = class_attention(last.attn, entering).reshape(batch, *grid)
         patches = tokens[:, 1:]
-        weights = class_attention(attention, last_input[0]).reshape(batch, *grid) if self.cls_attention else None
         return ImageFeatures(
             pooled=patches.mean(dim=1) if self.pooling == "mean" else tokens[:, 0],
             regions=patches.reshape(batch, *grid, -1),

@@ -128,24 +128,16 @@ class TextEncoder(nn.Module):
         if n_tokens > (most := self.config.max_position_embeddings):
             raise ValueError(f"{n_tokens} tokens, but the text encoder has {most} positions")
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.frozen is not True):
-            output = self.bert(
-                input_ids=ids,
-                attention_mask=texts.attention_mask,
-                token_type_ids=texts.token_type_ids,
-                position_ids=torch.zeros_like(ids) if self.positions == "zero" else None,
-                output_hidden_states=True,
-            )
-            entering, mask = output.hidden_states[-2], texts.attention_mask
-            attention = self._cls_attention(entering, mask) if self.attentions else None
+            mask, places = texts.attention_mask, torch.zeros_like(ids) if self.positions == "zero" else None
+            output = self.bert(ids, mask, texts.token_type_ids, position_ids=places, output_hidden_states=True)
+            attention = self._cls_attention(output.hidden_states[-2], mask) if self.attentions else None
         states = torch.stack(output.hidden_states[-self.last_layers :])
         tokens = states.sum(dim=0) if self.layers == "sum" else states.mean(dim=0)
         kept = texts.word_ids >= 0
         words = words_from_pieces(tokens, texts.word_ids, n_words, how=self.pieces)
-        if self.bert.pooler is None:
-            count = PUBLISHED_TOKENS if self.behavior == "published" else kept.sum(dim=1, keepdim=True).clamp(min=1)
-            sentence = (tokens * kept[..., None]).sum(dim=1) / count
-        else:
-            sentence = output.pooler_output
+        count = PUBLISHED_TOKENS if self.behavior == "published" else kept.sum(dim=1, keepdim=True).clamp(min=1)
+        mean = (tokens * kept[..., None]).sum(dim=1) / count
+        sentence = mean if self.bert.pooler is None else output.pooler_output
         if self.norm:
             words, sentence = F.normalize(words, dim=-1), F.normalize(sentence, dim=-1)
         return TextFeatures(

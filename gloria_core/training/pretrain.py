@@ -346,9 +346,8 @@ def best_losses(history: pd.DataFrame, *, since: int = 0) -> pd.DataFrame:
 def on_device(batch: Batch, device: torch.device) -> Batch:
     """The batch on `device`, each image with its channels innermost in memory, which convolutions are fastest with."""
     batch = batch.to(device)
-    b, v = batch.pixels.shape[:2]
     images = batch.pixels.flatten(0, 1).contiguous(memory_format=torch.channels_last)
-    return replace(batch, pixels=images.unflatten(0, (b, v)))
+    return replace(batch, pixels=images.unflatten(0, batch.pixels.shape[:2]))
 
 
 def numbers(values: Mapping[str, Tensor]) -> dict[str, float]:

@@ -53,11 +53,12 @@ def test_pool_of_a_set_ignores_what_is_masked():
 
 
 def test_positions_follow_the_grid():
-    pool = AttentionPool(4, side=2)
-    pool.positional_embedding.data = torch.tensor([9.0, 1.0, 1.0, 1.0, 1.0])[:, None].expand(5, 4).clone()
-    wider = pool._positions((3, 5))
-    assert wider.shape == (16, 4)
-    torch.testing.assert_close(wider, torch.tensor([9.0] + [1.0] * 15)[:, None].expand(16, 4))
+    pool, plain = AttentionPool(4, side=2), AttentionPool(4)
+    pool.positional_embedding.data = torch.tensor([9.0, 1.0, 1.0, 2.0, 2.0])[:, None].expand(5, 4).clone()
+    plain.load_state_dict(pool.state_dict(), strict=False)
+    first, vectors = torch.randn(1, 4), torch.randn(1, 6, 4)
+    wider = torch.tensor([1.0, 1, 1, 2, 2, 2])[:, None]  # the first row of the grid, the second row
+    torch.testing.assert_close(pool(first, vectors, grid=(2, 3)), plain(first + 9, vectors + wider))
     with pytest.raises(ValueError, match="9 regions do not fill the grid"):
         pool(torch.zeros(1, 4), torch.zeros(1, 9, 4), grid=(2, 4))
 
