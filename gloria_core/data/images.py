@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import struct
 from io import BytesIO
 from pathlib import Path
 from typing import Literal
@@ -170,9 +171,13 @@ def _check_end(data: bytes) -> None:
     elif data.startswith(_BMP) and len(data) < int.from_bytes(data[2:6], "little"):
         raise OSError(f"the BMP has {len(data)} bytes of {int.from_bytes(data[2:6], 'little')}")
     elif data.startswith(_TIFF):
-        order = "little" if data[:2] == b"II" else "big"
+        order, sign = ("little", "<") if data[:2] == b"II" else ("big", ">")
         place = int.from_bytes(data[4:8], order)  # of the directory: a number of entries, each of 12 bytes, and a link
-        if place + 6 + 12 * int.from_bytes(data[place : place + 2], order) > len(data):
+        last = place + 2 + 12 * int.from_bytes(data[place : place + 2], order)
+        entries = struct.iter_unpack(f"{sign}HHII", data[place + 2 : last]) if last <= len(data) else ()
+        sizes = {3: 2, 4: 4, 5: 8, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8}  # bytes of each type of value; the others have one
+        ends = [last + 4, *(at + sizes.get(kind, 1) * n for _, kind, n, at in entries if sizes.get(kind, 1) * n > 4)]
+        if max(ends) > len(data):
             raise OSError("the TIFF ends before or in its directory")
 
 
@@ -208,7 +213,8 @@ def _decode_dicom(data: bytes, name: str | Path) -> NDArray[np.uint8]:
     # a damaged file can fail anywhere in the reader and in the decoders, with any exception
     try:
         dataset = dcmread(BytesIO(data), force=True)
-        kind = UID(str(dataset.get("SOPClassUID") or "")).name
+        uid = UID(str(dataset.get("SOPClassUID") or ""))
+        kind = "" if uid.name == uid else uid.name
     except Exception as error:
         raise ImageError(f"{name}: truncated or damaged DICOM ({_one_line(error)}): {_COPY_AGAIN}") from error
     if not any(keyword in dataset for keyword in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):

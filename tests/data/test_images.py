@@ -115,6 +115,15 @@ def test_a_file_cut_anywhere_is_refused(tmp_path, kind, options):
             read_gray(file)
 
 
+def test_a_tiff_cut_in_values_beyond_its_directory_is_truncated():
+    whole = io.BytesIO()
+    Image.fromarray(textured()).convert("RGB").save(whole, "TIFF", compression="tiff_lzw")  # its depths come last
+    assert decode_gray(whole.getvalue(), "a").shape == (64, 48)
+    for missing in (1, 2, 4, 6):
+        with pytest.raises(ImageError, match="truncated"):
+            decode_gray(whole.getvalue()[:-missing], "a")
+
+
 def test_a_flipped_bit_in_a_png_is_noticed(tmp_path):
     whole = bytearray(encoded(textured(), "PNG"))
     whole[len(whole) // 2] ^= 1
