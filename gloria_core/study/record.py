@@ -12,7 +12,6 @@ The proof of success, `run.json`, is not written here: the runner writes it afte
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import json
@@ -28,7 +27,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from gloria_core.data.files import atomic_write
+from gloria_core.data.files import atomic_write, content_hash
 from gloria_core.study.paths import RUNS, repository_root
 
 if TYPE_CHECKING:
@@ -186,27 +185,32 @@ class Run:
 def start_run(out: str | Path, *, notebook: str, parameters: Mapping[str, Any]) -> Run:
     """Open the folder `out` of this run; `out=""` (a notebook opened by hand) is results/runs/interactive/<notebook>.
 
+    By hand, other parameters than the notebook's defaults have a folder of their own: its name ends in their hash.
     `parameters` fill the columns `FROM_PARAMETERS` of every number, where they have them. Raises `ParameterError`
     where the notebook was given a parameter of another type than its file says.
     """
-    _check_parameters(notebook)
-    interactive = str(out) == ""
-    folder = repository_root() / RUNS / "interactive" / _file_name(notebook) if interactive else Path(out)
+    interactive, changed = str(out) == "", _changed_parameters(notebook)
+    name = _file_name(notebook) + (f"-{content_hash(changed, digits=8)}" if changed else "")
+    folder = repository_root() / RUNS / "interactive" / name if interactive else Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     run_id = "interactive" if interactive else folder.resolve().name
     return Run(folder, run_id, _file_name(notebook), dict(parameters), interactive)
 
 
-def _check_parameters(notebook: str) -> None:
-    """In a kernel, check the parameters of the notebook: `papermill -p` and people give what the runner refuses."""
+def _changed_parameters(notebook: str) -> dict[str, Any]:
+    """In a kernel, the parameters of the notebook that are not its defaults; {} elsewhere.
+
+    They are checked: `papermill -p` and people give what the runner refuses.
+    """
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
-    if shell is None:
-        return
+    path = repository_root() / "notebooks" / f"{notebook}.ipynb"
+    if shell is None or not path.is_file():
+        return {}
     from gloria_core.study import parameters  # slow to import
 
-    with contextlib.suppress(FileNotFoundError):  # the notebook's own file is not at hand
-        known = parameters.read(repository_root() / "notebooks" / f"{notebook}.ipynb")
-        known.check({name: shell.user_ns[name] for name in known.types if name in shell.user_ns})
+    known = parameters.read(path)
+    values = known.check({name: shell.user_ns[name] for name in known.types if name in shell.user_ns})
+    return {name: value for name, value in values.items() if value != known.defaults[name]}
 
 
 def peak_memory_mb() -> float:

@@ -57,8 +57,9 @@ def pretrain(
 
     Writes into `folder`: `last.pt` (end of every epoch, and between as the config says), `best.pt` (lowest validation
     total; `native.load` gives the model to use), `history.csv`, `tensorboard/`. If `last.pt` is there, the run goes on
-    from it: on a CPU to the very numbers of an undisturbed run. A finished run returns its history at once. At the end
-    `model` holds the last epoch's weights. `valid` may be empty: `best.pt` is then the last epoch.
+    from it: on a CPU to the very numbers of an undisturbed run. A finished run returns its history at once, or with
+    more `epochs` goes on at the learning rates of the longer run (not an objective with stages). At the end `model`
+    holds the last epoch's weights. `valid` may be empty: `best.pt` is then the last epoch.
 
     History columns: epoch (from 1), step (optimiser steps so far), learning_rate (of the last step), train_total and
     train_<term> (means over the epoch's steps, dropout on), valid_total and valid_<term> (means over studies, eval
@@ -317,8 +318,10 @@ class Pretraining:
             return
         content = native.read(last)
         saved = content["training_state"]
-        resume.check_same_run(saved["run"], self.identity, last)
         self.state = TrainingState(**saved["state"])
+        if self.state.epoch == saved["run"]["epochs"] < self.config.epochs and len(self.stage_starts) == 1:
+            saved["run"]["epochs"] = self.config.epochs  # a finished run may be given more
+        resume.check_same_run(saved["run"], self.identity, last)
         if self.state.batch:
             # before the weights: what the objective does as this epoch starts was done before they were saved
             self.model.objective.on_epoch(self.state.epoch)

@@ -61,6 +61,20 @@ def test_parameters_that_were_given_by_hand_are_checked(monkeypatch, tmp_path):
     start_run(tmp_path, notebook="01_data_preparation", parameters={})
 
 
+def test_runs_by_hand_with_other_settings_have_folders_of_their_own(monkeypatch, write_notebook, tmp_path):
+    (tmp_path / "notebooks").mkdir()
+    text = 'epochs: int = 2  # few\nout: str = ""  # by the runner'
+    write_notebook(tmp_path / "notebooks", "02_pretraining", text)
+    monkeypatch.chdir(tmp_path / "notebooks")
+    values, folders = {"out": ""}, []
+    monkeypatch.setattr(IPython, "get_ipython", lambda: SimpleNamespace(user_ns=values))
+    for epochs in (2, 3, 4, 3):
+        values["epochs"] = epochs
+        folders.append(start_run("", notebook="02_pretraining", parameters={}).folder.name)
+    assert folders[0] == "02_pretraining" and folders[1] == folders[3] and len(set(folders)) == 3
+    assert start_run(tmp_path / "mine", notebook="02_pretraining", parameters={}).folder == tmp_path / "mine"
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

@@ -110,7 +110,7 @@ def test_a_finished_run_returns_its_history_at_once(finished, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
-        ({"epochs": 5}, "epochs: saved 4, now 5"),
+        ({"epochs": 3}, "epochs: saved 4, now 3"),
         ({"learning_rate": 2e-3}, "learning_rate: saved 0.001, now 0.002"),
         ({"data": tiny_study.datasets(train=32)}, "training studies: saved"),
         ({"data": tiny_study.datasets(valid=9)}, "validation studies: saved"),
@@ -124,6 +124,19 @@ def test_another_run_in_the_same_folder_is_refused(finished, changes, field):
         run(finished[0], **{"epochs": 4, "warmup_fraction": 0.25, **changes})
     assert "another folder" in str(error.value)
     assert (finished[0] / "last.pt").read_bytes() == before
+
+
+def test_a_finished_run_can_be_given_more_epochs(tmp_path):
+    first = run(tmp_path, epochs=2)
+    more = run(tmp_path, epochs=4)
+    assert more["epoch"].tolist() == [1, 2, 3, 4] and more["step"].tolist() == [3, 6, 9, 12]
+    pd.testing.assert_frame_equal(more.head(2), first)
+    rates = [learning_rate(step, base=1e-3, total_steps=12, warmup_steps=1) for step in (8, 11)]
+    assert more["learning_rate"].tail(2).tolist() == pytest.approx(rates)
+    assert len(run(tmp_path, epochs=4)) == 4
+    run(tmp_path / "stages", model=tiny_study.model("prior"), epochs=3)
+    with pytest.raises(TrainingError, match="epochs: saved 3, now 4"):  # its stages would begin elsewhere
+        run(tmp_path / "stages", model=tiny_study.model("prior"), epochs=4)
 
 
 def test_the_callers_random_state_is_left_alone(tmp_path):
