@@ -136,7 +136,8 @@ class RawFolder:
         def names(folder: str) -> set[str]:
             try:
                 with os.scandir(self.root / folder) as entries:
-                    return {entry.name for entry in entries if entry.is_file()}
+                    # macOS leaves "._name.png" beside "name.png"
+                    return {entry.name for entry in entries if entry.name[0] != "." and entry.is_file()}
             except (FileNotFoundError, NotADirectoryError):
                 return set()
 

@@ -148,6 +148,18 @@ def test_missing_and_unnamed_images(copied, dataset):
     assert len(counted) == (dataset not in ("chexpert_5x200", "ms_cxr")), "these two are parts of larger sets"
 
 
+@pytest.mark.parametrize("dataset", ["kermany", "montgomery_shenzhen", "oxford_pet", "nih", "openi"])
+def test_hidden_files_are_no_images(copied, dataset):
+    """macOS leaves "._name.png" beside "name.png" in archives and on network disks."""
+    root = copied(dataset)
+    whole, said = prepared(dataset, root)
+    for cell in whole["images"].head(3):
+        (root / cell).with_name(f"._{Path(cell).name}").write_bytes(b"a resource fork")
+    frame, now = prepared(dataset, root)
+    pd.testing.assert_frame_equal(frame, whole)
+    assert now == said
+
+
 @pytest.mark.parametrize("dataset", sorted(WRITERS))
 def test_a_wrong_folder(tmp_path, dataset):
     assert "is not a folder" in refusal(dataset, tmp_path / "nowhere")
