@@ -23,10 +23,14 @@ from pydantic import BaseModel, Field, FiniteFloat, Json, StringConstraints, Typ
 from pydantic.functional_validators import AfterValidator, BeforeValidator, field_validator
 
 from gloria_core.data.files import atomic_write, existing, file_hash
-from gloria_core.phantom import COMPETITION, LABELS
 
-# The fourteen of CheXpert, which the phantom has too, and the five of its competition
-CHEXPERT_LABELS, COMPETITION_LABELS = LABELS, COMPETITION
+# Irvin et al. 2019, table 1; and the five findings of CheXpert's competition
+CHEXPERT_LABELS = (
+    "No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema", "Consolidation",
+    "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other", "Fracture", "Support Devices",
+)  # fmt: skip
+COMPETITION_LABELS = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")
+
 OnError = Literal["raise", "exclude"]
 Split = Literal["train", "valid", "test"]
 View = Literal["PA", "AP", "FRONTAL", "LATERAL"]
