@@ -5,8 +5,6 @@ The common entries are found here (`gloria_core.load(path)`), each imported on f
 `import gloria_core as gloria`: see `gloria_core.gloria_api`.
 """
 
-from __future__ import annotations
-
 import importlib
 
 __version__ = "0.1.0"

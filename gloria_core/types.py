@@ -15,8 +15,6 @@ Shape letters, used in every docstring and einsum of the package:
 | L      | tokens (word pieces)                      |
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar, Literal, Self
 

@@ -1,7 +1,5 @@
 """Models of published files without a text encoder: a classifier or a U-Net on a pretrained image encoder."""
 
-from __future__ import annotations
-
 import segmentation_models_pytorch as smp
 import torch
 from torch import Tensor, nn
@@ -62,7 +60,7 @@ class ImageClassifier(nn.Module):
         self.frozen, self.batch_statistics, encoder.frozen = frozen, batch_statistics, False
         self.img_encoder.requires_grad_(not frozen)
 
-    def train(self, mode: bool = True) -> ImageClassifier:
+    def train(self, mode: bool = True) -> "ImageClassifier":
         """Training mode, except that a frozen encoder stays in evaluation mode."""
         super().train(mode)
         if self.frozen and not self.batch_statistics:

@@ -1,7 +1,5 @@
 """One pretrained model: two encoders, an objective, a tokenizer, and the plain record that rebuilds them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, field, fields
 from typing import Any, Literal
@@ -87,7 +85,7 @@ class ModelConfig:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
+    def from_dict(cls, values: Mapping[str, Any]) -> "ModelConfig":
         """Inverse of `to_dict`; absent fields keep their defaults.
 
         Raises ConfigError for an unknown name (with the nearest valid one) and for a value of the wrong type.

@@ -1,7 +1,5 @@
 """Our own checkpoint file: written atomically, read without running code, complete without any other file."""
 
-from __future__ import annotations
-
 import pickle
 from collections.abc import Mapping
 from pathlib import Path

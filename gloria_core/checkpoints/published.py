@@ -4,8 +4,6 @@ What a file is, is told by the names of its tensors; every format has a file of 
 file is executed (`untrusted.read_state`).
 """
 
-from __future__ import annotations
-
 import importlib
 import pkgutil
 import warnings

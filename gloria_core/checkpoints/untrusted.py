@@ -7,8 +7,6 @@ class of a library that checkpoints are known to mention, which becomes an empty
 is refused. Nothing is imported on behalf of a file. A file that would unpack to far more than it is is refused, too.
 """
 
-from __future__ import annotations
-
 import pickletools
 import re
 import zipfile
@@ -58,7 +56,7 @@ class Stub:
 
     name = ""
 
-    def __new__(cls, *arguments: object) -> Stub:
+    def __new__(cls, *arguments: object) -> "Stub":
         self = super().__new__(cls)
         self.__dict__["arguments"] = arguments
         return self

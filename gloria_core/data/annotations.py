@@ -8,8 +8,6 @@ here; code that compares with "-1" exactly takes every image for a positive one.
 several rows: unite their masks, and split a dataset by image, never by row.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

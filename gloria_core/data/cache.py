@@ -25,8 +25,6 @@ and finishes the cache in that folder. Give the options that notebook 01 is give
 Exit codes: 0 the shard is finished; 2 the command, the dataset or all images of the shard are wrong.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

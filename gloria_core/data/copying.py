@@ -1,7 +1,5 @@
 """A part of a dataset as a folder of its own: the files of listed studies under the same names, and their manifest."""
 
-from __future__ import annotations
-
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path

@@ -7,8 +7,6 @@ An item depends on the seed, the epoch and its number, and the order of the batc
 workers, processes or what was read before. So a training run can be resumed in the middle of an epoch.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """One file from the internet, for the few datasets that need no login: resumed where it stopped, checked at the end."""
 
-from __future__ import annotations
-
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path

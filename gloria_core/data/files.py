@@ -1,7 +1,5 @@
 """Files written whole or not at all, their SHA-256 hashes, which of many exist, and the hint for a misspelt name."""
 
-from __future__ import annotations
-
 import difflib
 import hashlib
 import json

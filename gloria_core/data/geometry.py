@@ -9,8 +9,6 @@ Coordinates are continuous and count from the outer corner: pixel (row r, column
 centre is (c + 0.5, r + 0.5). Points are (x, y); boxes are (x, y, width, height).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import cv2
@@ -53,7 +51,7 @@ class Geometry:
     left: int
 
     @classmethod
-    def fit(cls, height: int, width: int, size: int, *, behavior: Behavior = "corrected") -> Geometry:
+    def fit(cls, height: int, width: int, size: int, *, behavior: Behavior = "corrected") -> "Geometry":
         """The placement of a `height` x `width` image (pixels) in a square of `size` pixels.
 
         "corrected" rounds the shorter side to the nearest pixel (halves up, never below 1) in whole numbers.

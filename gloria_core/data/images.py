@@ -10,8 +10,6 @@ entry. Without a table or a window, values of more than 8 bits are stretched fro
 padding counts as background and takes no part in that. A blank element, or a window without a width, counts as absent.
 """
 
-from __future__ import annotations
-
 import contextlib
 import re
 import struct

@@ -7,8 +7,6 @@ targets but no findings begin with `is_` (`is_ap_view`, `is_male`). Everything e
 "00012", and a report "NA" stays "NA".
 """
 
-from __future__ import annotations
-
 import csv
 import json
 import re
@@ -183,11 +181,11 @@ class ExcludedRows(list):
     pandas copies `attrs` deeply at every step; this list is shared instead, for it can be as long as the dataset.
     """
 
-    def __deepcopy__(self, memo: dict) -> ExcludedRows:
+    def __deepcopy__(self, memo: dict) -> "ExcludedRows":
         return self
 
     @classmethod
-    def of(cls, failures: Sequence[Failure]) -> ExcludedRows:
+    def of(cls, failures: Sequence[Failure]) -> "ExcludedRows":
         """The failures in the order of their rows."""
         return cls(
             {"study_id": f.study_id, "row": f.row, "column": f.column, "reason": f"{f.value} - {f.reason}"}

@@ -1,7 +1,5 @@
 """Pip packages that carry a model's files: weights, a vocabulary. For places without a hub."""
 
-from __future__ import annotations
-
 import importlib.util
 from pathlib import Path
 

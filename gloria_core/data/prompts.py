@@ -9,8 +9,6 @@ A prompt set is a JSON file: {"name", "attribution", "classes": {label: {"pos": 
 sentences gets all combinations of its parts, without the spaces that empty parts leave.
 """
 
-from __future__ import annotations
-
 import itertools
 import random
 from collections.abc import Iterable, Mapping

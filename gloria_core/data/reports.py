@@ -5,8 +5,6 @@ GLoRIA: Huang et al., ICCV 2021, https://github.com/marshuang80/gloria (`gloria_
 an attention map can be found again in the report. Two texts a study follow CXR-CLIP (You et al. 2023, section 2.1).
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Sequence
 from typing import Literal

@@ -7,8 +7,6 @@ changes nothing. Every file counts, also one that no table names, because it may
 are names that begin with a dot, the results of studies, and masks that we draw from a table (`annotations.write_mask`).
 """
 
-from __future__ import annotations
-
 import gzip
 import json
 import os

@@ -7,8 +7,6 @@ GLoRIA (Huang et al. 2021), MGCA (Wang et al. 2022) and CXR-CLIP (You et al. 202
 differs: a list of patients, or, where an image has several rows, the rows.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping, Sequence
 from itertools import combinations

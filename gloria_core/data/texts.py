@@ -1,7 +1,5 @@
 """Which text each study of a dataset is read with: a section of its report, or sentences for its labels."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -6,8 +6,6 @@ The word rule is GLoRIA's (Huang et al., ICCV 2021, `text_model.py::aggregate_to
 belongs to the word before it, `[CLS]` and `[SEP]` are words of their own, nothing counts after the first `[SEP]`.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterable, Sequence

@@ -4,8 +4,6 @@ The original has its authors' folders in it. Here they come from the environment
 PNEUMOTHORAX_DATA_DIR and PNEUMONIA_DATA_DIR when a constant is read, by default folders below `./data`.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """GLoRIA's loaders: the pretrained model, and a classifier or a U-Net on its image encoder."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,8 +1,6 @@
 """GLoRIA's own model class over ours, with the same methods and shapes, and its functions of a model: similarities,
 zero-shot classification, prompts."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path

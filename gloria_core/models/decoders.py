@@ -1,7 +1,5 @@
 """Decoders that give back an image from its regions and a report from its image (PRIOR, Cheng et al., ICCV 2023)."""
 
-from __future__ import annotations
-
 import math
 from itertools import pairwise
 

@@ -11,8 +11,6 @@ untrained trunk what is common to all images is far larger than what differs bet
 comparison would be one of scales. Group normalisation (Wu and He 2018) stands in pyramid and heads.
 """
 
-from __future__ import annotations
-
 import copy
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -97,7 +95,7 @@ class Detector(nn.Module):
         """Whether an image's stages stay the same during training, and may be computed once."""
         return self.frozen and self.batch_norm == "eval"
 
-    def train(self, mode: bool = True) -> Detector:
+    def train(self, mode: bool = True) -> "Detector":
         super().train(mode)
         self.trunk.train(mode and self.batch_norm == "train")
         return self

@@ -7,8 +7,6 @@ such as the mean) and x_1..x_T, each plus its position p_t where there is one:
     y = C sum_t softmax_t( Q x_0 . K x_t / sqrt(D / heads) ) V x_t        in `heads` heads
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

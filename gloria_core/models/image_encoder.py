@@ -4,8 +4,6 @@ The networks are timm's. Region vectors come from a stage of the same network, a
 (Huang et al. 2021, section 3.2), or from the tokens of a transformer, as MGCA and CXR-CLIP take them.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Literal
 
@@ -110,7 +108,7 @@ class ImageEncoder(nn.Module):
             self.requires_grad_(False)
             self.eval()
 
-    def train(self, mode: bool = True) -> ImageEncoder:
+    def train(self, mode: bool = True) -> "ImageEncoder":
         """Training mode, except that a frozen encoder stays in evaluation mode."""
         return super().train(mode and not self.frozen)
 

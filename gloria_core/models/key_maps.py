@@ -3,8 +3,6 @@
 The names are in key_maps.yaml.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path

@@ -6,8 +6,6 @@ GLoRIA (Huang et al. 2021, section 4.4) and MGCA (Wang et al. 2022, section 4.3)
 on its ViT. Both read the image as it comes: the 299-pixel resize inside the encoders is for pretraining and probing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Literal
 
@@ -107,7 +105,7 @@ class SegmentationNet(nn.Module):
             self.head = nn.Identity()
         self.train(self.training)
 
-    def train(self, mode: bool = True) -> SegmentationNet:
+    def train(self, mode: bool = True) -> "SegmentationNet":
         """Training mode; a frozen encoder stays in evaluation mode, its BatchNorm as `batch_norm` says."""
         super().train(mode)
         if self.frozen:

@@ -4,8 +4,6 @@ The rules are those of GLoRIA (Huang et al. 2021, section 3.3; released code, `t
 last layers are added, the pieces of a word are added, and the text is the mean of its tokens.
 """
 
-from __future__ import annotations
-
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -109,7 +107,7 @@ class TextEncoder(nn.Module):
         """The architecture, with which an equal encoder can be built without its weights."""
         return self.bert.config
 
-    def train(self, mode: bool = True) -> TextEncoder:
+    def train(self, mode: bool = True) -> "TextEncoder":
         """Training mode; frozen parts stay in evaluation mode (no dropout)."""
         super().train(mode)
         for module in self._frozen_modules():

@@ -1,7 +1,5 @@
 """Where pretrained tensors come from, and how they enter a module: all of them or an error, never some of them."""
 
-from __future__ import annotations
-
 import pickle
 import re
 from collections.abc import Mapping

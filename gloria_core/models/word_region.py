@@ -3,8 +3,6 @@
 The mathematics is GLoRIA's word-region attention (Huang et al. 2021, section 3.3); `objectives/gloria.py` states it.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

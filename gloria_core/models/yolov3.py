@@ -5,8 +5,6 @@ scales (stride 32, 16, 8), three anchors a cell, objectness apart from the class
 BatchNorm in training mode, means over the whole grid in the loss, objectness as score, confidence at least 0.5.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 

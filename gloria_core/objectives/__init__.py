@@ -3,8 +3,6 @@
 A new paper is one new module with one subclass of `Objective` in it; nothing here is edited.
 """
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import pkgutil

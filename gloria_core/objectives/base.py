@@ -1,7 +1,5 @@
 """The contract that every objective keeps, and what those without a local loss share."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from types import MappingProxyType

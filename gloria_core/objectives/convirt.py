@@ -9,8 +9,6 @@ Text", arXiv 2010.00747, MLHC 2022. With projections v = g_v(h_v), u = g_u(h_u) 
 The authors released no code, so "published" and "corrected" are the same here.
 """
 
-from __future__ import annotations
-
 from types import MappingProxyType
 from typing import Annotated
 

@@ -13,8 +13,6 @@ mean cross-entropy of the rows of Z against its diagonal:
 ICL and TCL contrast one view with the other only: I^1 is never a negative of I^1.
 """
 
-from __future__ import annotations
-
 import math
 from itertools import permutations, product
 from types import MappingProxyType

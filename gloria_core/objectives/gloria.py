@@ -11,8 +11,6 @@ Medical Image Recognition", ICCV 2021. Released code: github.com/marshuang80/glo
     loss = InfoNCE(temp_loss * Z) + InfoNCE(temp_loss * cos(global image, sentence)), both directions  (eqs. 1, 2, 6, 7)
 """
 
-from __future__ import annotations
-
 import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat
 from torch import Tensor, nn

@@ -17,8 +17,6 @@ w and u are the attention of the class tokens of the two encoders, clipped to th
 C r are cosines with the prototypes C, and q is their balanced assignment by Sinkhorn-Knopp (no gradient).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Literal

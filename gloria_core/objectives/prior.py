@@ -19,8 +19,6 @@ Stage 1 (with Q = X): global + local_image + local_text. Stage 2: + 10 prototype
 + image + 10 report + consistency + report_global.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -171,7 +169,7 @@ class PRIOR(Objective):
         return ObjectiveOutput(total=total, terms=terms, attention=attention)
 
     def _report_terms(
-        self, regions: Tensor, sentences: Sentences, packed: Tensor, logits: Tensor, report: Tensor
+        self, regions: Tensor, sentences: "Sentences", packed: Tensor, logits: Tensor, report: Tensor
     ) -> dict[str, Tensor]:
         """Terms of the report that the decoder writes; queries without a sentence are to give zero vectors."""
         inverse = self.behavior == "corrected"
@@ -250,7 +248,7 @@ class PRIOR(Objective):
         local = self.cross_attention.pair_scores(regions, used, mask)
         return cosine_matrix(whole, self.text_pool.of_set(used, mask)), local, scale
 
-    def _sentences(self, texts: TextFeatures) -> tuple[Sentences, Tensor, Tensor | None]:
+    def _sentences(self, texts: TextFeatures) -> tuple["Sentences", Tensor, Tensor | None]:
         """The sentences X, what stands for them in the present stage (X or Q, packed), and the bank's logits."""
         most = self.n_queries if self.stage == 3 else None
         sentences = gather_sentences(self.text_head(texts.tokens), texts.token_sentences, most=most)

@@ -10,8 +10,6 @@ Exit codes: 0 everything is done; 1 a run failed; 2 the study file, its paramete
 130 interrupted.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import shlex

@@ -1,7 +1,5 @@
 """Runs a whole study: finds what is missing or stale, hands it to Snakemake, and reports results and costs."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import os

@@ -6,8 +6,6 @@ papermill only warns about a misspelt parameter and runs on with the default, pe
     epochs: int = 12  # the loss is flat after ten on the phantom
 """
 
-from __future__ import annotations
-
 import ast
 import json
 import re

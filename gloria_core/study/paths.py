@@ -1,7 +1,5 @@
 """Where things lie. Every path of a study is relative to the repository root, the folder that holds `notebooks/`."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -24,8 +24,6 @@ left, every further parameter in which they differ must agree, too. A stage read
 relative to the repository root. With `model`, a fine-tuned model that is scored as it is, no checkpoint is filled in.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

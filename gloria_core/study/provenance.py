@@ -3,8 +3,6 @@
 Fingerprints depend on content, never on place or time: a fresh clone or a copied folder must not look stale.
 """
 
-from __future__ import annotations
-
 import json
 import platform
 import subprocess

@@ -9,8 +9,6 @@
 Means are computed here, when they are looked at, and stored nowhere else.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -16,8 +16,6 @@ A run that was killed or failed keeps its folder: a training finds its checkpoin
 repeated because its code, its data or a run before it changed, or because it was asked for, starts in an empty one.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import json

@@ -1,7 +1,5 @@
 """Images with findings that are marked in them, by masks or boxes: what segmentation and detection share."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args

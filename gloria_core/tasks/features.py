@@ -4,8 +4,6 @@ Everything runs in eval mode, without gradients, on the device where the model i
 mode again. Features are float32 whatever precision they were computed in.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace

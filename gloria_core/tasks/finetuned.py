@@ -7,8 +7,6 @@
 upstream files and networks as well, and `FineTuned.evaluate` scores any of them on the test split of a dataset.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path

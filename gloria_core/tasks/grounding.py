@@ -5,8 +5,6 @@ Gaussian at the centre, and a constant. `score_phrases` computes them all. No si
 finding scores below chance.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -4,8 +4,6 @@ The protocol is that of ConVIRT, GLoRIA and MGCA. Several subsets of a fraction 
 the subset matters as much as the method; they are the same for every model.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

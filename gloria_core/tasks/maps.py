@@ -8,8 +8,6 @@ Three kinds of map, from the same word and region vectors:
 - `cosine`: the cosine of region and word, as in BioViL (Boecking et al. 2022). The only one with a sign.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Literal, get_args
 

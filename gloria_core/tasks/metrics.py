@@ -8,8 +8,6 @@ AUPRC is average precision, the step-wise sum without interpolation that scikit-
 every resample is then a weighted metric: 1000 resamples of 2000 studies and 14 labels cost about a second.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
 

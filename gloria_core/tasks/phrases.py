@@ -5,8 +5,6 @@ label, and then a prompt is the phrase. Either way a phrase belongs to the front
 other views do not count.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -48,7 +46,7 @@ class Phrase:
     boxes: tuple[tuple[float, float, float, float], ...] = ()
 
     @classmethod
-    def of_text(cls, text: str, label: str, *, row: int = 0, section: str = "prompt", image: str = "") -> Phrase:
+    def of_text(cls, text: str, label: str, *, row: int = 0, section: str = "prompt", image: str = "") -> "Phrase":
         """A phrase that is all of a text, without a region."""
         return cls(row, label, section, text, ((0, len(text)),), image)
 

@@ -19,8 +19,6 @@ exactly the value of a random order.
 - `wrong`: only the study itself is relevant, and its copies are mistakes. No model can reach 1.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections import Counter
@@ -62,7 +60,7 @@ class Scores:
         return len(self.queries), len(self.candidates)
 
     @property
-    def T(self) -> Scores:  # noqa: N802
+    def T(self) -> "Scores":  # noqa: N802
         """The candidates as queries, and the queries as candidates."""
         return Scores(self.candidates, self.queries)
 
@@ -428,7 +426,9 @@ class SearchIndex:
             raise ValueError(f"{len(self)} ids, {len(self.contents)} texts or paths, {len(self.embedding)} embeddings")
 
     @classmethod
-    def of(cls, model: nn.Module, ids: Sequence[object], contents: Sequence[str], embedding: np.ndarray) -> SearchIndex:
+    def of(
+        cls, model: nn.Module, ids: Sequence[object], contents: Sequence[str], embedding: np.ndarray
+    ) -> "SearchIndex":
         """The index of what `model` has embedded."""
         return cls(fingerprint(model), tuple(map(str, ids)), tuple(map(str, contents)), embedding)
 

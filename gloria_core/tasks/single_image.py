@@ -7,8 +7,6 @@ for patients like those of the cohort, with its prevalence. A score that separat
 probability little, however high it is.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -7,8 +7,6 @@
 Each epoch is one file, so a run that was interrupted and resumed has all of them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -22,8 +22,6 @@ Tables of scores and of targets (1, 0, NaN: `label_policy.binary_targets`) have 
 a label. Targets of more studies than are judged may be given.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Literal
 

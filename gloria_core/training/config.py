@@ -1,7 +1,5 @@
 """The settings of one pretraining run; the defaults are those of GLoRIA's released pretraining configuration."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt

@@ -14,8 +14,6 @@ and (on GPUs) `torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)` give the gr
 An objective that draws random numbers in its forward pass would draw other ones on every rank.
 """
 
-from __future__ import annotations
-
 import os
 import socket
 from collections.abc import Callable

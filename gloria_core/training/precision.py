@@ -4,8 +4,6 @@ Mixed precision (Micikevicius et al., "Mixed Precision Training", ICLR 2018) kee
 products in 16 bits. bfloat16 has float32's range and needs no loss scaling; float16 does.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

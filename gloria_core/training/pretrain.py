@@ -7,8 +7,6 @@ Order at the end of an epoch: best.pt, last.pt, history.csv. A run killed in bet
 and writes the same files once more; last.pt alone says how far the run is. No file is ever half-written.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 import time

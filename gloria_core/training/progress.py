@@ -1,7 +1,5 @@
 """What pretraining shows while it runs."""
 
-from __future__ import annotations
-
 import multiprocessing
 import sys
 from collections.abc import Mapping

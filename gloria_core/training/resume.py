@@ -1,7 +1,5 @@
 """What a killed run needs to go on to the same numbers: where it stood, random states, and a check of its settings."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field

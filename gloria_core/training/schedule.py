@@ -3,8 +3,6 @@
 The rate is a closed form of the step and has no state, so a resumed run has the same rates by construction.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Literal
 

@@ -4,8 +4,6 @@ A fit has a fixed number of optimiser steps. At some of them the validation spli
 score are kept, and `patience` scores in a row without a better one end the fit.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial

@@ -1,7 +1,5 @@
 """Maps of words over radiographs, with the true region outlined, and their scores beside those of the controls."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

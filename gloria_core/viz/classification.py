@@ -1,7 +1,5 @@
 """Figures of decisions: ROC curves, confusion matrices, and whether probabilities are calibrated."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np

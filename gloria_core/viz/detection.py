@@ -1,7 +1,5 @@
 """Figures of detection: the overlap of two boxes, and boxes on radiographs."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 

@@ -5,8 +5,6 @@ Colours are safe for colour-blind readers, and an objective has the same colour 
 before it is returned: a notebook shows it once, as the value of its cell. A value that does not apply is written "-".
 """
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Figures of retrieval: recall over the length of the list, and the nearest neighbours of some queries."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Figures of segmentation: predicted masks over radiographs, and how the fits went."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np

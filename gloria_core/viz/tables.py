@@ -5,8 +5,6 @@ A number without an interval reads "0.912 (-)": its metric has none, there are t
 in any image: an interval of no width would claim certainty. The note of its line says which.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Figures of zero-shot classification: how far wording moves a number, and the answer for one radiograph."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 import seaborn as sns

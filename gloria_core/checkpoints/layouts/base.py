@@ -1,7 +1,5 @@
 """What a layout says of a file, and what several layouts read from names and shapes in the same way."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass

@@ -14,8 +14,6 @@ other file with mean pooling, make the model anew around the same tensors:
     again.load_state_dict(model.state_dict())
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -9,8 +9,6 @@ default configuration, which are GLoRIA's. The fork takes BERT's vocabulary, the
 resize as GLoRIA does; it differs in its data.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from gloria_core.checkpoints.layouts.base import CLINICAL_BERT, Stored, image_encoder_name, whole_model

@@ -17,8 +17,6 @@ Classifiers are an image encoder and a head on its pooled feature, one linear la
 U-Nets are segmentation-models-pytorch's, as GLoRIA (Lightning, `model.`) and gloria-Extended (no prefix) save them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import partial
 from typing import Any

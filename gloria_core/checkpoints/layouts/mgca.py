@@ -11,8 +11,6 @@ because the released text encoder has none. What the file holds and the model do
 - token heads of the ConVIRT baseline, which no loss of it reaches.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

@@ -7,8 +7,6 @@ The file does not say how pixels were normalised: by mean 0.4755 and deviation 0
 0.28947 for zero-shot (released code). The model asks for the former, `norm="prior"`.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from gloria_core.checkpoints.layouts.base import TRUNK, Stored, shapes_of, whole_model

@@ -5,8 +5,6 @@ is the expected calibration error (Naeini et al., AAAI 2015; Guo et al., ICML 20
 probability of the positive class.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np

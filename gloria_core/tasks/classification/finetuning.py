@@ -5,8 +5,6 @@ leave open made explicit: unknown targets take no part in the loss, early stoppi
 test split is scored once, with the weights of the best epoch.
 """
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence

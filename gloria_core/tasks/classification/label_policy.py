@@ -1,7 +1,5 @@
 """Label policy: which studies are positive, negative or left out, given label columns of 1, 0, -1 and blank."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Literal
 

@@ -5,8 +5,6 @@ deviation of the training subset; protocol of `label_efficiency`. All models get
 split and the same grid of regularisation strengths.
 """
 
-from __future__ import annotations
-
 import copy
 import warnings
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ Boxes come from the manifest's column `boxes`, or are the bounding boxes of the 
 geometry of the image cache maps them to the pixels that the detector receives, where they are clipped.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path

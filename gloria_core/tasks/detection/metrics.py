@@ -15,8 +15,6 @@ Intervals are percentile bootstrap over images or patients. The best precision t
 images raise: the bootstrap values are a little higher than the value itself.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -64,7 +62,7 @@ class Boxes:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def where(self, keep: np.ndarray) -> Boxes:
+    def where(self, keep: np.ndarray) -> "Boxes":
         """The boxes that a mask or row numbers select, in that order."""
         return Boxes(self.boxes[keep], self.labels[keep], None if self.scores is None else self.scores[keep])
 

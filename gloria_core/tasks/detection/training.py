@@ -6,8 +6,6 @@ is free (`DetectionConfig`); `MGCA` is the published choice. The validation spli
 baselines are reported beside every detector: an empty one, and one that knows only where findings usually are.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence

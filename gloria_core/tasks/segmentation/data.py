@@ -4,8 +4,6 @@ The truth of a label in one study is the union of its masks on the frontal image
 decided by `unmarked`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, floor

@@ -3,8 +3,6 @@
 Every loss takes logits and truth of one class, (M, H, W) each, and gives a scalar. Several classes: the mean over them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Literal
 

@@ -10,8 +10,6 @@ emptiness: an empty prediction everywhere scores the share of empty images. So t
 foreground, are always reported with it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
@@ -50,7 +48,7 @@ class MaskCounts:
     def __len__(self) -> int:
         return len(self.truth)
 
-    def at(self, chosen: Sequence[int]) -> MaskCounts:
+    def at(self, chosen: Sequence[int]) -> "MaskCounts":
         """Counts at one threshold a class (K indices into `THRESHOLDS`). Shape: (n, K, 1)."""
         index = np.broadcast_to(np.asarray(chosen)[None, :, None], (*self.truth.shape, 1))
         predicted, overlap = (np.take_along_axis(part, index, 2) for part in (self.predicted, self.overlap))
@@ -73,7 +71,7 @@ class MaskCounts:
         return ratio_of_sums(above * known, below * known)(np.ones((1, len(self))))[0]
 
     @classmethod
-    def joined(cls, parts: Sequence[MaskCounts]) -> MaskCounts:
+    def joined(cls, parts: Sequence["MaskCounts"]) -> "MaskCounts":
         """Counts of all images of all parts, in order."""
         return cls(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 

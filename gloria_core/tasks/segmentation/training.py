@@ -10,8 +10,6 @@ and every threshold is 0.5.
     rows, fits = label_efficiency(model.image_encoder, data, LabelEfficiency(subsets=3, macro=data.labels))
 """
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 from collections.abc import Callable, Sequence

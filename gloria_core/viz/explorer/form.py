@@ -1,7 +1,5 @@
 """Around the explorer: a form for a radiograph and a report of one's own, and the page that `make explore` serves."""
 
-from __future__ import annotations
-
 import html
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A scene as one HTML file: pictures, maps, program and style are in it, and nothing is fetched from anywhere."""
 
-from __future__ import annotations
-
 import html
 import json
 from collections.abc import Mapping

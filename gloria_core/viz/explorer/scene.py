@@ -4,8 +4,6 @@ All the computing happens here, once for an image: each model encodes the image 
 call of `maps` a kind gives the maps of all words. A click only averages rows and colours pixels.
 """
 
-from __future__ import annotations
-
 import re
 from base64 import b64encode
 from collections.abc import Mapping, Sequence

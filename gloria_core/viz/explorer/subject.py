@@ -1,7 +1,5 @@
 """What is explored: a radiograph, its texts and, where they are known, the regions that some words name."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path

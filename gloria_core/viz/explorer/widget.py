@@ -6,8 +6,6 @@
 Where nobody runs widgets (papermill's executed copies, a plain viewer) the same display is a static figure with a text.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
