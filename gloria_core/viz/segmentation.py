@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 
 from gloria_core.viz.plots import Mark, image_grid, training_curves
 
+# Cyan and amber differ in every form of colour blindness, and so do solid and dashed.
 COLOURS = {"truth": "#00e5ff", "prediction": "#ffb000"}
-"""Cyan and amber differ in every form of colour blindness, and so do solid and dashed."""
 
 
 def overlays(
