@@ -236,7 +236,8 @@ def open_model(
     `model`: a file of `save`, a released fine-tuned checkpoint, or a network (see `as_finetuned`). `labels`: those to
     score, by default all of the model; where the file has no names, the names of its outputs in their order.
     An upstream file does not say how large its images were: where these are smaller than its crop, they are used whole.
-    It is on the GPU if there is one. Raises WeightsError for a file that cannot be used, ValueError naming the labels that do not match.
+    It is put on the GPU if there is one.
+    Raises WeightsError for a file that cannot be used, ValueError naming the labels that do not match.
     """
     where = f"{model}" if isinstance(model, str | Path) else "the model"
     if isinstance(model, str | Path):
