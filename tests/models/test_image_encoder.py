@@ -114,7 +114,7 @@ def test_files_that_do_not_fit_are_errors(tmp_path):
     with pytest.raises(WeightsError, match=r"1 missing: layer4.1.conv2.weight; 1 unexpected: extra.weight"):
         ImageEncoder("resnet18", weights=str(tmp_path / "holes.pth"))
     state = resnet18().state_dict()
-    state["conv1.weight"] = torch.zeros(64, 1, 7, 7)
+    state["conv1.weight"] = torch.zeros(64, 2, 7, 7)
     torch.save(state, tmp_path / "shape.pth")
     with pytest.raises(WeightsError, match=r"1 mismatched: conv1.weight"):
         ImageEncoder("resnet18", weights=str(tmp_path / "shape.pth"))
