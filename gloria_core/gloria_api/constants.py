@@ -5,6 +5,7 @@ PNEUMOTHORAX_DATA_DIR and PNEUMONIA_DATA_DIR when a constant is read, by default
 """
 
 import errno
+import json
 import os
 from pathlib import Path
 
@@ -23,31 +24,8 @@ CHEXPERT_UNCERTAIN_MAPPINGS = dict(zip(COMPETITION_LABELS, (1, 0, 0, 1, 1), stri
 PNEUMOTHORAX_IMG_SIZE = 1024
 PNEUMOTHORAX_TRAIN_PCT = PNEUMONIA_TRAIN_PCT = 0.7
 
-_FOLDERS = {
-    "CHEXPERT_DATA_DIR": "data/CheXpert-v1.0",
-    "PNEUMOTHORAX_DATA_DIR": "data/siim",
-    "PNEUMONIA_DATA_DIR": "data/rsna_pneumonia",
-}
-_FILES = {  # below the folder of the same prefix; the file of the 5x200 set is named 8x200 in the original
-    "CHEXPERT_ORIGINAL_TRAIN_CSV": "train.csv",
-    "CHEXPERT_TRAIN_CSV": "train_split.csv",
-    "CHEXPERT_VALID_CSV": "valid_split.csv",
-    "CHEXPERT_TEST_CSV": "valid.csv",
-    "CHEXPERT_MASTER_CSV": "master_updated.csv",
-    "CHEXPERT_TRAIN_DIR": "train",
-    "CHEXPERT_TEST_DIR": "valid",
-    "CHEXPERT_5x200": "chexpert_8x200.csv",
-    "PNEUMOTHORAX_ORIGINAL_TRAIN_CSV": "train-rle.csv",
-    "PNEUMOTHORAX_TRAIN_CSV": "train.csv",
-    "PNEUMOTHORAX_VALID_CSV": "valid.csv",
-    "PNEUMOTHORAX_TEST_CSV": "test.csv",
-    "PNEUMOTHORAX_IMG_DIR": "dicom-images-train",
-    "PNEUMONIA_ORIGINAL_TRAIN_CSV": "stage_2_train_labels.csv",
-    "PNEUMONIA_TRAIN_CSV": "train.csv",
-    "PNEUMONIA_VALID_CSV": "val.csv",
-    "PNEUMONIA_TEST_CSV": "test.csv",
-    "PNEUMONIA_IMG_DIR": "stage_2_train_images",
-}
+# The folders, and the files below the folder of the same prefix; the 5x200 set's file is named 8x200 in the original
+_FOLDERS, _FILES = json.loads(Path(__file__).with_name("paths.json").read_text(encoding="utf-8")).values()
 
 
 class _List(type(Path())):

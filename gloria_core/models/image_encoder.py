@@ -26,14 +26,10 @@ STRIDES = {"layer2": 8, "layer3": 16, "layer4": 32}
 TINY = "resnet_tiny"
 TIMM_NAMES = {  # with the tag of the ImageNet-1k weights: torchvision's first, DeiT's for the ViTs
     TINY: "",
-    "resnet18": "resnet18.tv_in1k",
-    "resnet34": "resnet34.tv_in1k",
-    "resnet50": "resnet50.tv_in1k",
+    **{name: f"{name}.tv_in1k" for name in ("resnet18", "resnet34", "resnet50")},
     "efficientnet_lite0": "tf_efficientnet_lite0.in1k",
     "densenet121": "densenet121.tv_in1k",
-    "vit_tiny_patch16": "deit_tiny_patch16_224.fb_in1k",
-    "vit_small_patch16": "deit_small_patch16_224.fb_in1k",
-    "vit_base_patch16": "deit_base_patch16_224.fb_in1k",
+    **{f"vit_{size}_patch16": f"deit_{size}_patch16_224.fb_in1k" for size in ("tiny", "small", "base")},
     "swin_tiny": "swin_tiny_patch4_window7_224.ms_in1k",
 }
 Network = Literal[tuple(TIMM_NAMES)]

@@ -100,9 +100,8 @@ def _one(plan: Plan, run_id: str, threads: int | None) -> int:
     print(f"{place} {run_id} {record['status']} ({took})", flush=True)
     if error := record["error"]:
         cell = f" in cell In [{error['cell']}]" if error["cell"] else ""
-        print(
-            f"{place} {error['name']}{cell}: {error['value']}\n      see {plan.folder / run_id / EXECUTED}", flush=True
-        )
+        see = f"      see {plan.folder / run_id / EXECUTED}"
+        print(f"{place} {error['name']}{cell}: {error['value']}\n{see}", flush=True)
     return 0 if record["status"] in FINISHED else 1
 
 

@@ -36,8 +36,6 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from gloria_core.data.files import atomic_write, content_hash
-from gloria_core.data.manifest import ManifestError
-from gloria_core.data.sources import check_folder
 from gloria_core.study import parameters as notebook_parameters
 from gloria_core.study.parameters import ParameterError, Parameters, unknown
 from gloria_core.study.paths import RUNS, STUDIES, repository_root
@@ -164,6 +162,8 @@ class Plan:
 
     def check_data(self, runs: Sequence[PlannedRun]) -> None:
         """Raise `StudyError` where one of `runs` reads a folder that is missing or lacks the tables of its dataset."""
+        from gloria_core.data import manifest, sources  # slow to import
+
         for run in runs:
             path, dataset = run.parameters.get("data_root"), run.parameters.get("dataset", "phantom")
             if path is None or dataset == "phantom":
@@ -171,9 +171,11 @@ class Plan:
             what = "no folder is given"
             try:
                 if path:
-                    check_folder(dataset, self.root / Path(path).expanduser(), run.parameters.get("options", {}))
+                    sources.check_folder(
+                        dataset, self.root / Path(path).expanduser(), run.parameters.get("options", {})
+                    )
                     continue
-            except ManifestError as error:
+            except manifest.ManifestError as error:
                 what = str(error)
             raise StudyError(
                 f"{run.notebook} reads the radiographs of {dataset}, but {what}: run it with "

@@ -215,7 +215,10 @@ def metric_bars(
     if rows.empty or rows.duplicated(["target", by]).any():
         raise ValueError(f"metric_bars takes one row per target and {by} of metric {metric!r}, and at least one")
     table = rows.pivot(index="target", columns=by).loc[rows["target"].unique()]
-    value, errors = table["value"][names], [intervals(table.xs(name, axis=1, level=1)) for name in names]
+    value, errors = (
+        table.xs("value", axis=1, level=0)[names],
+        [intervals(table.xs(name, axis=1, level=1)) for name in names],
+    )
     figure, (axis,) = new_figure(width=8, height=(0.22 * len(names) + 0.16) * len(table) + 1.3)
     palette = [colour_of(name) for name in names] if by == "objective" else sns.color_palette("colorblind", len(names))
     look = {"left": start, "color": palette, "width": 0.8, "capsize": 2, "error_kw": {"linewidth": 1}}
