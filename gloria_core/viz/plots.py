@@ -210,15 +210,13 @@ def metric_bars(
     Raises ValueError for no row, or two of one bar.
     """
     rows = rows if by == "metric" else rows[rows["metric"] == metric]
-    rows = rows if by in rows else rows.assign(**{by: ""})
+    # not "": pandas leaves out a level of that name
+    rows = rows.assign(**{by: rows[by].replace("", " ") if by in rows else " "})
     names, start = list(rows[by].unique()), _CHANCE.get(metric, 0.0)
     if rows.empty or rows.duplicated(["target", by]).any():
         raise ValueError(f"metric_bars takes one row per target and {by} of metric {metric!r}, and at least one")
     table = rows.pivot(index="target", columns=by).loc[rows["target"].unique()]
-    value, errors = (
-        table.xs("value", axis=1, level=0)[names],
-        [intervals(table.xs(name, axis=1, level=1)) for name in names],
-    )
+    value, errors = table["value"][names], [intervals(table.xs(name, axis=1, level=1)) for name in names]
     figure, (axis,) = new_figure(width=8, height=(0.22 * len(names) + 0.16) * len(table) + 1.3)
     palette = [colour_of(name) for name in names] if by == "objective" else sns.color_palette("colorblind", len(names))
     look = {"left": start, "color": palette, "width": 0.8, "capsize": 2, "error_kw": {"linewidth": 1}}
@@ -240,7 +238,7 @@ def metric_bars(
     hint = f"; {start:g} is chance" if start else "; black tick: chance" if "chance" in rows else ""
     axis.set_xlabel(f"{name_of(metric)}, 95 % interval{hint}")
     axis.set_title(f"{title or name_of(metric)} (n = {int(rows['n'].max())})")
-    if names != [""]:
+    if names != [" "]:
         figure.legend(loc="outside lower center", ncols=len(names), frameon=False)
     return figure
 

@@ -165,6 +165,13 @@ def test_what_does_not_apply_is_a_dash_and_doubles_are_refused():
         plots.metric_bars(rows, metric="auprc")
 
 
+@pytest.mark.parametrize("rows", [metric_rows().drop(columns="objective"), metric_rows().assign(objective="")])
+def test_bars_of_one_model_need_no_name_and_no_legend(rows):
+    figure = plots.metric_bars(rows.drop_duplicates(["target", "metric"]))
+    assert not figure.legends
+    assert texts_of(figure).count("0.90") == 2
+
+
 def test_intervals_end_at_a_point_beside_them():
     rows = pd.DataFrame({"value": [0.5, 0.5], "ci_low": [0.52, np.nan], "ci_high": [0.6, np.nan]})
     np.testing.assert_allclose(plots.intervals(rows), [[0.0, np.nan], [0.1, np.nan]])
