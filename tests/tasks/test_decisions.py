@@ -39,6 +39,13 @@ def test_one_class_has_no_threshold_and_no_decision():
     assert rows["value"].isna().all() and (rows["note"] == "no threshold: validation does not have both classes").all()
 
 
+def test_a_label_that_could_not_be_fitted_has_no_threshold():
+    scores = pd.DataFrame({"a": P, "b": np.nan, "c": [np.nan, *P[1:]]})
+    thresholds = thresholds_of(pd.DataFrame(dict.fromkeys("abc", Y)), scores)
+    assert thresholds["a"] == best_threshold(Y, P) and np.isnan(thresholds["b"])
+    assert thresholds["c"] == best_threshold(Y[1:], P[1:])
+
+
 def test_by_hand():
     found = values(Y, P, 0.35)  # calls 0.4, 0.35, 0.8, 0.9 positive: one of them wrongly
     assert found["accuracy"] == pytest.approx(5 / 6)

@@ -32,8 +32,12 @@ def best_threshold(y: Sequence[float], score: Sequence[float]) -> float:
 
 
 def thresholds_of(targets: pd.DataFrame, scores: pd.DataFrame) -> dict[str, float]:
-    """`best_threshold` of every label, from validation targets and scores (n, K) with the same columns."""
-    return {label: best_threshold(targets[label], scores[label]) for label in scores.columns}
+    """`best_threshold` of every label, from validation targets and scores (n, K) with the same columns.
+
+    A study without a score counts as one without a target, so that a label that could not be fitted has NaN.
+    """
+    known = targets[scores.columns].where(scores.notna().to_numpy())
+    return {label: best_threshold(known[label], scores[label].fillna(0.0)) for label in scores.columns}
 
 
 def reliability(y: Sequence[float], probability: Sequence[float], *, bins: int = BINS) -> pd.DataFrame:
