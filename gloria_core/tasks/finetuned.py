@@ -7,6 +7,7 @@
 upstream files and networks as well, and `FineTuned.evaluate` scores any of them on the test split of a dataset.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -31,7 +32,7 @@ from gloria_core.models.key_maps import network_name
 from gloria_core.models.segmentation import SegmentationNet
 from gloria_core.models.weights import WeightsError, fill
 from gloria_core.tasks.annotated_images import AnnotatedImages
-from gloria_core.tasks.classification.finetuning import Finetuned
+from gloria_core.tasks.classification.finetuning import TrainedClassifier
 from gloria_core.tasks.detection import training as detection
 from gloria_core.tasks.detection.data import BoxData
 from gloria_core.tasks.label_efficiency import LabelEfficiency, Score
@@ -39,7 +40,7 @@ from gloria_core.tasks.segmentation import training as segmentation
 from gloria_core.tasks.segmentation.data import SegmentationData
 from gloria_core.tasks.segmentation.metrics import THRESHOLDS
 
-Fitted = Finetuned | segmentation.Segmenter | detection.TrainedDetector
+Fitted = TrainedClassifier | segmentation.Segmenter | detection.TrainedDetector
 NETWORKS = {"classification": ImageClassifier, "segmentation": SegmentationNet, **detection.DETECTORS}
 # What rebuilds an image encoder.
 ENCODER = ("name", "region_stage", "resize_to", "in_channels", "pooling", "channels_last")
@@ -112,7 +113,7 @@ class FineTuned(nn.Module):
                 f"again in notebook 01 with image_size {size}"
             )
         if self.task == "classification":
-            return Finetuned(self, data)
+            return TrainedClassifier(self, data)
         if self.task == "detection":
             return detection.TrainedDetector(self.network, data, detection.DetectionConfig(detector=self.kind))
         levels = [np.abs(np.array(THRESHOLDS) - self.thresholds[label]).argmin() for label in self.labels]
@@ -235,7 +236,8 @@ def open_model(
 
     `model`: a file of `save`, a released fine-tuned checkpoint, or a network (see `as_finetuned`). `labels`: those to
     score, by default all of the model; where the file has no names, the names of its outputs in their order.
-    An upstream file does not say how large its images were: where these are smaller than its crop, they are used whole.
+    An upstream file does not say how large its images were: where these are smaller than its crop, they are used whole,
+    with a warning.
     It is put on the GPU if there is one.
     Raises WeightsError for a file that cannot be used, ValueError naming the labels that do not match.
     """
@@ -255,8 +257,9 @@ def open_model(
             f"{where} has {count} outputs without names: give their {count} names in `labels`, in order, out of: "
             f"{', '.join(available)}"
         )
-    if size and not use.image_size:
-        use = replace(use, crop=min(use.crop, size))
+    if 0 < size < use.crop and not use.image_size:
+        warnings.warn(f"{where} expects {use.crop} pixels; the {size} of these images are used whole", stacklevel=2)
+        use = replace(use, crop=size)
     tuned = FineTuned(tuned.network, use if use.labels else replace(use, labels=names))
     wanted = tuple(labels) or tuned.labels
     for name, known, owner in [(n, *o) for n in wanted for o in ((tuned.labels, where), (available, "this dataset"))]:

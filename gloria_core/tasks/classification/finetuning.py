@@ -118,7 +118,7 @@ def random_crops(data: AnnotatedImages, rows: Sequence[int], seeds: Sequence[Seq
 
 
 @dataclasses.dataclass(frozen=True)
-class Finetuned:
+class TrainedClassifier:
     """A classifier with its best epoch's weights.
 
     Attributes:
@@ -155,7 +155,7 @@ def finetune(
     config: FinetuneConfig,
     *,
     progress: supervised.Progress | None = None,
-) -> Finetuned:
+) -> TrainedClassifier:
     """Train a classifier on rows `train` of `data`, choose its epoch on rows `valid`. `pretrained` does not change.
 
     `pretrained` is a `VisionLanguageModel`; its image encoder is copied. targets: (n, K) of 1, 0, NaN, see
@@ -221,16 +221,16 @@ def finetune(
             progress=progress,
         )
     history.insert(0, "epoch", history.pop("step") // steps_per_epoch)
-    return Finetuned(network, data, history, step // steps_per_epoch)
+    return TrainedClassifier(network, data, history, step // steps_per_epoch)
 
 
 def ranking(
     data: AnnotatedImages, targets: pd.DataFrame, protocol: LabelEfficiency, metrics: Sequence[Metric] = ("auroc",)
-) -> Callable[[Finetuned, np.ndarray], pd.DataFrame]:
+) -> Callable[[TrainedClassifier, np.ndarray], pd.DataFrame]:
     """The function that gives the `metric_rows` of a classifier in some studies; targets (n, K) as `finetune`."""
     targets, patients = targets.reset_index(drop=True), data.frame["patient_id"].astype(str).to_numpy()
 
-    def score(tuned: Finetuned, rows: np.ndarray) -> pd.DataFrame:
+    def score(tuned: TrainedClassifier, rows: np.ndarray) -> pd.DataFrame:
         options = {"metrics": metrics, "groups": patients[rows], **protocol.options}
         return metric_rows(targets.loc[rows], tuned.scores(rows), **options)
 
@@ -246,7 +246,7 @@ def label_efficiency(
     *,
     metrics: Sequence[Metric] = ("auroc",),
     progress: supervised.Progress | None = None,
-) -> tuple[pd.DataFrame, dict[tuple[float, int], Finetuned]]:
+) -> tuple[pd.DataFrame, dict[tuple[float, int], TrainedClassifier]]:
     """Fine-tune on every training subset of `protocol`: rows of `metric_rows` with the columns of `LabelEfficiency`.
 
     The metrics are called finetuned_auroc and so on, to be recorded beside those of a probe.
@@ -256,7 +256,7 @@ def label_efficiency(
     """
     score = ranking(data, targets, protocol, metrics)
 
-    def fit(train: np.ndarray, subset: int) -> Finetuned:
+    def fit(train: np.ndarray, subset: int) -> TrainedClassifier:
         own = dataclasses.replace(config, seed=config.seed + subset)
         return finetune(pretrained, data, targets, train, data.rows("valid"), own, progress=progress)
 
