@@ -15,10 +15,10 @@ import numpy as np
 import pandas as pd
 from sklearn.model_selection import train_test_split
 
-from gloria_core.data.manifest import SPLIT_MARK, SPLITS, ManifestError, finding_columns, label_columns
-from gloria_core.phantom import COMPETITION
+from gloria_core.data.manifest import COMPETITION_LABELS, SPLIT_MARK, ManifestError, finding_columns, label_columns
 
 DEFAULT_FRACTIONS = {"train": 0.7, "valid": 0.1, "test": 0.2}
+SPLITS = tuple(DEFAULT_FRACTIONS)
 
 # Label fractions at which the prevalences are balanced; between two edges the order is pseudo-random.
 RANK_EDGES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
@@ -152,7 +152,7 @@ def split_warnings(frame: pd.DataFrame, *, batch_size: int = 32) -> list[str]:
 
 
 def exclusive_test_set(
-    frame: pd.DataFrame, *, labels: Sequence[str] = COMPETITION, per_class: int | None = 200, seed: int
+    frame: pd.DataFrame, *, labels: Sequence[str] = COMPETITION_LABELS, per_class: int | None = 200, seed: int
 ) -> pd.DataFrame:
     """`per_class` studies of each label that have this finding alone; index and row order are kept.
 
